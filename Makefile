@@ -1,0 +1,38 @@
+# Two commands on a fresh machine: `make demo` and `make test`. The rest is for developers.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+# Pinned: an unpinned torch is a CUDA build of several GB. A GPU user installs torch first.
+TORCH  := torch==2.13.0
+
+.PHONY: setup test demo check lint typecheck format quality clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q "$(TORCH)" setuptools
+	$(BIN)/python -m pip install -q -e ".[dev]"
+	touch $@
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: lint typecheck
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The repository root is the package, so mypy sees it through a link of that name.
+typecheck: setup
+	mkdir -p .mypy_root && ln -sfn .. .mypy_root/halfweave
+	MYPYPATH=.mypy_root $(BIN)/mypy -p halfweave
+
+clean:
+	rm -rf $(VENV) .mypy_root build *.egg-info

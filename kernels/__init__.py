@@ -1,0 +1,1 @@
+"""The weights' shapes and the arithmetic on them. Knows tensors, not models."""

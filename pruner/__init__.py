@@ -1,0 +1,1 @@
+"""Dense checkpoint in, sparse checkpoint out. Knows one decoder block at a time."""

@@ -1,0 +1,1 @@
+"""One pruning method per file, all behind one signature."""

@@ -1,0 +1,1 @@
+"""Checkpoint in, tokens out. Knows models and requests, not HTTP."""

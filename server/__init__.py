@@ -1,0 +1,1 @@
+"""Tokens out over HTTP. Knows requests, not tensors."""
