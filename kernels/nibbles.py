@@ -43,7 +43,7 @@ def kept_indices(weight: Tensor, name: str) -> Tensor:
     if bool(crowded.any()):
         row, group = torch.nonzero(crowded)[0].tolist()
         raise CheckpointError(
-            f"{name} is not 2:4: over two non-zeros in row {row}, columns {4 * group}..{4 * group + 3}"
+            f"{name} is not 2:4: over two non-zeros in row {row}, the four columns at {4 * group}"
         )
     # Stable order: non-zeros first, each kind from left to right; then the two winners sorted.
     order = torch.argsort(nonzero.to(torch.uint8), dim=-1, descending=True, stable=True)

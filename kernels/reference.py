@@ -1,4 +1,4 @@
-"""The plain torch oracle of every operation: slow, obvious, and what all kernels are tested against."""
+"""The plain torch oracle of every operation: slow, obvious, what kernels are tested against."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class ShardedTensors:
         """Read the index and every header, and check that they agree.
 
         Raises:
-            RefusedError: there are only pickle or GGUF weights, or a path leads out of the directory.
+            RefusedError: there are only pickle or GGUF weights, or a path leads out.
             CheckpointError: a shard is missing, truncated or lying, or a tensor is missing or
                 stored twice.
         """
