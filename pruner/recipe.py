@@ -1,0 +1,126 @@
+"""What to do to a model: a typed recipe, saved beside the weights it made and accepted back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError
+from ..files import read_json
+from ..kernels.formats import GROUP_SIZES
+
+METHODS = ("magnitude", "wanda", "sparsegpt")
+BITS = (16, 4)
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Which weights may stay: `kept` of every `of` along K, or, with `of` 0, a share of them all.
+
+    `fraction` is the share that is removed.
+    """
+
+    text: str
+    kept: int
+    of: int
+    fraction: float
+
+    @classmethod
+    def parse(cls, text: str) -> Pattern:
+        """Read "2:4", "4:8", any "N:M" with M dividing 128, "50%", or "dense".
+
+        Raises:
+            UsageError: the text is none of these.
+        """
+        if text == "dense":
+            return cls(text, 0, 0, 0.0)
+        try:
+            if text.endswith("%"):
+                share = float(text[:-1]) / 100
+                if 0 < share < 1:
+                    return cls(text, 0, 0, share)
+            else:
+                kept, of = (int(part) for part in text.split(":"))
+                if 0 < kept < of and 128 % of == 0:
+                    return cls(text, kept, of, 1 - kept / of)
+        except ValueError:
+            pass
+        raise UsageError(f"pattern {text!r} is none of 2:4, 4:8, N:M (M divides 128), 50%, dense")
+
+    @property
+    def is_dense(self) -> bool:
+        """Nothing is removed."""
+        return self.fraction == 0
+
+    @property
+    def is_24(self) -> bool:
+        """The pattern of the sparse tensor cores, which has a packed format."""
+        return (self.kept, self.of) == (2, 4)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides the output, given the base weights: same recipe, same bytes.
+
+    `calib` is "builtin" or the path of a text file; `damping` is relative to the mean of the
+    Hessian's diagonal; `strict` makes a linear that cannot take the pattern an error instead of
+    keeping it dense; `allow_nonfinite` keeps linears with NaN or infinity as they are.
+    """
+
+    method: str = "sparsegpt"
+    pattern: str = "2:4"
+    bits: int = 16
+    group: int = 128
+    calib: str = "builtin"
+    calib_windows: int = 64
+    calib_length: int = 512
+    seed: int = 0
+    damping: float = 0.01
+    strict: bool = False
+    allow_nonfinite: bool = False
+
+    def __post_init__(self) -> None:
+        parsed = Pattern.parse(self.pattern)
+        _require(self.method in METHODS, f"method {self.method!r} is none of {', '.join(METHODS)}")
+        _require(self.bits in BITS, f"bits {self.bits} is none of {BITS}")
+        _require(self.group in GROUP_SIZES, f"group {self.group} is none of {GROUP_SIZES}")
+        _require(self.calib_windows > 0, "calib_windows must be at least 1")
+        _require(self.calib_length > 1, "calib_length must be at least 2 tokens")
+        _require(0 < self.damping < 1, "damping must lie between 0 and 1")
+        _require(
+            not (parsed.is_dense and self.bits == 16),
+            "pattern dense with 16 bits leaves nothing to do",
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The recipe as written into the manifest."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Recipe:
+        """Read a recipe strictly.
+
+        Raises:
+            UsageError: an unknown key, a wrong type, or an impossible value.
+        """
+        known = {field.name: field.type for field in fields(cls)}
+        unknown = sorted(value.keys() - known.keys())
+        _require(not unknown, f"recipe: unknown keys {unknown}")
+        for name, entry in value.items():
+            wanted = known[name]
+            legal = type(entry).__name__ == wanted or (wanted == "float" and type(entry) is int)
+            _require(legal, f"recipe: {name} must be {wanted}, not {type(entry).__name__}")
+        return cls(**value)
+
+    @classmethod
+    def read(cls, path: Path) -> Recipe:
+        """Read a recipe file, or the recipe inside a manifest (`halfweave.json`)."""
+        value = read_json(path)
+        return cls.from_json(value.get("recipe", value))
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UsageError(message)
