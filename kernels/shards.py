@@ -117,21 +117,26 @@ class ShardedTensors:
         return tensor
 
     def read_file(self, file: Path, sha256: str | None = None) -> dict[str, Tensor]:
-        """All tensors of one file, read once and, where a hash is given, verified first.
+        """All tensors of one of `files`: see `read_shard`."""
+        return read_shard(file, sha256)
 
-        Raises:
-            CheckpointError: the hash differs, or the file is not valid.
-        """
-        with _typed_errors(file):
-            data = file.read_bytes()
-        if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
-            raise CheckpointError(
-                f"{file} is damaged: its SHA-256 is not the one in the manifest",
-                "copy the file again, or prune again",
-            )
-        with _typed_errors(file):
-            loaded: dict[str, Tensor] = safetensors.torch.load(data)
-        return loaded
+
+def read_shard(file: Path, sha256: str | None = None) -> dict[str, Tensor]:
+    """All tensors of one file, read once and, where a hash is given, verified first.
+
+    Raises:
+        CheckpointError: the file is missing or not valid, or the hash differs.
+    """
+    with _typed_errors(file):
+        data = file.read_bytes()
+    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+        raise CheckpointError(
+            f"{file} is damaged: its SHA-256 is not the one on record",
+            "copy the file again, or prune again",
+        )
+    with _typed_errors(file):
+        loaded: dict[str, Tensor] = safetensors.torch.load(data)
+    return loaded
 
 
 class _typed_errors:  # noqa: N801 - reads as a statement: `with _typed_errors(file):`

@@ -1,0 +1,136 @@
+"""The dense model that is being pruned: a directory, opened, checked, and never written to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError, RefusedError, UsageError
+from ..files import read_json, sha256_file
+from ..kernels.formats import FLOAT_DTYPES
+from ..kernels.shards import ShardedTensors
+from .families import Family, family_of
+
+# What a model directory carries beside its weights, copied as it is.
+SIDE_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "LICENSE",
+    "LICENSE.txt",
+    "LICENSE.md",
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dense Hugging Face directory of a known family. Make it with `open`."""
+
+    path: Path
+    config: dict[str, Any]
+    family: Family
+    tensors: ShardedTensors
+
+    @classmethod
+    def open(cls, path: str | Path) -> Source:
+        """Open and check everything that can be checked without reading weights.
+
+        Raises:
+            UsageError: the path is missing or a file.
+            RefusedError: unsafe weights, or a model that is quantized already.
+            UnsupportedModel: unknown architecture.
+            CheckpointError: config or shards are damaged or disagree.
+        """
+        directory = find_directory(path)
+        config = read_json(directory / "config.json")
+        if "quantization_config" in config:
+            raise RefusedError(
+                f"{directory} is quantized or pruned already", "start from the dense model"
+            )
+        family = family_of(config)
+        source = cls(directory, config, family, ShardedTensors.open(directory))
+        for index in range(source.block_count):
+            for name in source.linear_names(index):
+                source.linear_shape(name)
+        return source
+
+    @property
+    def block_count(self) -> int:
+        """Number of decoder blocks."""
+        return int(self.config["num_hidden_layers"])
+
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of config.json and of every weight file, by file name."""
+        files = [self.path / "config.json", *self.tensors.files]
+        return {file.name: sha256_file(file) for file in files}
+
+    def linear_names(self, index: int) -> list[str]:
+        """Full names of a block's prunable linears, in order."""
+        prefix = self.family.block_prefix(index)
+        return [prefix + name for name in self.family.linears]
+
+    def linear_shape(self, name: str) -> tuple[int, int]:
+        """(N, K) of a linear.
+
+        Raises:
+            CheckpointError: the weight is missing or no float matrix.
+        """
+        info = self.tensors.info(f"{name}.weight")
+        if len(info.shape) != 2 or info.dtype not in FLOAT_DTYPES:
+            raise CheckpointError(
+                f"tensor {name}.weight: expected a float matrix, "
+                f"found {info.dtype} {list(info.shape)}"
+            )
+        return info.shape[0], info.shape[1]
+
+    def block_tensors(self, index: int) -> dict[str, Tensor]:
+        """All tensors of a block, by full name, as stored."""
+        prefix = self.family.block_prefix(index)
+        names = [name for name in self.tensors.names() if name.startswith(prefix)]
+        return {name: self.tensors.read(name) for name in names}
+
+    def other_tensors(self) -> dict[str, Tensor]:
+        """Everything that belongs to no block: embeddings, final norm, head."""
+        inside = self.family.blocks + "."
+        names = [name for name in self.tensors.names() if not name.startswith(inside)]
+        return {name: self.tensors.read(name) for name in names}
+
+
+def find_directory(path: str | Path) -> Path:
+    """The model directory that a user's argument means.
+
+    Raises:
+        UsageError: it is a file, is missing, or looks like a hub id; the message says which.
+    """
+    directory = Path(path)
+    if directory.is_dir():
+        return directory
+    if directory.exists():
+        raise UsageError(f"{directory} is a file, not a model directory")
+    if str(path).count("/") == 1 and not str(path).startswith((".", "/")):
+        raise UsageError(
+            f"{path} is no local directory; halfweave does not download from a hub",
+            f"hf download {path} --local-dir MODEL, then give MODEL",
+        )
+    raise UsageError(f"{directory} does not exist")
+
+
+def first_nonfinite(tensor: Tensor) -> list[int] | None:
+    """Index of the first NaN or infinity, or None."""
+    if not tensor.is_floating_point() or bool(torch.isfinite(tensor).all()):
+        return None
+    where: list[int] = torch.nonzero(~torch.isfinite(tensor))[0].tolist()
+    return where
