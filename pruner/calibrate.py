@@ -1,0 +1,69 @@
+"""From a text to calibration windows of tokens. Knows text and token ids, not models."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import UsageError
+
+BUILTIN = "builtin"
+_BUILTIN_FILE = Path(__file__).parent / "data" / "calibration.txt"
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """A text, the SHA-256 of its bytes, and where it is from (no path: it ends up in the card)."""
+
+    text: str
+    sha256: str
+    origin: str
+
+
+def load_text(source: str | Path) -> CalibrationText:
+    """Read the built-in text ("builtin") or a UTF-8 file.
+
+    Raises:
+        UsageError: the file is missing, empty, binary, or not UTF-8.
+    """
+    builtin = source == BUILTIN
+    path = _BUILTIN_FILE if builtin else Path(source)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"calibration text {path} cannot be read: {error.strerror}") from error
+    if b"\0" in data:
+        raise UsageError(f"calibration text {path} is binary; plain UTF-8 text is needed")
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"calibration text {path} is not UTF-8 (byte {error.start})",
+            f"iconv -f ENCODING -t UTF-8 {path.name} > text.txt",
+        ) from error
+    if not text.strip():
+        raise UsageError(f"calibration text {path} is empty")
+    origin = "the built-in text" if builtin else path.name
+    return CalibrationText(text, hashlib.sha256(data).hexdigest(), origin)
+
+
+def sample_windows(token_ids: Sequence[int], count: int, length: int, seed: int) -> Tensor:
+    """Draw `count` windows of `length` consecutive tokens, uniformly, with a seed: int64 [n, L].
+
+    Raises:
+        UsageError: the text has fewer than `length` tokens.
+    """
+    ids = torch.as_tensor(token_ids, dtype=torch.int64)
+    if len(ids) < length:
+        raise UsageError(
+            f"the calibration text has {len(ids)} tokens, one window needs {length}",
+            f"give a longer text, or --calib-length {len(ids)} at most",
+        )
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(0, len(ids) - length + 1, (count,), generator=generator)
+    return torch.stack([ids[start : start + length] for start in starts.tolist()])
