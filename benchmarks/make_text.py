@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import bz2
+import contextlib
 import hashlib
 import re
 import sys
@@ -126,10 +127,8 @@ def drop(code: Any, node: Any) -> None:
 
 def replace(code: Any, node: Any, text: str) -> None:
     """Replace a node, unless it went with one that held it."""
-    try:
+    with contextlib.suppress(ValueError):
         code.replace(node, text)
-    except ValueError:
-        pass
 
 
 def clean_paragraph(line: str) -> str:
