@@ -56,8 +56,10 @@ def sample_windows(token_ids: Sequence[int], count: int, length: int, seed: int)
     """Draw `count` windows of `length` consecutive tokens, uniformly, with a seed: int64 [n, L].
 
     Raises:
-        UsageError: the text has fewer than `length` tokens.
+        UsageError: the text has fewer than `length` tokens, or no token is asked for.
     """
+    if count < 1 or length < 1:
+        raise UsageError(f"{count} windows of {length} tokens: both must be at least 1")
     ids = torch.as_tensor(token_ids, dtype=torch.int64)
     if len(ids) < length:
         raise UsageError(
