@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .errors import CapacityError, CheckpointError
+from .errors import CapacityError, CheckpointError, UsageError
 
 MAX_JSON_BYTES = 32 * 2**20
 MAX_JSON_DEPTH = 64
@@ -74,6 +74,25 @@ def write_bytes(path: Path, data: bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON document atomically, indented and with a final newline."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def find_directory(path: str | Path) -> Path:
+    """The model directory that a user's argument means.
+
+    Raises:
+        UsageError: it is a file, is missing, or looks like a hub id; the message says which.
+    """
+    directory = Path(path)
+    if directory.is_dir():
+        return directory
+    if directory.exists():
+        raise UsageError(f"{directory} is a file, not a model directory")
+    if str(path).count("/") == 1 and not str(path).startswith((".", "/")):
+        raise UsageError(
+            f"{path} is no local directory; halfweave does not download from a hub",
+            f"hf download {path} --local-dir MODEL, then give MODEL",
+        )
+    raise UsageError(f"{directory} does not exist")
 
 
 def read_json(path: Path) -> dict[str, Any]:

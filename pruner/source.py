@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, RefusedError, UsageError
-from ..files import read_json, sha256_file
+from ..errors import CheckpointError, RefusedError
+from ..files import find_directory, read_json, sha256_file
 from ..kernels.formats import FLOAT_DTYPES
 from ..kernels.shards import ShardedTensors
 from .families import Family, family_of
@@ -107,25 +107,6 @@ class Source:
         inside = self.family.blocks + "."
         names = [name for name in self.tensors.names() if not name.startswith(inside)]
         return {name: self.tensors.read(name) for name in names}
-
-
-def find_directory(path: str | Path) -> Path:
-    """The model directory that a user's argument means.
-
-    Raises:
-        UsageError: it is a file, is missing, or looks like a hub id; the message says which.
-    """
-    directory = Path(path)
-    if directory.is_dir():
-        return directory
-    if directory.exists():
-        raise UsageError(f"{directory} is a file, not a model directory")
-    if str(path).count("/") == 1 and not str(path).startswith((".", "/")):
-        raise UsageError(
-            f"{path} is no local directory; halfweave does not download from a hub",
-            f"hf download {path} --local-dir MODEL, then give MODEL",
-        )
-    raise UsageError(f"{directory} does not exist")
 
 
 def first_nonfinite(tensor: Tensor) -> list[int] | None:

@@ -1,0 +1,163 @@
+"""A model directory, dense or packed, opened and checked before a single weight is used.
+
+A directory is data: no code of it runs, no path or import in it is followed, and no file outside it
+is read. Knows files, hashes and declared shapes; not what the tensors mean to a decoder.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import CheckpointError, RefusedError
+from ..files import find_directory, read_json
+from ..kernels.formats import FORMATS, Dense, PackedLinear, expected_tensors, from_tensors
+from ..kernels.schema import JOURNAL_FILE, MANIFEST_FILE, LinearFormat, parse_quantization_config
+from ..kernels.shards import ShardedTensors
+from .manifest import Manifest
+
+_FOREIGN_KEYS = ("compression_config", "sparsity_config")
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened model directory. Make it with `open`.
+
+    `linears` has the format of each linear that is not stored as a plain `.weight`; `manifest` is
+    halfweave.json, or None in a directory that halfweave did not make.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    linears: Mapping[str, LinearFormat]
+    manifest: Mapping[str, Any] | None
+    _tensors: ShardedTensors
+    _used: set[str] = field(default_factory=set)
+
+    @classmethod
+    def open(cls, path: str | Path, verify: bool = True) -> Checkpoint:
+        """Open a directory and check that its files agree with each other.
+
+        `verify` compares every file with the SHA-256 in the manifest, where there is one.
+
+        Raises:
+            UsageError: no such directory.
+            RefusedError: unsafe or foreign files, or a newer format.
+            CheckpointError: incomplete, damaged, or contradictory files.
+        """
+        directory = find_directory(path)
+        config = read_json(directory / "config.json")
+        _refuse_foreign(directory, config)
+        linears: Mapping[str, LinearFormat] = {}
+        if "quantization_config" in config:
+            linears = parse_quantization_config(config["quantization_config"]).linears
+        manifest = _read_manifest(directory, packed=bool(linears))
+        tensors = ShardedTensors.open(directory)
+        if manifest is not None:
+            _check_files(directory, manifest, tensors, verify)
+        document = None if manifest is None else manifest.document
+        checkpoint = cls(directory, config, linears, document, tensors)
+        for name, entry in linears.items():
+            checkpoint._check_shapes(name, entry)
+        return checkpoint
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weight files."""
+        return sum(file.stat().st_size for file in self._tensors.files)
+
+    def names(self) -> list[str]:
+        """All tensor names, sorted."""
+        return self._tensors.names()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, in memory of its own. Raises CheckpointError when it is missing."""
+        self._used.add(name)
+        return self._tensors.read(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, without reading it. Raises CheckpointError when it is missing."""
+        return self._tensors.shape(name)
+
+    def linear_shape(self, prefix: str) -> tuple[int, int]:
+        """(N, K) of a linear, however it is stored, without reading it."""
+        if prefix in self.linears:
+            return self.linears[prefix].shape
+        shape = self.shape(f"{prefix}.weight")
+        if len(shape) != 2:
+            raise CheckpointError(f"tensor {prefix}.weight is not a matrix: {list(shape)}")
+        return shape[0], shape[1]
+
+    def linear(self, prefix: str) -> PackedLinear:
+        """A linear's weight in the format it is stored in, proved to be legal."""
+        entry = self.linears.get(prefix)
+        if entry is None:
+            dense = Dense(self.tensor(f"{prefix}.weight"))
+            dense.validate(prefix)
+            return dense
+        suffixes = FORMATS[entry.format].suffixes
+        parts = {suffix: self.tensor(f"{prefix}.{suffix}") for suffix in suffixes}
+        return from_tensors(entry.format, parts, entry.shape, entry.group, prefix)
+
+    def warn_of_unused(self) -> None:
+        """Log the tensors that nothing asked for: they are not part of the model that runs."""
+        unused = [name for name in self.names() if name not in self._used]
+        if unused:
+            _log.warning(
+                "%s: %d unexpected tensors are not used, such as %s",
+                self.path,
+                len(unused),
+                unused[0],
+            )
+
+    def _check_shapes(self, name: str, entry: LinearFormat) -> None:
+        for suffix, shape in expected_tensors(entry.format, entry.shape, entry.group).items():
+            found = self._tensors.shape(f"{name}.{suffix}")
+            if found != shape:
+                raise CheckpointError(
+                    f"tensor {name}.{suffix}: config.json says {list(shape)}, "
+                    f"found {list(found)} in {self._tensors.file_of(f'{name}.{suffix}').name}"
+                )
+
+
+def _refuse_foreign(directory: Path, config: Mapping[str, Any]) -> None:
+    if "auto_map" in config:
+        raise RefusedError(
+            f"{directory / 'config.json'} has an auto_map: code from a checkpoint is never run"
+        )
+    for key in _FOREIGN_KEYS:
+        if key in config:
+            raise RefusedError(
+                f"{directory / 'config.json'} has a {key}: another tool's compressed format",
+                "start from the uncompressed checkpoint",
+            )
+
+
+def _read_manifest(directory: Path, packed: bool) -> Manifest | None:
+    there = (directory / MANIFEST_FILE).exists()
+    if (directory / JOURNAL_FILE).exists() or (packed and not there):
+        raise CheckpointError(
+            f"{directory} is incomplete: its pruning run has not finished",
+            "run the same halfweave prune command with --resume",
+        )
+    return Manifest.read(directory) if there else None
+
+
+def _check_files(
+    directory: Path, manifest: Manifest, tensors: ShardedTensors, verify: bool
+) -> None:
+    unlisted = sorted({file.name for file in tensors.files} - manifest.files.keys())
+    if unlisted:
+        raise CheckpointError(f"{directory / unlisted[0]} is not in {MANIFEST_FILE}")
+    manifest.check_sizes(directory)
+    if verify:
+        manifest.check_hashes(directory)

@@ -1,0 +1,86 @@
+"""What a measurement ran on: said beside every speed, because without it a speed means nothing."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One machine as it was at one moment. `load` is the one-minute load average."""
+
+    cpu: str
+    cores: int
+    threads: int
+    memory_bytes: int
+    load: float
+    gpu: str | None
+
+    @property
+    def line(self) -> str:
+        """The whole in one line, for tables."""
+        gpu = f", {self.gpu}" if self.gpu else ""
+        memory = f"{self.memory_bytes / 2**30:.0f} GiB"
+        return f"{self.cpu}, {self.cores} cores, {self.threads} threads, {memory}{gpu}"
+
+    @property
+    def busy(self) -> bool:
+        """Whether other work would spoil a measurement: over half a core is taken."""
+        return self.load > 0.5
+
+
+def this_machine() -> Hardware:
+    """Look at the machine and at torch's settings now."""
+    return Hardware(
+        cpu=_cpu_model(),
+        cores=_usable_cores(),
+        threads=torch.get_num_threads(),
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        load=os.getloadavg()[0],
+        gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides a measurement."""
+    import transformers
+
+    from .. import __version__
+
+    return {
+        "halfweave": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+    }
+
+
+def peak_memory_bytes() -> int:
+    """The most memory this process has ever held."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _usable_cores() -> int:
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS
+        return os.cpu_count() or 1
