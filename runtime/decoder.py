@@ -117,7 +117,8 @@ class Decoder:
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:
     """[tokens, heads * dim] to [heads, tokens, dim]."""
-    return x.unflatten(-1, (heads, -1)).transpose(0, 1)
+    split: Tensor = x.unflatten(-1, (heads, -1)).transpose(0, 1)
+    return split
 
 
 @dataclass(frozen=True)

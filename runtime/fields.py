@@ -25,7 +25,7 @@ def number(
     config: Mapping[str, Any], key: str, default: float | None = None, above: float = 0.0
 ) -> float:
     """A finite number greater than `above`; a missing or null one is `default`."""
-    value = config.get(key)
+    value: Any = config.get(key)
     if value is None and default is not None:
         return default
     legal = type(value) in (int, float) and abs(value) < 1e300 and math.isfinite(value)

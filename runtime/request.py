@@ -7,7 +7,7 @@ Whether it fits the loaded model (vocabulary, context length) is the engine's to
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..errors import RequestError
@@ -81,7 +81,7 @@ class GenerationRequest:
 
     id: str
     prompt_ids: tuple[int, ...]
-    params: SamplingParams = SamplingParams()
+    params: SamplingParams = field(default_factory=SamplingParams)
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:
