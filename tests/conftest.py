@@ -1,0 +1,42 @@
+"""Tiny models, made once for the whole run. Tests that change a directory copy it first."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from support.tiny import pack_directory, save_tiny
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_threads() -> Iterator[None]:
+    """Tiny matrices gain nothing from threads, and a busy machine loses much."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny dense fp32 Llama with tied embeddings. Read-only."""
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def packed_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model with its linears as 2:4 + int4; `packed-dense` beside it. Read-only."""
+    return pack_directory(tiny_model, tmp_path_factory.mktemp("packed") / "packed", "sparse24_int4")
+
+
+@pytest.fixture
+def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
+    """Copies a model directory, so that a test may spoil it."""
+
+    def copy(directory: Path) -> Path:
+        return Path(shutil.copytree(directory, tmp_path / f"copy-of-{directory.name}"))
+
+    return copy

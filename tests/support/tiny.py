@@ -1,0 +1,211 @@
+"""Tiny seeded random models, saved as real Hugging Face directories with a real tokenizer.
+
+Everything downstream of the files is the real thing; only the weights mean nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from halfweave.files import sha256_file, write_json
+from halfweave.kernels.formats import Dense, PackedLinear, Sparse24, Sparse24Int4
+from halfweave.kernels.groups import expand_groups, group_count
+from halfweave.kernels.schema import LinearFormat, QuantizationConfig
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+EOS = "<|im_end|>"
+VOCABULARY = 320
+_TEXT = (
+    "The quick brown fox jumps over the lazy dog. ",
+    "Two weights of every four are kept, and the rest are zero. ",
+    "A small model speaks in riddles; nobody minds. ",
+)
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """Which tiny model to make. The defaults are awkward on purpose: 72 is no multiple of 64."""
+
+    hidden: int = 72
+    intermediate: int = 136
+    layers: int = 2
+    heads: int = 6
+    kv_heads: int = 2
+    tied: bool = True
+    positions: int = 256
+    dtype: torch.dtype = torch.float32
+    seed: int = 0
+    vocabulary: int = VOCABULARY
+    options: dict[str, Any] = field(default_factory=dict)  # further fields of LlamaConfig
+
+
+def save_tiny(directory: Path, tiny: Tiny = Tiny()) -> Path:
+    """Write a model directory; equal arguments give equal weights."""
+    torch.manual_seed(tiny.seed)
+    model = LlamaForCausalLM(_config(tiny))
+    for name, parameter in model.named_parameters():
+        # Wider than the default initialisation, so that layers matter and no two logits tie.
+        spread = 0.3 if "norm" in name or "bias" in name else 0.15
+        torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=spread)
+    model.to(tiny.dtype).save_pretrained(directory)
+    save_tokenizer(directory)
+    return directory
+
+
+def save_tokenizer(directory: Path, **changes: Any) -> None:
+    """Write the tiny tokenizer: byte-level BPE, three special tokens, a chat template."""
+    settings = {
+        "bos_token": "<|endoftext|>",
+        "eos_token": EOS,
+        "chat_template": CHAT_TEMPLATE,
+        **changes,
+    }
+    backend = Tokenizer.from_str(_trained())
+    PreTrainedTokenizerFast(tokenizer_object=backend, **settings).save_pretrained(directory)
+
+
+def dense_model(directory: Path) -> LlamaForCausalLM:
+    """The oracle: transformers' own model in fp32, read from the same directory."""
+    return LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+
+
+def edit_json(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change a JSON file in place."""
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+
+
+def pack_directory(source: Path, out: Path, kind: str, group: int = 32) -> Path:
+    """Write `source` with every linear of its blocks packed as `kind`, manifest included.
+
+    Also writes `out`/../`out.name`-dense: the same model with the unpacked weights, in fp32.
+    """
+    model = dense_model(source)
+    linears: dict[str, PackedLinear] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            linears[name] = _packed(module.weight.detach(), kind, group)
+            module.weight.data = linears[name].unpack()
+    dense = out.with_name(f"{out.name}-dense")
+    model.save_pretrained(dense)
+    save_tokenizer(dense)
+    _write_packed(dense, out, model, linears, group)
+    return out
+
+
+def write_manifest(directory: Path) -> None:
+    """Vouch for every file in the directory, as a finished run would."""
+    files = {
+        path.name: {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+        for path in sorted(directory.iterdir())
+        if path.name != "halfweave.json"
+    }
+    document = {"format_version": 1, "recipe": {}, "provenance": {}, "linears": {}, "files": files}
+    write_json(directory / "halfweave.json", document)
+
+
+def _config(tiny: Tiny) -> LlamaConfig:
+    backend = Tokenizer.from_str(_trained())
+    return LlamaConfig(
+        vocab_size=tiny.vocabulary,
+        hidden_size=tiny.hidden,
+        intermediate_size=tiny.intermediate,
+        num_hidden_layers=tiny.layers,
+        num_attention_heads=tiny.heads,
+        num_key_value_heads=tiny.kv_heads,
+        max_position_embeddings=tiny.positions,
+        tie_word_embeddings=tiny.tied,
+        bos_token_id=backend.token_to_id("<|endoftext|>"),
+        eos_token_id=backend.token_to_id(EOS),
+        **tiny.options,
+    )
+
+
+@cache
+def _trained() -> str:
+    """A small byte-level BPE, as the JSON of the tokenizers library."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY - 8,  # fewer than the embedding has rows, as real models do
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(_TEXT * 3, trainer)
+    return str(backend.to_str())
+
+
+def _packed(weight: torch.Tensor, kind: str, group: int) -> PackedLinear:
+    if kind == "dense":
+        return Dense(weight)
+    keep = _largest_two_of_four(weight)
+    if kind == "sparse24":
+        return Sparse24.from_dense((weight * keep).to(torch.bfloat16))
+    padded = torch.nn.functional.pad(weight * keep, (0, -weight.shape[1] % group))
+    groups = padded.view(len(weight), group_count(weight.shape[1], group), group)
+    scale = (groups.abs().amax(dim=-1) / 7).clamp_min(1e-4).half()
+    codes = torch.round(weight / expand_groups(scale.float(), group, weight.shape[1]))
+    return Sparse24Int4.from_codes(codes.clamp(-8, 7), keep, scale, group)
+
+
+def _largest_two_of_four(weight: torch.Tensor) -> torch.Tensor:
+    fours = weight.abs().view(len(weight), -1, 4)
+    keep = torch.zeros_like(fours, dtype=torch.bool)
+    return keep.scatter_(-1, fours.topk(2, dim=-1).indices, True).view_as(weight)
+
+
+def _write_packed(
+    dense: Path,
+    out: Path,
+    model: LlamaForCausalLM,
+    linears: dict[str, PackedLinear],
+    group: int,
+) -> None:
+    from safetensors.torch import save_file
+
+    out.mkdir()
+    tensors = {
+        f"{name}.{suffix}": tensor
+        for name, linear in linears.items()
+        for suffix, tensor in linear.tensors().items()
+    }
+    for name, tensor in model.state_dict().items():
+        packed_away = name.removesuffix(".weight") in linears
+        alias = name == "lm_head.weight" and model.config.tie_word_embeddings
+        if not packed_away and not alias:
+            tensors[name] = tensor
+    save_file({name: t.contiguous() for name, t in tensors.items()}, out / "model.safetensors")
+    for file in dense.iterdir():
+        if file.suffix != ".safetensors":
+            (out / file.name).write_bytes(file.read_bytes())
+    entries = {
+        name: LinearFormat(w.kind, w.shape, group if w.kind.endswith("int4") else None)
+        for name, w in linears.items()
+    }
+    block = QuantizationConfig(entries).to_json()
+    edit_json(out / "config.json", lambda config: config.update(quantization_config=block))
+    write_manifest(out)
