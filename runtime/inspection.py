@@ -1,0 +1,103 @@
+"""What is inside a model directory, without running it. Knows files and formats, not printing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from ..kernels.dispatch import choose
+from ..kernels.formats import FORMATS, Dense
+from ..kernels.shards import ShardedTensors
+from .checkpoint import Checkpoint
+from .spec import decoder_spec
+
+_DENSE_ITEM_BYTES = 2  # what a packed weight would take unpacked: 16 bits
+
+
+@dataclass(frozen=True)
+class LinearReport:
+    """One linear: how it is stored, what it cost in accuracy, and what will multiply by it."""
+
+    name: str
+    format: str
+    shape: tuple[int, int]
+    bytes: int
+    method: str | None
+    relative_error: float | None
+    note: str
+    kernel: str
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A directory at a glance.
+
+    `dense_bytes` is what the weights would take with every packed linear in 16 bits a weight;
+    `verified_files` counts the files whose SHA-256 was compared, None where nothing vouches.
+    """
+
+    path: str
+    family: str
+    linears: tuple[LinearReport, ...]
+    weight_bytes: int
+    dense_bytes: int
+    verified_files: int | None
+    recipe: Mapping[str, Any] | None
+    provenance: Mapping[str, Any] | None
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, linear by linear."""
+        return asdict(self)
+
+
+def inspect_checkpoint(path: str | Path, verify: bool = True) -> Inspection:
+    """Open a directory, check it, and describe it; with `verify`, also against its hashes.
+
+    Raises as `Checkpoint.open`, and UnsupportedModel for an unknown architecture.
+    """
+    checkpoint = Checkpoint.open(path, verify)
+    spec = decoder_spec(checkpoint.config)
+    records = (checkpoint.manifest or {}).get("linears", {})
+    names = [f"model.layers.{i}.{name}" for i in range(spec.layers) for name in spec.linear_shapes]
+    tensors = ShardedTensors.open(checkpoint.path)
+    linears = tuple(_linear(checkpoint, tensors, name, records.get(name, {})) for name in names)
+    saved = sum(
+        _DENSE_ITEM_BYTES * prod(row.shape) - row.bytes
+        for row in linears
+        if row.format != Dense.kind
+    )
+    manifest = checkpoint.manifest
+    return Inspection(
+        path=str(checkpoint.path),
+        family=spec.family,
+        linears=linears,
+        weight_bytes=checkpoint.weight_bytes,
+        dense_bytes=checkpoint.weight_bytes + saved,
+        verified_files=len(manifest["files"]) if manifest is not None and verify else None,
+        recipe=None if manifest is None else manifest.get("recipe"),
+        provenance=None if manifest is None else manifest.get("provenance"),
+    )
+
+
+def _linear(
+    checkpoint: Checkpoint, tensors: ShardedTensors, name: str, record: Mapping[str, Any]
+) -> LinearReport:
+    entry = checkpoint.linears.get(name)
+    kind = Dense.kind if entry is None else entry.format
+    return LinearReport(
+        name=name,
+        format=kind,
+        shape=checkpoint.linear_shape(name),
+        bytes=sum(_bytes(tensors, f"{name}.{suffix}") for suffix in FORMATS[kind].suffixes),
+        method=record.get("method"),
+        relative_error=record.get("relative_error"),
+        note=str(record.get("note", "")),
+        kernel=choose(kind, "cpu").name,
+    )
+
+
+def _bytes(tensors: ShardedTensors, name: str) -> int:
+    return prod(tensors.shape(name)) * tensors.dtype(name).itemsize
