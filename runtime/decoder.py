@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from ..errors import CheckpointError
 from ..kernels.dispatch import LinearFunction, prepare
-from ..kernels.formats import Dense
+from ..kernels.formats import FLOAT_DTYPES, Dense
 from .cache import SequenceCache
 from .checkpoint import Checkpoint
 from .rope import inverse_frequencies, rotate, rotation
@@ -100,9 +100,7 @@ class Decoder:
         q = rotate(_split_heads(block.q(x), spec.heads), cosine, sine)
         k = rotate(_split_heads(block.k(x), spec.kv_heads), cosine, sine)
         keys, values = cache.store(index, k, _split_heads(block.v(x), spec.kv_heads))
-        attended = functional.scaled_dot_product_attention(
-            q[None], keys[None], values[None], attn_mask=mask, enable_gqa=True
-        )[0]
+        attended = _attend(q, keys, values, mask)
         hidden = hidden + block.o(attended.transpose(0, 1).flatten(1))
         x = self._normed(hidden, block.mlp_norm)
         return hidden + block.down(functional.silu(block.gate(x)) * block.up(x))
@@ -121,6 +119,22 @@ def _split_heads(x: Tensor, heads: int) -> Tensor:
     return split
 
 
+def _attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """Grouped-query attention (Ainslie et al., 2305.13245) of q [heads, tokens, head_dim].
+
+    `keys` and `values` are [kv_heads, start + tokens, head_dim]; consecutive heads share one.
+    """
+    if mask is None:
+        # One token: the heads of a group stand in as the queries of their shared key-value head,
+        # which is then read once and not once for each of them.
+        grouped = q.reshape(1, len(keys), -1, q.shape[-1])
+        mixed = functional.scaled_dot_product_attention(grouped, keys[None], values[None])
+        return mixed.view_as(q)
+    return functional.scaled_dot_product_attention(
+        q[None], keys[None], values[None], attn_mask=mask, enable_gqa=True
+    )[0]
+
+
 @dataclass(frozen=True)
 class _Loader:
     """Reads weights under their names, against the shapes that the spec expects."""
@@ -136,7 +150,10 @@ class _Loader:
             raise CheckpointError(
                 f"tensor {name}: config.json says {list(shape)}, found {list(found)}"
             )
-        return self.checkpoint.tensor(name).to(device=self.device, dtype=self.dtype)
+        tensor = self.checkpoint.tensor(name)
+        if tensor.dtype not in FLOAT_DTYPES:
+            raise CheckpointError(f"tensor {name}: expected a float dtype, found {tensor.dtype}")
+        return tensor.to(device=self.device, dtype=self.dtype)
 
     def vector(self, name: str, size: int) -> Tensor:
         return self.matrix(name, (size,))

@@ -12,6 +12,8 @@ from typing import Any
 from ..errors import CheckpointError, UnsupportedModel
 from .fields import flag, number, positive_int
 
+_MAX_LAYERS = 1000
+
 
 @dataclass(frozen=True)
 class RopeSpec:
@@ -93,9 +95,14 @@ def _llama(config: Mapping[str, Any]) -> DecoderSpec:
         raise CheckpointError(
             f"config.json: {heads} heads of {head_dim} do not go with {kv_heads} key-value heads"
         )
+    if config.get("head_dim") is None and hidden % heads:
+        raise CheckpointError(f"config.json: hidden_size {hidden} is no multiple of {heads} heads")
+    layers = positive_int(config, "num_hidden_layers")
+    if layers > _MAX_LAYERS:
+        raise CheckpointError(f"config.json: num_hidden_layers is {layers}, over {_MAX_LAYERS}")
     return DecoderSpec(
         family="llama",
-        layers=positive_int(config, "num_hidden_layers"),
+        layers=layers,
         hidden=hidden,
         heads=heads,
         kv_heads=kv_heads,
@@ -119,23 +126,26 @@ def _rope(config: Mapping[str, Any]) -> RopeSpec:
     merged = {"rope_theta": config.get("rope_theta", 10000.0), **block}
     kind = merged.get("rope_type", merged.get("type", "default"))
     theta = number(merged, "rope_theta", 10000.0)
+    if merged.get("partial_rotary_factor", config.get("partial_rotary_factor")) not in (None, 1):
+        raise UnsupportedModel("config.json: a partial_rotary_factor is not supported")
     if kind == "default":
         return RopeSpec(theta)
     if kind == "linear":
         return RopeSpec(theta, kind, number(merged, "factor"))
     if kind == "llama3":
-        return RopeSpec(
-            theta,
-            kind,
-            number(merged, "factor"),
-            number(merged, "low_freq_factor"),
-            number(merged, "high_freq_factor"),
-            positive_int(merged, "original_max_position_embeddings"),
-        )
+        return _llama3_rope(theta, merged)
     raise UnsupportedModel(
         f"config.json: rope type {str(kind)[:40]!r} is not supported; "
         "supported: default, linear, llama3"
     )
+
+
+def _llama3_rope(theta: float, values: Mapping[str, Any]) -> RopeSpec:
+    low, high = number(values, "low_freq_factor"), number(values, "high_freq_factor")
+    if low >= high:
+        raise CheckpointError("config.json: high_freq_factor is not above low_freq_factor")
+    original = positive_int(values, "original_max_position_embeddings")
+    return RopeSpec(theta, "llama3", number(values, "factor"), low, high, original)
 
 
 _FAMILIES: Mapping[str, Callable[[Mapping[str, Any]], DecoderSpec]] = {"llama": _llama}
