@@ -38,6 +38,7 @@ class Checkpoint:
     linears: Mapping[str, LinearFormat]
     manifest: Mapping[str, Any] | None
     _tensors: ShardedTensors
+    _stamps: Mapping[Path, tuple[int, int, int]]
     _used: set[str] = field(default_factory=set)
 
     @classmethod
@@ -52,17 +53,20 @@ class Checkpoint:
             CheckpointError: incomplete, damaged, or contradictory files.
         """
         directory = find_directory(path)
+        _refuse_links_out(directory)
         config = read_json(directory / "config.json")
         _refuse_foreign(directory, config)
         linears: Mapping[str, LinearFormat] = {}
-        if "quantization_config" in config:
+        if config.get("quantization_config") is not None:
             linears = parse_quantization_config(config["quantization_config"]).linears
         manifest = _read_manifest(directory, packed=bool(linears))
         tensors = ShardedTensors.open(directory)
+        stamps = {file: _stamp(file) for file in tensors.files}
+        _refuse_extra_shards(directory, tensors)
         if manifest is not None:
             _check_files(directory, manifest, tensors, verify)
         document = None if manifest is None else manifest.document
-        checkpoint = cls(directory, config, linears, document, tensors)
+        checkpoint = cls(directory, config, linears, document, tensors, stamps)
         for name, entry in linears.items():
             checkpoint._check_shapes(name, entry)
         return checkpoint
@@ -70,7 +74,7 @@ class Checkpoint:
     @property
     def weight_bytes(self) -> int:
         """Bytes of all weight files."""
-        return sum(file.stat().st_size for file in self._tensors.files)
+        return sum(size for size, _, _ in self._stamps.values())
 
     def names(self) -> list[str]:
         """All tensor names, sorted."""
@@ -80,8 +84,15 @@ class Checkpoint:
         return name in self._tensors
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor, in memory of its own. Raises CheckpointError when it is missing."""
+        """One tensor, in memory of its own.
+
+        Raises:
+            CheckpointError: it is missing, or its file is not the one that was opened.
+        """
         self._used.add(name)
+        file = self._tensors.file_of(name)
+        if _stamp(file) != self._stamps[file]:
+            raise CheckpointError(f"{file} was changed while it was being read", "try again")
         return self._tensors.read(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -127,6 +138,32 @@ class Checkpoint:
                     f"tensor {name}.{suffix}: config.json says {list(shape)}, "
                     f"found {list(found)} in {self._tensors.file_of(f'{name}.{suffix}').name}"
                 )
+
+
+def _refuse_links_out(directory: Path) -> None:
+    """A link may lead within the directory or, as in the hub's cache, to a blob two levels up."""
+    home, blobs = directory.resolve(), (directory.resolve() / ".." / ".." / "blobs").resolve()
+    for entry in sorted(directory.iterdir()):
+        target = entry.resolve()
+        if home not in target.parents and target.parent != blobs:
+            raise RefusedError(f"{entry} is a link that leads out of the directory")
+
+
+def _refuse_extra_shards(directory: Path, tensors: ShardedTensors) -> None:
+    """A shard that no index lists is left over from another model, or was slipped in."""
+    listed = {file.name for file in tensors.files}
+    for file in sorted(directory.glob("model*.safetensors")):
+        if file.name not in listed:
+            raise CheckpointError(f"{file} belongs to no index of this model", "move it away")
+
+
+def _stamp(file: Path) -> tuple[int, int, int]:
+    """Size, time of change and identity: another one means another file under the same name."""
+    try:
+        stat = file.stat()
+    except OSError as error:
+        raise CheckpointError(f"{file} is missing") from error
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino
 
 
 def _refuse_foreign(directory: Path, config: Mapping[str, Any]) -> None:
