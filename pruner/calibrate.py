@@ -12,8 +12,11 @@ from torch import Tensor
 
 from ..errors import UsageError
 
+# The texts that come with halfweave; they share no passage.
 BUILTIN = "builtin"
-_BUILTIN_FILE = Path(__file__).parent / "data" / "calibration.txt"
+BUILTIN_EVAL = "builtin-eval"
+_BUILTIN_FILES = {BUILTIN: "calibration.txt", BUILTIN_EVAL: "evaluation.txt"}
+_ORIGINS = {BUILTIN: "the built-in text", BUILTIN_EVAL: "the built-in evaluation text"}
 
 
 @dataclass(frozen=True)
@@ -26,13 +29,13 @@ class CalibrationText:
 
 
 def load_text(source: str | Path) -> CalibrationText:
-    """Read the built-in text ("builtin") or a UTF-8 file.
+    """Read a built-in text ("builtin", "builtin-eval") or a UTF-8 file.
 
     Raises:
         UsageError: the file is missing, empty, binary, or not UTF-8.
     """
-    builtin = source == BUILTIN
-    path = _BUILTIN_FILE if builtin else Path(source)
+    builtin = _BUILTIN_FILES.get(str(source))
+    path = Path(__file__).parent / "data" / builtin if builtin else Path(source)
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -48,7 +51,7 @@ def load_text(source: str | Path) -> CalibrationText:
         ) from error
     if not text.strip():
         raise UsageError(f"calibration text {path} is empty")
-    origin = "the built-in text" if builtin else path.name
+    origin = _ORIGINS.get(str(source), path.name)
     return CalibrationText(text, hashlib.sha256(data).hexdigest(), origin)
 
 

@@ -19,9 +19,19 @@ def test_the_builtin_text_is_clean_varied_prose() -> None:
     assert all(line == line.strip() for line in text.text.split("\n"))
 
 
-def test_the_builtin_text_is_the_one_its_readme_describes() -> None:
+@pytest.mark.parametrize("name", ["builtin", "builtin-eval"])
+def test_a_builtin_text_is_the_one_its_readme_describes(name: str) -> None:
     readme = Path(load_text.__code__.co_filename).parent / "data" / "README.md"
-    assert load_text("builtin").sha256 in readme.read_text(encoding="utf-8")
+    assert load_text(name).sha256 in readme.read_text(encoding="utf-8")
+
+
+def test_the_evaluation_text_shares_no_passage_with_the_calibration_text() -> None:
+    calibration, evaluation = (
+        {line for line in load_text(name).text.split("\n") if line}
+        for name in ("builtin", "builtin-eval")
+    )
+    assert len(evaluation) > 100
+    assert not calibration & evaluation
 
 
 def test_a_file_is_named_without_its_directory(tmp_path: Path) -> None:
