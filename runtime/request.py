@@ -6,7 +6,6 @@ Whether it fits the loaded model (vocabulary, context length) is the engine's to
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -153,7 +152,7 @@ def _check_int(name: str, value: Any, low: int, high: int) -> None:
 
 
 def _check_number(name: str, value: Any, low: float, high: float) -> None:
-    if type(value) not in (int, float) or not math.isfinite(value):
+    if type(value) not in (int, float) or not -1e300 < value < 1e300:
         raise RequestError(f"{name} must be a finite number", param=name)
     if not low <= value <= high:
         raise RequestError(f"{name} must be between {low:g} and {high:g}", param=name)
