@@ -85,7 +85,6 @@ def import_gguf(
         result = ImportResult(out, source, dtype, parameters, nbytes)
         write_text(build / "README.md", _card(result))
         write_json(build / IMPORT_RECORD, _record(result))
-    report(result.notice)
     return result
 
 

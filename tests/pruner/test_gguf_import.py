@@ -195,11 +195,14 @@ def test_files_beside_the_source_are_not_taken_for_parts_of_it(tmp_path: Path) -
     assert "auto_map" not in (tmp_path / "out" / "config.json").read_text()
 
 
-def test_progress_ends_with_the_notice(tiny_gguf: Path, tmp_path: Path) -> None:
+def test_progress_says_what_is_read_and_the_result_what_became_of_it(
+    tiny_gguf: Path, tmp_path: Path
+) -> None:
     lines: list[str] = []
     result = import_gguf(tiny_gguf, tmp_path / "out", progress=lines.append)
-    assert lines[-1] == result.notice
+    assert lines == [f"reading {tiny_gguf.name}", "converting 20 tensors to bfloat16"]
     assert "DEQUANTIZED to bfloat16" in result.notice
+    assert result.nbytes == (tmp_path / "out" / "model.safetensors").stat().st_size
 
 
 def test_a_missing_file_is_a_usage_error(tmp_path: Path) -> None:
