@@ -1,0 +1,177 @@
+"""What the command line says: results on stdout, everything else on stderr.
+
+With `--json` the one document on stdout is for machines, and what people read goes to stderr.
+Lines keep to 100 columns. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import fields, is_dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TextIO
+
+from ..errors import HalfweaveError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+    from rich.progress import TaskID
+
+WIDTH = 100
+
+
+class Console:
+    """One verb's way out. `json_mode` keeps stdout for the one document."""
+
+    def __init__(self, json_mode: bool) -> None:
+        self._json_mode = json_mode
+
+    @property
+    def _people(self) -> TextIO:
+        return sys.stderr if self._json_mode else sys.stdout
+
+    @property
+    def interactive(self) -> bool:
+        """Whether somebody types the input and reads the output."""
+        return sys.stdin.isatty() and sys.stdout.isatty()
+
+    def say(self, text: str) -> None:
+        """Print a line for people."""
+        print(text, file=self._people)
+
+    def tell(self, text: str) -> None:
+        """Print a line about the work itself: never part of the result."""
+        print(text, file=sys.stderr, flush=True)
+
+    def write(self, text: str) -> None:
+        """Print a piece of a line for people at once: text that arrives bit by bit."""
+        self._people.write(text)
+        self._people.flush()
+
+    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Print aligned columns, the first to the left; too wide ones are cut with an ellipsis."""
+        from rich.console import Console as Rich
+        from rich.table import Table
+
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for index, title in enumerate(header):
+            # The first and the last column hold words, those between hold numbers.
+            words = index in (0, len(header) - 1) and len(header) > 2
+            side = "left" if words or index == 0 else "right"
+            table.add_column(title, justify=side, no_wrap=True, overflow="ellipsis")  # type: ignore[arg-type]
+        for row in rows:
+            table.add_row(*row)
+        Rich(file=self._people, width=WIDTH, highlight=False, markup=False).print(table)
+
+    def document(self, value: Mapping[str, Any]) -> None:
+        """Print the machine-readable result, in one line, if it was asked for."""
+        if self._json_mode:
+            print(json.dumps(_plain(value), ensure_ascii=False, default=str), flush=True)
+
+    def progress(self, unit: str) -> Progress:
+        """Progress of a job that is made of such units."""
+        return Progress(unit)
+
+
+class Progress(AbstractContextManager["Progress"]):
+    """Steps of a job, on stderr: a bar on a terminal, one plain line a step elsewhere."""
+
+    def __init__(self, unit: str) -> None:
+        self._unit = unit
+        self._bar: Bar | None = None
+        self._task: TaskID | None = None
+        self._total = 0
+        self._started = self._last = time.monotonic()
+
+    def step(self, done: int, total: int, what: str) -> None:
+        """`done` of `total` steps are done, the last of them was `what`.
+
+        A smaller `done`, or another total, begins a new phase with an estimate of its own.
+        """
+        now = time.monotonic()
+        if done <= 1 or total != self._total:
+            self._started, self._total = self._last, total
+        left = (now - self._started) / max(done, 1) * (total - done)
+        self.line(done, total, what, now - self._last, left)
+
+    def line(self, done: int, total: int, what: str, seconds: float, left: float) -> None:
+        """As `step`, where the caller has measured the step and estimated the rest."""
+        self._last = time.monotonic()
+        if sys.stderr.isatty():
+            self._draw(done, total, what)
+            return
+        text = f"{self._unit} {done}/{total} {what} {seconds:.1f} s eta {duration(left)}"
+        print(text, file=sys.stderr, flush=True)
+
+    def _draw(self, done: int, total: int, what: str) -> None:
+        if self._bar is None or self._task is None:
+            self._bar = _new_bar()
+            self._task = self._bar.add_task("", total=total)
+            self._bar.start()
+        self._bar.update(self._task, completed=done, total=total, description=what)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _new_bar() -> Bar:
+    from rich.console import Console as Rich
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (MofNCompleteColumn(), BarColumn(20), TimeRemainingColumn())
+    text = TextColumn("{task.description}", markup=False)
+    return Bar(*columns, text, console=Rich(stderr=True), transient=True)
+
+
+def print_error(error: HalfweaveError) -> None:
+    """What went wrong, and what to type next: one line each, on stderr."""
+    print(f"error: {_one_line(error.message)}", file=sys.stderr)
+    if error.hint:
+        print(f"next: {_one_line(error.hint)}", file=sys.stderr)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 8s, 3m40s, 2h05m."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def size(count: int) -> str:
+    """Bytes in the binary unit that leaves a number below 1024."""
+    value, units = float(count), ["B", "KiB", "MiB", "GiB"]
+    while value >= 1024 and len(units) > 1:
+        value, _ = value / 1024, units.pop(0)
+    return f"{value:.0f} B" if units[0] == "B" else f"{value:.1f} {units[0]}"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses as objects; infinity and NaN, which JSON does not have, as null."""
+    if is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    return value

@@ -1,0 +1,195 @@
+"""The flags of the verbs: typed, with their help, in groups that verbs share.
+
+A verb takes such groups as parameters; `verb` spreads their fields out for typer and gathers the
+given values again, so that no function has twenty parameters.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+from typer import Argument, Exit, Option, Typer
+
+from ..errors import HalfweaveError
+from .console import print_error
+
+INTERRUPTED = 130
+
+# Each flag can be given as HALFWEAVE_VERB_FLAG too; saying so at every one would drown the help.
+Flag = functools.partial(Option, show_envvar=False)
+
+ModelDir = Annotated[str, Argument(metavar="MODEL", help="Model directory.", show_default=False)]
+OutDir = Annotated[
+    str, Argument(metavar="OUT", help="Output directory; it is made.", show_default=False)
+]
+
+
+@dataclass(frozen=True)
+class Output:
+    """How a verb reports."""
+
+    json: Annotated[bool, Flag("--json", help="One JSON document on stdout.")] = False
+    debug: Annotated[bool, Flag("--debug", help="Show tracebacks of errors.")] = False
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a model is loaded."""
+
+    dtype: Annotated[str, Flag(help="auto, float32 or bfloat16: what is computed in.")] = "auto"
+    verify: Annotated[bool, Flag(help="Check every file against its SHA-256.")] = True
+    threads: Annotated[int | None, Flag(min=1, help="CPU threads; all cores if unset.")] = None
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen."""
+
+    max_tokens: Annotated[int, Flag(help="Most new tokens.")] = 256
+    temperature: Annotated[float, Flag(help="0 takes the most likely token.")] = 0.7
+    top_p: Annotated[float, Flag(help="Share of probability that is kept.")] = 1.0
+    top_k: Annotated[int, Flag(help="Number of tokens that are kept; 0 is all.")] = 0
+    min_p: Annotated[float, Flag(help="Least share of the likeliest one's probability.")] = 0.0
+    seed: Annotated[int | None, Flag(help="Makes the random draws repeatable.")] = None
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What to do to the weights; the fields of `Recipe`, each None where it was not given."""
+
+    pattern: Annotated[str | None, Flag(help="2:4, 4:8, N:M, 50% or dense. [2:4]")] = None
+    method: Annotated[str | None, Flag(help="magnitude, wanda or sparsegpt. [sparsegpt]")] = None
+    bits: Annotated[int | None, Flag(help="16 or 4 bits for a kept weight. [16]")] = None
+    group: Annotated[int | None, Flag(help="128, 64 or 32 weights a scale. [128]")] = None
+    calib: Annotated[str | None, Flag(help="Calibration text, or a file of one. [builtin]")] = None
+    calib_windows: Annotated[int | None, Flag(help="Calibration windows. [64]")] = None
+    calib_length: Annotated[int | None, Flag(help="Tokens of a window. [512]")] = None
+    seed: Annotated[int | None, Flag(help="Draws the windows. [0]")] = None
+    damping: Annotated[float | None, Flag(help="Of the Hessian's mean diagonal. [0.01]")] = None
+    strict: Annotated[
+        bool | None, Flag("--strict", help="Fail if a layer cannot take the pattern.")
+    ] = None
+    allow_nonfinite: Annotated[
+        bool | None, Flag("--allow-nonfinite", help="Keep layers with NaN as they are.")
+    ] = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a pruning run treats what is there."""
+
+    recipe: Annotated[
+        Path | None, Flag(help="Recipe file, or halfweave.json; flags change it.")
+    ] = None
+    resume: Annotated[bool, Flag("--resume", help="Go on with a killed run.")] = False
+    overwrite: Annotated[bool, Flag("--overwrite", help="Replace a model in OUT.")] = False
+    dry_run: Annotated[bool, Flag("--dry-run", help="Print the plan and stop.")] = False
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """What quality is measured on."""
+
+    against: Annotated[str | None, Flag(metavar="DENSE", help="Its dense parent.")] = None
+    text: Annotated[str, Flag(help="UTF-8 file, or builtin: the calibration text.")] = "builtin"
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What speed is measured on."""
+
+    prompt_tokens: Annotated[int, Flag(help="Tokens of the prompt.")] = 128
+    new_tokens: Annotated[int, Flag(help="Tokens of the answer.")] = 64
+    repetitions: Annotated[int, Flag(help="Measured rounds, 5 or more.")] = 5
+    window: Annotated[int, Flag(help="Tokens of a perplexity window.")] = 512
+    max_windows: Annotated[int, Flag(help="Most perplexity windows.")] = 8
+
+
+def verb(app: Typer, name: str | None = None) -> Callable[[Callable[..., None]], None]:
+    """Register a function as a verb of the command line, its groups of flags spread out.
+
+    Errors end the process with their exit code and two lines at most, a traceback with --debug.
+    """
+
+    def register(function: Callable[..., None]) -> None:
+        @functools.wraps(function)
+        def run(**given: Any) -> None:
+            with _Errors(bool(given.get("debug"))):
+                function(**_gathered(function, given))
+
+        run.__signature__ = inspect.Signature(_spread(function))  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in _spread(function)}
+        del run.__wrapped__
+        app.command(name)(run)
+
+    return register
+
+
+def _spread(function: Callable[..., None]) -> list[inspect.Parameter]:
+    """The parameters of a function, each group replaced by its fields."""
+    spread: list[inspect.Parameter] = []
+    defaults = {p.name: p.default for p in inspect.signature(function).parameters.values()}
+    for name, hint in get_type_hints(function, include_extras=True).items():
+        if is_dataclass(hint):
+            types = get_type_hints(hint, include_extras=True)
+            spread += [_parameter(f.name, types[f.name], _default(f)) for f in fields(hint)]
+        elif name != "return":
+            spread.append(_parameter(name, hint, defaults[name]))
+    return spread
+
+
+def _parameter(name: str, hint: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
+
+
+def _default(field: Field[Any]) -> Any:
+    return inspect.Parameter.empty if field.default is MISSING else field.default
+
+
+def _gathered(function: Callable[..., None], given: dict[str, Any]) -> dict[str, Any]:
+    """The values for a function's own parameters, its groups made again."""
+    values: dict[str, Any] = {}
+    for name, hint in get_type_hints(function).items():
+        if isinstance(hint, type) and is_dataclass(hint):
+            values[name] = hint(**{field.name: given[field.name] for field in fields(hint)})
+        elif name != "return":
+            values[name] = given[name]
+    return values
+
+
+class _Errors:
+    """Turns every way to fail into an exit code and at most two lines."""
+
+    def __init__(self, debug: bool) -> None:
+        self._debug = debug
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            print("interrupted", file=sys.stderr)
+            raise Exit(INTERRUPTED)
+        if not isinstance(error, Exception) or isinstance(error, Exit):
+            return
+        if self._debug:
+            traceback.print_exception(error)
+        known = error if isinstance(error, HalfweaveError) else _unexpected(error)
+        print_error(known)
+        raise Exit(known.exit_code) from error
+
+
+def _unexpected(error: Exception) -> HalfweaveError:
+    if isinstance(error, BrokenPipeError):
+        return HalfweaveError("nobody reads the output any more")
+    return HalfweaveError(
+        f"unexpected {type(error).__name__}: {error}",
+        "this is a bug in halfweave: run the same command with --debug and report what it prints",
+    )

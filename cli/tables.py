@@ -1,0 +1,181 @@
+"""Results as rows of text. Knows what the results mean, not where they are printed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import median
+from typing import TYPE_CHECKING, Protocol
+
+from .console import duration, size
+
+if TYPE_CHECKING:
+    from ..pruner.plan import Plan
+    from ..runtime.bench import BenchResult, ModelBench, Spread
+    from ..runtime.eval import EvalResult
+    from ..runtime.inspection import Inspection
+
+Row = tuple[str, ...]
+
+
+class Stored(Protocol):
+    """What the manifest and an inspection both say of a linear."""
+
+    @property
+    def format(self) -> str: ...
+    @property
+    def relative_error(self) -> float | None: ...
+    @property
+    def note(self) -> str: ...
+
+
+LINEARS_HEADER = ("linear", "count", "err median", "err worst", "format")
+
+
+def linears(records: Mapping[str, Stored]) -> list[Row]:
+    """One row for each kind of linear and format: how many, and their relative errors."""
+    kinds: dict[tuple[str, str], list[Stored]] = {}
+    for name, record in records.items():
+        kinds.setdefault((name.rpartition(".")[2], record.format), []).append(record)
+    return [
+        (kind, str(len(group)), *_errors(r.relative_error for r in group), stored)
+        for (kind, stored), group in kinds.items()
+    ]
+
+
+def _errors(values: Iterable[float | None]) -> tuple[str, str]:
+    known = [value for value in values if value is not None]
+    return (f"{median(known):.4f}", f"{max(known):.4f}") if known else ("-", "-")
+
+
+LAYERS_HEADER = ("linear", "shape", "bytes", "error", "format")
+
+
+def layers(found: Inspection) -> list[Row]:
+    """One row for each linear."""
+    return [
+        (
+            row.name,
+            f"{row.shape[0]} x {row.shape[1]}",
+            str(row.bytes),
+            _errors([row.relative_error])[0],
+            f"{row.format} {row.note}".strip(),
+        )
+        for row in found.linears
+    ]
+
+
+def plan(plan: Plan) -> list[str]:
+    """What a pruning run will do and cost."""
+    formats = sorted({linear.format for linear in plan.linears})
+    lines = [
+        f"plan: {len(plan.linears)} linears in {plan.blocks} blocks to {', '.join(formats)}",
+        f"  weights {size(plan.input_bytes)} -> {size(plan.output_bytes)}"
+        f", {plan.calibration_tokens} calibration tokens",
+        f"  about {duration(plan.seconds)} and {size(plan.peak_memory_bytes)} of memory here",
+    ]
+    lines += [f"  kept dense: {linear.name}: {linear.reason}" for linear in plan.kept_dense]
+    return lines
+
+
+EVAL_HEADER = ("model", "perplexity", "KL nats/token", "same top token", "tokens")
+
+
+def evaluation(name: str, against: str | None, result: EvalResult) -> list[Row]:
+    """The dense model first, where there is one."""
+    rows: list[Row] = []
+    tokens = str(result.tokens)
+    if against is not None and result.against_ppl is not None:
+        rows.append((against, f"{result.against_ppl:.3f}", "0", "100 %", tokens))
+    rows.append((name, f"{result.ppl:.3f}", *_distance(result.kl, result.agreement), tokens))
+    return rows
+
+
+def _distance(kl: float | None, agreement: float | None) -> tuple[str, str]:
+    return (
+        "-" if kl is None else f"{kl:.4f}",
+        "-" if agreement is None else f"{100 * agreement:.1f} %",
+    )
+
+
+def bench(result: BenchResult) -> tuple[Row, list[Row]]:
+    """Header and rows: a quantity each, the models side by side, losing figures as they are."""
+    models, baseline = result.models, result.models[0]
+    titles = [f"{m.name}, baseline" if m.is_baseline else m.name for m in models]
+    ratios = [m for m in models if not m.is_baseline]
+    header = ("", *titles, *(f"{_short(m.name)} / dense" for m in ratios))
+
+    def row(label: str, cells: Sequence[str], figures: Mapping[str, float] | None = None) -> Row:
+        shown = [
+            f"{figures[m.name] / figures[baseline.name]:.2f}x" if figures else "" for m in ratios
+        ]
+        return (label, *cells, *shown)
+
+    def speed(label: str, spreads: Mapping[str, Spread]) -> Row:
+        cells = [f"{s.median:.1f} ({s.low:.1f}-{s.high:.1f})" for s in spreads.values()]
+        return row(label, cells, {name: s.median for name, s in spreads.items()})
+
+    return header, [
+        row("perplexity", [f"{m.ppl:.2f}" for m in models], {m.name: m.ppl for m in models}),
+        row("KL to dense, nats/token", [_distance(m.kl, None)[0] for m in models]),
+        row("same top token", [_distance(None, m.agreement)[1] for m in models]),
+        row("on disk", [size(m.disk_bytes) for m in models], _figures(models, "disk_bytes")),
+        row("weights", [size(m.weight_bytes) for m in models], _figures(models, "weight_bytes")),
+        speed("prefill, tokens/s", {m.name: m.prefill_tokens_per_s for m in models}),
+        speed("decode, tokens/s", {m.name: m.decode_tokens_per_s for m in models}),
+        speed("TTFT, ms", {m.name: m.ttft_ms for m in models}),
+        row(
+            "ITL p50/p90/p99, ms", ["/".join(f"{v:.1f}" for v in m.itl_ms.values()) for m in models]
+        ),
+        row("kernel", [_kernel_names(m) for m in models]),
+    ]
+
+
+def bench_notes(result: BenchResult) -> list[str]:
+    """What the numbers were taken with, and what has to be known to read them."""
+    plan = result.plan
+    return [
+        f"speed: {plan.prompt_tokens} prompt and {plan.new_tokens} new tokens, batch 1, "
+        f"{plan.repetitions} rounds in turns, median (least-greatest)",
+        f"quality: {result.text['origin']}, {result.text['tokens']} tokens, "
+        f"windows of {plan.window}",
+        f"machine: {result.hardware.line}, torch {result.versions['torch']}",
+        f"peak memory of the process, all models loaded: {size(result.peak_memory_bytes)}",
+        *(f"note: {note}" for note in result.notes),
+    ]
+
+
+def _figures(models: Sequence[ModelBench], name: str) -> dict[str, float]:
+    return {model.name: float(getattr(model, name)) for model in models}
+
+
+def _kernel_names(model: ModelBench) -> str:
+    return ", ".join(sorted({kernel.partition(":")[0] for kernel in model.kernels.values()}))
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 20 else name[:19] + "…"
+
+
+def inspection(found: Inspection) -> list[str]:
+    """The lines above the table of linears."""
+    saved = found.weight_bytes / found.dense_bytes if found.dense_bytes else 1.0
+    lines = [
+        f"{found.path}: {found.family}, {len(found.linears)} linears",
+        f"weights {size(found.weight_bytes)}, {saved:.3f} of {size(found.dense_bytes)} in 16 bits",
+    ]
+    if found.recipe:
+        lines.append("recipe " + ", ".join(f"{k} {v}" for k, v in list(found.recipe.items())[:4]))
+    if found.provenance:
+        base = found.provenance.get("base", {})
+        lines.append(f"pruned from {base.get('name')} by halfweave {found.provenance['halfweave']}")
+    if found.verified_files is None:
+        lines.append("no file was compared with a hash")
+    else:
+        lines.append(f"{found.verified_files} files have the SHA-256 of the manifest")
+    return lines
+
+
+def kernels(found: Inspection) -> list[str]:
+    """Which kernel will multiply by each format on this machine."""
+    chosen = sorted({(row.format, row.kernel) for row in found.linears})
+    return [f"kernel for {stored}: {kernel}" for stored, kernel in chosen]

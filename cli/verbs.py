@@ -1,0 +1,287 @@
+"""The verbs: each loads what it needs, calls one public function, and prints what comes back."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from typer import Argument, BadParameter, Context, Exit, Typer, echo
+
+from .. import __version__
+from ..errors import UsageError
+from ..files import find_directory
+from . import tables
+from .console import WIDTH, Console, print_error
+from .flags import (
+    Flag,
+    Loading,
+    Measuring,
+    ModelDir,
+    OutDir,
+    Output,
+    Pruning,
+    Run,
+    Sampling,
+    Speed,
+    verb,
+)
+
+if TYPE_CHECKING:
+    from ..pruner.pipeline import Progress as PruneProgress
+    from ..pruner.recipe import Recipe
+    from ..runtime.model import Model
+
+app = Typer(
+    name="halfweave",
+    rich_markup_mode=None,  # rich costs 0.1 s at every --help
+    pretty_exceptions_enable=False,
+    context_settings={
+        "auto_envvar_prefix": "HALFWEAVE",
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": WIDTH,
+    },
+)
+# What typer raises for a call that it cannot parse; no public name is the same in all versions.
+_WrongCall: Any = BadParameter.__mro__[1]
+
+
+def main() -> None:
+    """Entry point of the `halfweave` command."""
+    try:
+        code = app(standalone_mode=False)
+    except _WrongCall as error:
+        context = error.ctx
+        path = "halfweave" if context is None else context.command_path
+        print_error(UsageError(error.format_message(), f"{path} --help"))
+        code = UsageError.exit_code
+    sys.exit(code or 0)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: Context,
+    version: Annotated[bool, Flag("--version", help="Print the version and exit.")] = False,
+) -> None:
+    """Keep two weights of every four, and serve what is left.
+
+    Every flag can also be set in the environment: --max-tokens of generate is
+    HALFWEAVE_GENERATE_MAX_TOKENS.
+    """
+    if version:
+        echo(f"halfweave {__version__}")
+        raise Exit
+    if context.invoked_subcommand is None:
+        echo(context.get_help())
+        raise Exit(UsageError.exit_code)
+
+
+@verb(app)
+def prune(model: ModelDir, out: OutDir, pruning: Pruning, run: Run, output: Output) -> None:
+    """Prune a dense model directory into a new one."""
+    from ..pruner.pipeline import plan_prune
+    from ..pruner.pipeline import prune as prune_model
+
+    console = Console(output.json)
+    recipe = _recipe(pruning, run.recipe)
+    plan = plan_prune(model, recipe)
+    for line in tables.plan(plan):
+        (console.say if run.dry_run else console.tell)(line)
+    if run.dry_run:
+        console.document({"verb": "prune", "dry_run": True, "recipe": recipe, "plan": plan})
+        return
+    try:
+        with console.progress("layer") as bar:
+            result = prune_model(
+                model,
+                out,
+                recipe,
+                resume=run.resume,
+                overwrite=run.overwrite,
+                progress=lambda step: bar.line(
+                    step.done, step.total, _pruned(step), step.seconds, step.eta_seconds
+                ),
+            )
+    except KeyboardInterrupt:
+        console.tell("next: the same command with --resume goes on from the last finished block")
+        raise
+    console.table(tables.LINEARS_HEADER, tables.linears(result.linears))
+    console.say(f"{result.path} is complete, {result.seconds:.1f} s")
+    console.say(f"next: halfweave eval {out} --against {model}")
+    console.document({"verb": "prune", "recipe": recipe, "result": result})
+
+
+def _recipe(pruning: Pruning, file: Path | None) -> Recipe:
+    """The recipe of the file, or the default one, changed by the flags that were given."""
+    from ..pruner.recipe import Recipe
+
+    base = Recipe() if file is None else Recipe.read(file)
+    given = {name: value for name, value in vars(pruning).items() if value is not None}
+    return Recipe(**{**vars(base), **given})
+
+
+def _pruned(step: PruneProgress) -> str:
+    error = step.record.relative_error
+    note = f" ({step.record.note})" if step.record.note else ""
+    return f"{step.name} {'kept dense' if error is None else f'err {error:.3f}'}{note}"
+
+
+@verb(app)
+def inspect(
+    model: ModelDir,
+    output: Output,
+    verify: Annotated[bool, Flag(help="Check every file against its SHA-256.")] = True,
+    layers: Annotated[bool, Flag("--layers", help="List every linear.")] = False,
+) -> None:
+    """Show what is in a model directory: formats, errors, sizes, hashes, provenance, kernels."""
+    from ..runtime.inspection import inspect_checkpoint
+
+    console = Console(output.json)
+    found = inspect_checkpoint(model, verify)
+    for line in tables.inspection(found):
+        console.say(line)
+    by_name = {row.name: row for row in found.linears}
+    if layers:
+        console.table(tables.LAYERS_HEADER, tables.layers(found))
+    else:
+        console.table(tables.LINEARS_HEADER, tables.linears(by_name))
+    for line in tables.kernels(found):
+        console.say(line)
+    console.document({"verb": "inspect", "result": found.to_json()})
+
+
+@verb(app, "eval")
+def evaluate(
+    model: ModelDir,
+    measuring: Measuring,
+    loading: Loading,
+    output: Output,
+    window: Annotated[int, Flag(help="Tokens of a window.")] = 1024,
+    max_windows: Annotated[int | None, Flag(help="Take every k-th window, this many.")] = None,
+) -> None:
+    """Measure perplexity, and the distance from the dense model."""
+    from ..runtime.eval import evaluate as measure
+
+    console = Console(output.json)
+    text, origin = _text(measuring.text)
+    loaded = _load(model, loading)
+    against = None if measuring.against is None else _load(measuring.against, loading)
+    with console.progress("window") as bar:
+        result = measure(
+            loaded,
+            text,
+            window=window,
+            max_windows=max_windows,
+            against=against,
+            progress=bar.step,
+        )
+    other = None if against is None else against.name
+    console.table(tables.EVAL_HEADER, tables.evaluation(loaded.name, other, result))
+    console.say(f"text: {origin}, SHA-256 {result.text_sha256[:16]}, windows of {result.window}")
+    document = {"model": loaded.name, "against": other, "text": origin, "result": result}
+    console.document({"verb": "eval", **document})
+
+
+@verb(app)
+def bench(
+    model: ModelDir, measuring: Measuring, speed: Speed, loading: Loading, output: Output
+) -> None:
+    """Measure speed beside quality and the dense model, in turns, in one process."""
+    from ..runtime.bench import BenchPlan, bench_offline
+
+    console = Console(output.json)
+    text, origin = _text(measuring.text)
+    _set_threads(loading.threads)
+    with console.progress("step") as bar:
+        result = bench_offline(
+            _named(model, measuring.against),
+            text,
+            text_origin=origin,
+            plan=BenchPlan(**vars(speed)),
+            progress=bar.step,
+            dtype=loading.dtype,
+            verify=loading.verify,
+        )
+    console.table(*tables.bench(result))
+    for line in tables.bench_notes(result):
+        console.say(line)
+    console.document({"verb": "bench", **result.to_json()})
+
+
+def _named(model: str, against: str | None) -> dict[str, str]:
+    """The directories under the names to print."""
+    paths = [model] if against is None else [model, against]
+    names = [find_directory(path).resolve().name for path in paths]
+    return dict(zip(names if len(set(names)) == len(names) else paths, paths, strict=True))
+
+
+@verb(app)
+def generate(
+    model: ModelDir,
+    prompt: Annotated[str, Flag("--prompt", "-p", help="Text to continue; - reads stdin.")],
+    sampling: Sampling,
+    loading: Loading,
+    output: Output,
+    stop: Annotated[list[str] | None, Flag(help="End before this; may be repeated.")] = None,
+) -> None:
+    """Continue a text."""
+    from .talk import Speaker
+
+    console = Console(output.json)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    with Speaker(_load(model, loading), sampling, tuple(stop or ())) as speaker:
+        answer = speaker.say(speaker.model.tokenizer.encode(text), console.write)
+    console.say("")
+    console.document({"verb": "generate", "result": answer})
+
+
+@verb(app)
+def chat(model: ModelDir, sampling: Sampling, loading: Loading, output: Output) -> None:
+    """Talk to a model in the terminal; Ctrl-C ends an answer, Ctrl-D the talk."""
+    from .talk import Speaker, talk
+
+    with Speaker(_load(model, loading), sampling) as speaker:
+        talk(speaker, Console(output.json))
+
+
+@verb(app, "import")
+def import_model(
+    file: Annotated[Path, Argument(metavar="FILE", help="GGUF file.", show_default=False)],
+    out: OutDir,
+    output: Output,
+    dtype: Annotated[str, Flag(help="bfloat16, float16 or float32.")] = "bfloat16",
+) -> None:
+    """Turn a GGUF file into a dense model directory."""
+    from ..pruner.importers import import_gguf
+
+    console = Console(output.json)
+    result = import_gguf(file, Path(out), dtype, progress=console.tell)
+    console.say(f"{result.path}: {result.parameters} parameters, {result.dtype}")
+    console.say(result.notice)
+    console.say(f"next: halfweave prune {out} OUT")
+    console.document({"verb": "import", "result": result, "notice": result.notice})
+
+
+def _load(path: str, loading: Loading) -> Model:
+    from ..runtime.model import load_model
+
+    _set_threads(loading.threads)
+    return load_model(path, loading.dtype, loading.verify)
+
+
+def _set_threads(threads: int | None) -> None:
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def _text(source: str) -> tuple[str, str]:
+    """A text and where it is from, in words."""
+    from ..runtime.eval import read_text
+
+    if source != "builtin":
+        return read_text(source), Path(source).name
+    from ..pruner.calibrate import load_text
+
+    return load_text(source).text, "the built-in calibration text"
