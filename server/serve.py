@@ -1,0 +1,171 @@
+"""Runs the application on a socket, from loading the model to the last answer.
+
+Knows sockets and signals, not requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from ..errors import EngineDeadError, HalfweaveError, UsageError
+from ..runtime.engine import Engine
+from ..runtime.model import load_model
+from .app import create_app
+from .service import Activity
+from .settings import ServerSettings
+
+_log = logging.getLogger(__name__)
+_FLUSH_S = 2
+_KEEP_ALIVE_S = 30
+
+
+def serve(
+    path: str | Path,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    *,
+    dtype: str = "auto",
+    verify: bool = True,
+    settings: ServerSettings | None = None,
+    on_ready: Callable[[str], None] | None = None,
+) -> None:
+    """Load the model in `path` and answer HTTP until SIGTERM or SIGINT; then return.
+
+    The first signal refuses new work and lets answers finish, for `settings.drain_s` seconds; the
+    second ends at once. Port 0 takes a free one. `on_ready` is called with the server's URL once
+    requests are answered.
+
+    Raises:
+        UsageError: an impossible host or port.
+        HalfweaveError: the address is in use; also whatever loading the model raises.
+        EngineDeadError: the engine died while serving.
+        SystemExit: a second signal came; the status is 128 plus its number.
+    """
+    settings = settings or ServerSettings()
+    # The port first: nobody wants to hear that it is taken after a minute of loading.
+    with open_socket(host, port) as sock:
+        engine = Engine(load_model(path, dtype, verify), max_waiting=settings.max_waiting)
+        activity = Activity()
+        server = Server(create_app(engine, settings, activity), engine, activity, settings)
+        server.on_ready = on_ready
+        server.run(sockets=[sock])
+    if server.second_signal is not None:
+        raise SystemExit(128 + server.second_signal)
+    died = not engine.stats().alive and not activity.draining
+    engine.close()
+    if died:
+        raise EngineDeadError("the engine died; the log says why")
+
+
+def open_socket(host: str, port: int) -> socket.socket:
+    """A TCP socket bound to the address, not yet listening: until then clients are refused.
+
+    Raises:
+        UsageError: there is no such host or port.
+        HalfweaveError: the address is in use, or not allowed.
+    """
+    if not 0 <= port <= 65535:
+        raise UsageError(f"port {port} is not between 0 and 65535")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except OSError as error:
+        raise UsageError(f"host {host!r} is unknown: {error}") from error
+    sock = socket.socket(family, kind, protocol)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+    except OSError as error:
+        sock.close()
+        raise _unusable(host, port, error) from error
+    return sock
+
+
+def _unusable(host: str, port: int, error: OSError) -> HalfweaveError:
+    return HalfweaveError(
+        f"cannot serve on {host} port {port}: {error.strerror}",
+        "choose another port, or stop what listens there",
+    )
+
+
+class Server(uvicorn.Server):
+    """uvicorn that goes on answering while it drains, and gives up when its engine does."""
+
+    def __init__(
+        self, app: FastAPI, engine: Engine, activity: Activity, settings: ServerSettings
+    ) -> None:
+        super().__init__(_config(app))
+        self.on_ready: Callable[[str], None] | None = None
+        self.second_signal: int | None = None
+        self._engine = engine
+        self._activity = activity
+        self._drain_s = settings.drain_s
+        self._deadline: float | None = None
+
+    def drain(self) -> None:
+        """Refuse new work; stop once nothing is in flight, or time is up."""
+        self._activity.draining = True
+        self._deadline = time.monotonic() + self._drain_s
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """uvicorn calls this for SIGINT and SIGTERM."""
+        if self._deadline is None:
+            self.drain()
+        else:
+            self.second_signal = sig
+            self.should_exit = self.force_exit = True
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and say so."""
+        try:
+            await super().startup(sockets)
+        except OSError as error:
+            # Somebody else bound the same address while this server was loading its model.
+            host, port = sockets[0].getsockname()[:2] if sockets else ("?", 0)
+            raise _unusable(host, port, error) from error
+        if sockets and self.on_ready is not None:
+            self.on_ready(url_of(sockets[0]))
+
+    async def on_tick(self, counter: int) -> bool:
+        """uvicorn asks ten times a second whether to stop."""
+        if await super().on_tick(counter):
+            return True
+        if not self._engine.stats().alive:
+            return True
+        if self._deadline is None:
+            return False
+        if time.monotonic() > self._deadline:
+            _log.warning("aborting %d requests: time is up", self._activity.in_flight)
+            await asyncio.to_thread(self._engine.close)
+            return True
+        return self._activity.in_flight == 0
+
+
+def url_of(sock: socket.socket) -> str:
+    """What to type to reach a server on this socket."""
+    host, port = sock.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _config(app: FastAPI) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http="h11",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        timeout_graceful_shutdown=_FLUSH_S,
+    )
