@@ -7,10 +7,11 @@ Lines keep to 100 columns. Knows nothing of models.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields, is_dataclass
 from types import TracebackType
@@ -42,7 +43,7 @@ class Console:
 
     def say(self, text: str) -> None:
         """Print a line for people."""
-        print(text, file=self._people)
+        print(text, file=self._people, flush=True)
 
     def tell(self, text: str) -> None:
         """Print a line about the work itself: never part of the result."""
@@ -53,17 +54,25 @@ class Console:
         self._people.write(text)
         self._people.flush()
 
-    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Print aligned columns, the first to the left; too wide ones are cut with an ellipsis."""
+    def table(
+        self,
+        header: Sequence[str],
+        rows: Sequence[Sequence[str]],
+        words: Collection[int] = (0, -1),
+    ) -> None:
+        """Print columns, those in `words` to the left; too wide ones are cut with an ellipsis."""
         from rich.console import Console as Rich
         from rich.table import Table
 
         table = Table(box=None, pad_edge=False, header_style="bold")
+        left = {index % len(header) for index in words}
         for index, title in enumerate(header):
-            # The first and the last column hold words, those between hold numbers.
-            words = index in (0, len(header) - 1) and len(header) > 2
-            side = "left" if words or index == 0 else "right"
-            table.add_column(title, justify=side, no_wrap=True, overflow="ellipsis")  # type: ignore[arg-type]
+            table.add_column(
+                title,
+                justify="left" if index in left else "right",
+                no_wrap=True,
+                overflow="ellipsis",
+            )
         for row in rows:
             table.add_row(*row)
         Rich(file=self._people, width=WIDTH, highlight=False, markup=False).print(table)
@@ -133,6 +142,11 @@ def _new_bar() -> Bar:
     columns = (MofNCompleteColumn(), BarColumn(20), TimeRemainingColumn())
     text = TextColumn("{task.description}", markup=False)
     return Bar(*columns, text, console=Rich(stderr=True), transient=True)
+
+
+def log_to_stderr() -> None:
+    """Show the log of a long-running verb, one line a record, as it is."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
 
 
 def print_error(error: HalfweaveError) -> None:

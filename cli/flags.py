@@ -98,7 +98,7 @@ class Measuring:
     """What quality is measured on."""
 
     against: Annotated[str | None, Flag(metavar="DENSE", help="Its dense parent.")] = None
-    text: Annotated[str, Flag(help="UTF-8 file, or builtin: the calibration text.")] = "builtin"
+    text: Annotated[str, Flag(help="UTF-8 file, or the built-in one.")] = "builtin-eval"
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,17 @@ class Speed:
     repetitions: Annotated[int, Flag(help="Measured rounds, 5 or more.")] = 5
     window: Annotated[int, Flag(help="Tokens of a perplexity window.")] = 512
     max_windows: Annotated[int, Flag(help="Most perplexity windows.")] = 8
+
+
+@dataclass(frozen=True)
+class Serving:
+    """Where and how a server listens."""
+
+    host: Annotated[str, Flag(help="Address to listen on.")] = "127.0.0.1"
+    port: Annotated[int, Flag(help="Port to listen on; 0 takes a free one.")] = 8000
+    name: Annotated[str | None, Flag(help="The model's name; its directory's if unset.")] = None
+    max_waiting: Annotated[int, Flag(min=1, help="Most requests that may wait.")] = 64
+    drain: Annotated[float, Flag(min=0, help="Seconds for running answers at the end.")] = 30.0
 
 
 def verb(app: Typer, name: str | None = None) -> Callable[[Callable[..., None]], None]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
+from textwrap import fill
 from typing import TYPE_CHECKING, Protocol
 
-from .console import duration, size
+from .console import WIDTH, duration, size
 
 if TYPE_CHECKING:
     from ..pruner.plan import Plan
@@ -140,8 +143,12 @@ def bench_notes(result: BenchResult) -> list[str]:
         f"windows of {plan.window}",
         f"machine: {result.hardware.line}, torch {result.versions['torch']}",
         f"peak memory of the process, all models loaded: {size(result.peak_memory_bytes)}",
-        *(f"note: {note}" for note in result.notes),
+        *(_wrapped(f"note: {note}") for note in result.notes),
     ]
+
+
+def _wrapped(text: str) -> str:
+    return fill(text, WIDTH, subsequent_indent="  ", break_long_words=False)
 
 
 def _figures(models: Sequence[ModelBench], name: str) -> dict[str, float]:
@@ -179,3 +186,18 @@ def kernels(found: Inspection) -> list[str]:
     """Which kernel will multiply by each format on this machine."""
     chosen = sorted({(row.format, row.kernel) for row in found.linears})
     return [f"kernel for {stored}: {kernel}" for stored, kernel in chosen]
+
+
+def serving(url: str, name: str) -> list[str]:
+    """How to talk to a server that has just come up: the address, a curl line, and Python."""
+    body = json.dumps({"model": name, "messages": [{"role": "user", "content": "Hello"}]})
+    header = "content-type: application/json"
+    return [
+        f"serving {name} at {url}",
+        f"curl {url}/v1/chat/completions -H '{header}' -d {shlex.quote(body)}",
+        "from openai import OpenAI",
+        f'client = OpenAI(base_url="{url}/v1", api_key="none")',
+        'question = [{"role": "user", "content": "Hello"}]',
+        f"print(client.chat.completions.create(model={name!r}, messages=question)"
+        ".choices[0].message.content)",
+    ]

@@ -12,7 +12,7 @@ from .. import __version__
 from ..errors import UsageError
 from ..files import find_directory
 from . import tables
-from .console import WIDTH, Console, print_error
+from .console import WIDTH, Console, log_to_stderr, print_error
 from .flags import (
     Flag,
     Loading,
@@ -23,6 +23,7 @@ from .flags import (
     Pruning,
     Run,
     Sampling,
+    Serving,
     Speed,
     verb,
 )
@@ -202,7 +203,7 @@ def bench(
             dtype=loading.dtype,
             verify=loading.verify,
         )
-    console.table(*tables.bench(result))
+    console.table(*tables.bench(result), words=(0,))
     for line in tables.bench_notes(result):
         console.say(line)
     console.document({"verb": "bench", **result.to_json()})
@@ -244,6 +245,35 @@ def chat(model: ModelDir, sampling: Sampling, loading: Loading, output: Output) 
         talk(speaker, Console(output.json))
 
 
+@verb(app)
+def serve(model: ModelDir, serving: Serving, loading: Loading, output: Output) -> None:
+    """Answer the OpenAI API over HTTP; Ctrl-C lets answers finish, a second one does not."""
+    from ..server.serve import serve as answer
+    from ..server.settings import ServerSettings
+
+    console = Console(output.json)
+    name = serving.name or find_directory(model).resolve().name
+    log_to_stderr()
+    _set_threads(loading.threads)
+
+    def ready(url: str) -> None:
+        for line in tables.serving(url, name):
+            console.say(line)
+        console.document({"verb": "serve", "url": url, "model": name})
+
+    answer(
+        model,
+        serving.host,
+        serving.port,
+        dtype=loading.dtype,
+        verify=loading.verify,
+        settings=ServerSettings(
+            served_name=name, max_waiting=serving.max_waiting, drain_s=serving.drain
+        ),
+        on_ready=ready,
+    )
+
+
 @verb(app, "import")
 def import_model(
     file: Annotated[Path, Argument(metavar="FILE", help="GGUF file.", show_default=False)],
@@ -278,10 +308,10 @@ def _set_threads(threads: int | None) -> None:
 
 def _text(source: str) -> tuple[str, str]:
     """A text and where it is from, in words."""
+    from ..pruner.calibrate import BUILTIN, BUILTIN_EVAL, load_text
     from ..runtime.eval import read_text
 
-    if source != "builtin":
+    if source not in (BUILTIN, BUILTIN_EVAL):
         return read_text(source), Path(source).name
-    from ..pruner.calibrate import load_text
-
-    return load_text(source).text, "the built-in calibration text"
+    builtin = load_text(source)
+    return builtin.text, builtin.origin
