@@ -1,28 +1,27 @@
 """Text to token ids and back, by transformers' tokenizer. Knows no model and no requests.
 
-Chat templates come from the checkpoint and are therefore hostile until proved otherwise: they are
-rendered by transformers' sandboxed Jinja, bounded in size, and in a process of their own with a
-time limit, since a template may loop for ever and Python cannot stop a thread.
+Chat templates are rendered by template.py, and users' words kept apart from the template's control
+tokens by control.py.
 """
 
 from __future__ import annotations
 
-import multiprocessing
+import threading
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import CheckpointError, RefusedError, RequestError
 from ..files import read_json
+from .control import ControlTokens
 from .fields import token_ids
-
-if TYPE_CHECKING:
-    from multiprocessing.connection import Connection
+from .template import TemplateRenderer
 
 MAX_TEMPLATE_CHARS = 200_000
-TEMPLATE_SECONDS = 20.0
+_MOST_HELD_TOKENS = 32  # far over the four bytes of a character: these are no characters at all
 _INCOMPLETE = "\ufffd"  # what a decoder makes of bytes that are no character yet
+_FILE_KEYS = ("vocab_file", "merges_file", "tokenizer_file", "added_tokens_file", "spm_file")
 
 Message = Mapping[str, Any]
 
@@ -33,6 +32,10 @@ class Tokenizer:
     def __init__(self, path: Path, inner: Any, eos_ids: frozenset[int]) -> None:
         self._path = path
         self._inner = inner
+        self._lock = threading.Lock()
+        added = inner.added_tokens_decoder
+        self._control_ids = frozenset(at for at, token in added.items() if token.special)
+        self._control_tokens = [str(added[at].content) for at in sorted(self._control_ids)]
         self.eos_ids = eos_ids
 
     @classmethod
@@ -46,9 +49,7 @@ class Tokenizer:
         from transformers import AutoTokenizer
 
         directory = Path(path)
-        settings = directory / "tokenizer_config.json"
-        if settings.exists() and "auto_map" in read_json(settings):
-            raise RefusedError(f"{settings} has an auto_map: code from a checkpoint is never run")
+        _refuse_unsafe(directory / "tokenizer_config.json")
         try:
             inner = AutoTokenizer.from_pretrained(
                 directory, local_files_only=True, trust_remote_code=False
@@ -57,75 +58,71 @@ class Tokenizer:
             raise CheckpointError(f"{directory}: no usable tokenizer: {error}") from error
         return cls(directory, inner, _eos_ids(directory, inner))
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
         """One more than the largest token id."""
-        return len(self._inner)
+        return 1 + max(self._inner.get_vocab().values(), default=-1)
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids of a text; with `special`, whatever the model puts around a text too."""
-        ids: list[int] = self._inner(text, add_special_tokens=special, verbose=False)["input_ids"]
-        return ids
+        return self._encode(text, add_special_tokens=special, split_special_tokens=False)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, without special tokens."""
         text: str = self._inner.decode(list(ids), skip_special_tokens=True)
         return text
 
+    def is_control(self, token: int) -> bool:
+        """Whether a token is one of those that `decode` leaves out."""
+        return token in self._control_ids
+
     def stream(self) -> TextStream:
         """A decoder for tokens that arrive one at a time."""
         return TextStream(self)
 
-    @cached_property
+    @property
     def has_chat_template(self) -> bool:
         """Whether the model comes with a chat template."""
         return self._template is not None
 
-    @cached_property
+    @property
     def _template(self) -> str | None:
         template = getattr(self._inner, "chat_template", None)
         if isinstance(template, dict):
             template = template.get("default")
         return template if isinstance(template, str) else None
 
-    def apply_chat_template(
-        self, messages: Sequence[Message], add_generation_prompt: bool = True
-    ) -> list[int]:
-        """Token ids of a conversation, ready to be continued by the assistant.
-
-        Raises:
-            RequestError: there is no template, or it fails on these messages, or takes too long.
-        """
+    @cached_property
+    def _renderer(self) -> TemplateRenderer:
         if self._template is None:
             raise RequestError(
                 "the model has no chat template; use plain completions instead", "messages"
             )
         if len(self._template) > MAX_TEMPLATE_CHARS:
             raise RequestError(f"the chat template has over {MAX_TEMPLATE_CHARS} characters")
-        text = self._render(list(messages), add_generation_prompt)
-        return self.encode(text, special=False)
+        return TemplateRenderer(self._template, self._inner.special_tokens_map)
 
-    def _render(self, messages: list[Message], add_generation_prompt: bool) -> str:
-        # fork: the child needs the loaded tokenizer, and lives for one rendering.
-        context = multiprocessing.get_context("fork")
-        receiver, sender = context.Pipe(duplex=False)
-        arguments = (sender, self._inner, messages, add_generation_prompt)
-        child = context.Process(target=_render_in_child, args=arguments, daemon=True)
-        child.start()
-        sender.close()
-        try:
-            if not receiver.poll(TEMPLATE_SECONDS):
-                raise RequestError(f"the chat template took over {TEMPLATE_SECONDS:g} seconds")
-            kind, text = receiver.recv()
-        except EOFError as error:
-            raise RequestError("the chat template could not be rendered") from error
-        finally:
-            child.kill()
-            child.join()
-            receiver.close()
-        if kind == "error":
-            raise RequestError(f"the chat template refused these messages: {text}", "messages")
-        return str(text)
+    def apply_chat_template(
+        self, messages: Sequence[Message], add_generation_prompt: bool = True
+    ) -> list[int]:
+        """Token ids of a conversation, ready to be continued by the assistant.
+
+        Control tokens come from the template alone: in a message they are plain text.
+
+        Raises:
+            RequestError: there is no template, or it fails on these messages, or takes too long.
+        """
+        control = ControlTokens(self._control_tokens)
+        text = self._renderer.render(control.hide(list(messages)), add_generation_prompt)
+        return control.encode(text, self._encode_part)
+
+    def _encode_part(self, text: str, plain: bool) -> list[int]:
+        return self._encode(text, add_special_tokens=False, split_special_tokens=plain)
+
+    def _encode(self, text: str, **options: bool) -> list[int]:
+        with self._lock:  # the options are attributes of the one shared tokenizer
+            ids: list[int] = self._inner(text, verbose=False, **options)["input_ids"]
+        return ids
 
 
 class TextStream:
@@ -139,8 +136,10 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """Text that has become certain with this token; may be empty."""
+        if self._tokenizer.is_control(token):
+            return ""  # it has no text, and must not make the window grow
         self._ids.append(token)
-        return self._advance(final=False)
+        return self._advance(final=len(self._ids) - self._emitted > _MOST_HELD_TOKENS)
 
     def finish(self) -> str:
         """Whatever was held back, incomplete characters included."""
@@ -157,16 +156,17 @@ class TextStream:
         return after[len(before) :]
 
 
-def _render_in_child(
-    sender: Connection, inner: Any, messages: list[Message], add_generation_prompt: bool
-) -> None:
-    try:
-        text = inner.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+def _refuse_unsafe(settings: Path) -> None:
+    """No code, and no files but the directory's own, which the library would find by itself."""
+    config = read_json(settings) if settings.exists() else {}
+    if "auto_map" in config:
+        raise RefusedError(f"{settings} has an auto_map: code from a checkpoint is never run")
+    named = [key for key in _FILE_KEYS if config.get(key) is not None]
+    if named:
+        raise RefusedError(
+            f"{settings} has a {named[0]}: no path in a checkpoint is followed",
+            "remove that key; the tokenizer's own files are found without it",
         )
-        sender.send(("text", text))
-    except Exception as error:  # a template can raise anything; the message goes to the user
-        sender.send(("error", str(error)[:200]))
 
 
 def _eos_ids(directory: Path, inner: Any) -> frozenset[int]:

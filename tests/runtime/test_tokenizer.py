@@ -1,0 +1,131 @@
+"""Text to tokens and back, one token at a time; and what a tokenizer's files may not do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from halfweave.errors import CheckpointError, HalfweaveError, RefusedError
+from halfweave.runtime.tokenizer import Tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.tiny import EOS, SPECIAL_TOKENS, VOCABULARY, edit_json, save_tokenizer
+
+Copy = Callable[[Path], Path]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model: Path) -> Tokenizer:
+    return Tokenizer.open(tiny_model)
+
+
+def streamed(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+    stream = tokenizer.stream()
+    return [stream.push(token) for token in ids] + [stream.finish()]
+
+
+@pytest.mark.parametrize("text", ["", "The quick brown fox", "naïve 🙂 日本語", "\x00\t\n"])
+def test_text_survives_the_way_there_and_back(tokenizer: Tokenizer, text: str) -> None:
+    assert tokenizer.decode(tokenizer.encode(text, special=False)) == text
+
+
+def test_an_emoji_split_across_tokens_appears_whole(tokenizer: Tokenizer) -> None:
+    """Row 37."""
+    ids = tokenizer.encode("a🙂b", special=False)
+    assert len(ids) == 6
+    assert streamed(tokenizer, ids) == ["a", "", "", "", "🙂", "b", ""]
+
+
+def test_an_emoji_that_never_becomes_whole_is_shown_at_the_end(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("a🙂", special=False)[:-1]
+    assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids) == "a\ufffd"
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.integers(0, VOCABULARY - 9), max_size=30))
+def test_any_tokens_streamed_give_the_text_of_all(tokenizer: Tokenizer, ids: list[int]) -> None:
+    assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(max_size=20))
+def test_any_text_streams_to_itself(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text, special=False)
+    assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+def test_endless_rubbish_does_not_make_the_stream_slower_and_slower(tokenizer: Tokenizer) -> None:
+    broken = tokenizer.encode("🙂", special=False)[0]
+    control = tokenizer.encode(EOS, special=False)[0]
+    stream = tokenizer.stream()
+    shown = "".join(stream.push(token) for token in [broken, control] * 3000)
+    assert len(shown) > 2900
+    assert len(stream._ids) - stream._context < 100
+
+
+def test_control_tokens_have_no_text(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode(f"a{EOS}b", special=False)
+    assert len(ids) == 3
+    assert streamed(tokenizer, ids) == ["a", "", "b", ""]
+
+
+def test_end_tokens_come_from_all_three_places(tiny_model: Path, copy_of: Copy) -> None:
+    copy = copy_of(tiny_model)
+    edit_json(copy / "config.json", lambda config: config.update(eos_token_id=5))
+    edit_json(copy / "generation_config.json", lambda config: config.update(eos_token_id=[6, 7]))
+    assert Tokenizer.open(copy).eos_ids == {5, 6, 7, SPECIAL_TOKENS.index(EOS)}
+
+
+def test_code_in_the_tokenizer_config_is_refused(tiny_model: Path, copy_of: Copy) -> None:
+    """Row 4."""
+    copy = copy_of(tiny_model)
+    hostile = {"auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}}
+    edit_json(copy / "tokenizer_config.json", lambda config: config.update(hostile))
+    (copy / "evil.py").write_text("raise SystemExit('ran')")
+    with pytest.raises(RefusedError, match="auto_map"):
+        Tokenizer.open(copy)
+
+
+@pytest.mark.parametrize("key", ["tokenizer_file", "vocab_file", "merges_file"])
+def test_a_path_in_the_tokenizer_config_is_refused(
+    key: str, tiny_model: Path, copy_of: Copy
+) -> None:
+    """Row 23."""
+    copy = copy_of(tiny_model)
+    edit_json(copy / "tokenizer_config.json", lambda config: config.update({key: "/etc/passwd"}))
+    with pytest.raises(RefusedError, match=key):
+        Tokenizer.open(copy)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", None),
+        ("tokenizer.json", "{}"),
+        ("tokenizer.json", "not json"),
+        ("tokenizer_config.json", "not json"),
+        ("tokenizer_config.json", '{"a":' * 10_000),
+    ],
+)
+def test_a_damaged_tokenizer_is_a_checkpoint_error(
+    name: str, content: Any, tiny_model: Path, copy_of: Copy
+) -> None:
+    file = copy_of(tiny_model) / name
+    file.unlink()
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(CheckpointError):
+        Tokenizer.open(file.parent)
+
+
+def test_a_tokenizer_config_of_50_mb_is_refused(tiny_model: Path, copy_of: Copy) -> None:
+    """Row 28."""
+    copy = copy_of(tiny_model)
+    (copy / "chat_template.jinja").unlink(missing_ok=True)
+    save_tokenizer(copy, chat_template="x")
+    big = {"chat_template": "x" * 50_000_000}
+    edit_json(copy / "tokenizer_config.json", lambda config: config.update(big))
+    with pytest.raises(HalfweaveError, match="bytes"):
+        Tokenizer.open(copy)
