@@ -11,8 +11,9 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from ..errors import CapacityError, EngineDeadError, RequestError
 from .generation import Generation
@@ -50,6 +51,34 @@ class _Job:
     emit: Emit
     submitted_at: float = field(default_factory=time.monotonic)
     aborted: bool = False
+
+
+class EventStream:
+    """The events of one request, as they come. Ends after the last; `close` or `del` aborts."""
+
+    def __init__(self, events: queue.SimpleQueue[Event], abort: Callable[[], None]) -> None:
+        self._events = events
+        self._abort = abort
+        self._ended = False
+
+    def __iter__(self) -> EventStream:
+        return self
+
+    def __next__(self) -> Event:
+        if self._ended:
+            raise StopIteration
+        event = self._events.get()
+        self._ended = isinstance(event, Finished | Failed)
+        return event
+
+    def close(self) -> None:
+        """Abort the request, unless it has ended; no further event is returned."""
+        if not self._ended:
+            self._ended = True
+            self._abort()
+
+    def __del__(self) -> None:
+        self.close()
 
 
 class Engine:
@@ -99,24 +128,14 @@ class Engine:
                     job.aborted = True
             self._wake.notify()
 
-    def stream(self, request: GenerationRequest) -> Iterator[Event]:
-        """Submit now, then iterate over the events; closing the iterator aborts.
+    def stream(self, request: GenerationRequest) -> EventStream:
+        """Submit now, then iterate over the events; closing the stream aborts.
 
         Raises as `submit` does, before the first event is asked for.
         """
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self.submit(request, events.put)
-        return self._events(request.id, events)
-
-    def _events(self, request_id: str, events: queue.SimpleQueue[Event]) -> Iterator[Event]:
-        try:
-            while True:
-                event = events.get()
-                yield event
-                if isinstance(event, Finished | Failed):
-                    return
-        finally:
-            self.abort(request_id)
+        return EventStream(events, partial(self.abort, request.id))
 
     def stats(self) -> EngineStats:
         """Counters and queue lengths at this moment."""
@@ -226,7 +245,7 @@ class Engine:
     def _tell(self, job: _Job, event: Event) -> None:
         try:
             job.emit(event)
-        except Exception:
+        except BaseException:  # a cancelled future's error is one, and concerns this request alone
             _log.exception("the receiver of request %s raised", job.request.id)
             job.aborted = True
 

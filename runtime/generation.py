@@ -71,7 +71,7 @@ class Generation:
             return "stop"
         if len(self._prompt) + self.completion_tokens >= self._limit:
             self._flush(None, emit)
-            return "length"
+            return "stop" if self._stops.found else "length"
         return None
 
     def _allowed(self, logits: Tensor | None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,6 +64,7 @@ class LLM:
         """Load a dense or packed model directory; see `load_model` for errors."""
         self.model: Model = load_model(path, dtype, verify)
         self._engine = Engine(self.model, max_waiting=2**20)
+        self._one_at_a_time = threading.Lock()  # the engine's thread and `score` share the model
 
     def generate(
         self, prompts: str | Sequence[str], params: SamplingParams | None = None
@@ -94,6 +96,10 @@ class LLM:
             raise RequestError(
                 f"the text has {len(ids)} tokens; 2 to {self.model.max_model_len} can be scored"
             )
+        with self._one_at_a_time:
+            return Score(tuple(ids), tuple(self._logprobs(ids)))
+
+    def _logprobs(self, ids: Sequence[int]) -> list[float]:
         tokens = torch.tensor(ids)
         decoder = self.model.decoder
         cache = decoder.new_cache(len(ids))
@@ -103,11 +109,12 @@ class LLM:
             logits = decoder.logits(decoder.forward(tokens[start:stop], cache))
             chosen = tokens[start + 1 : stop + 1, None]
             logprobs += torch.log_softmax(logits, dim=-1).gather(1, chosen).flatten().tolist()
-        return Score(tuple(ids), tuple(logprobs))
+        return logprobs
 
     def _complete(self, prompt_ids: Sequence[int], params: SamplingParams | None) -> Completion:
         request = GenerationRequest(uuid.uuid4().hex, tuple(prompt_ids), params or SamplingParams())
-        return _collect(list(self._engine.stream(request)))
+        with self._one_at_a_time:
+            return _collect(list(self._engine.stream(request)))
 
     def close(self) -> None:
         """Stop the engine's thread."""
