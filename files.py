@@ -11,7 +11,8 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,30 +23,40 @@ MAX_JSON_DEPTH = 64
 _CHUNK_BYTES = 2**20
 
 
+@contextmanager
+def disk_full_as_error(path: Path) -> Iterator[None]:
+    """Turn "no space left" into a CapacityError that names the file and the way on."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise CapacityError(
+            f"the disk is full: {path} could not be written",
+            "free some space and run the same command with --resume",
+        ) from error
+
+
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary file beside `path`, then put it in place of `path`.
 
     Raises:
         CapacityError: the disk is full. `path` is then as it was, and no temporary file remains.
     """
-    fd, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(fd)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fchmod(file.fileno(), 0o644)
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise CapacityError(
-                f"the disk is full: {path} could not be written",
-                "free some space and run the same command with --resume",
-            ) from error
-        raise
-    sync_directory(path.parent)
+    with disk_full_as_error(path):
+        fd, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.close(fd)
+        temporary = Path(name)
+        try:
+            write(temporary)
+            with open(temporary, "rb+") as file:
+                os.fchmod(file.fileno(), 0o644)
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync_directory(path.parent)
 
 
 def sync_directory(directory: Path) -> None:

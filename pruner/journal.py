@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, RefusedError
-from ..files import sync_directory
+from ..files import disk_full_as_error, sync_directory
 from ..kernels.schema import JOURNAL_FILE
 
 
@@ -128,7 +128,7 @@ class Journal:
     def _append(self, line: Mapping[str, Any]) -> None:
         # A crash can leave half a line; starting on a new one keeps it from spoiling this one.
         torn = self._path.exists() and not self._path.read_bytes().endswith(b"\n")
-        with open(self._path, "a", encoding="utf-8") as file:
+        with disk_full_as_error(self._path), open(self._path, "a", encoding="utf-8") as file:
             file.write(("\n" if torn else "") + json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())

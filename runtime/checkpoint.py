@@ -181,12 +181,16 @@ def _refuse_foreign(directory: Path, config: Mapping[str, Any]) -> None:
 
 def _read_manifest(directory: Path, packed: bool) -> Manifest | None:
     there = (directory / MANIFEST_FILE).exists()
-    if (directory / JOURNAL_FILE).exists() or (packed and not there):
-        raise CheckpointError(
-            f"{directory} is incomplete: its pruning run has not finished",
-            "run the same halfweave prune command with --resume",
-        )
+    if packed and not there:
+        raise _incomplete(directory)
     return Manifest.read(directory) if there else None
+
+
+def _incomplete(directory: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{directory} is incomplete: its pruning run has not finished",
+        "run the same halfweave prune command with --resume",
+    )
 
 
 def _check_files(

@@ -1,0 +1,93 @@
+"""Prunes a model again and again, killed just before each write to the disk in turn, then resumed.
+
+    python kill_every_write.py MODEL WORK
+
+Forks after the slow imports, so that one kill costs a fraction of a second. Prints the number of
+kill points; fails at the first resumed directory that differs from an undisturbed one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from halfweave.pruner.pipeline import prune
+from halfweave.pruner.recipe import Recipe
+
+TEXT = Path(__file__).parents[2] / "LICENSE"  # any English will do
+RECIPE = Recipe(bits=4, group=32, calib=str(TEXT), calib_windows=3, calib_length=24)
+
+
+def main() -> None:
+    model, work = Path(sys.argv[1]), Path(sys.argv[2])
+    torch.set_num_threads(1)
+    whole = work / "whole"
+    assert in_child(lambda: prune(model, whole, RECIPE)) == 0
+    expected = digest(whole)
+    kill_at = 0
+    while True:
+        out = work / f"killed-{kill_at}"
+        status = in_child(lambda out=out, at=kill_at: killed_run(model, out, at))
+        if status == 0:
+            break
+        assert status == signal.SIGKILL, f"kill point {kill_at}: the run ended with {status}"
+        complete = (out / "halfweave.json").exists()
+        unfinished = (out / ".halfweave-journal.jsonl").exists()
+        if unfinished or not complete:
+            resumed = in_child(lambda out=out: prune(model, out, RECIPE, resume=True))
+            assert resumed == 0, f"kill point {kill_at}: the resume failed"
+        assert digest(out) == expected, f"kill point {kill_at}: the bytes differ"
+        kill_at += 1
+    print(kill_at)
+
+
+def killed_run(model: Path, out: Path, at: int) -> None:
+    """Prune, and die just before the write number `at`."""
+    left = at
+    real = {name: getattr(os, name) for name in ("fsync", "replace", "unlink")}
+
+    def counted(name: str) -> Callable[..., object]:
+        def call(*arguments: object, **options: object) -> object:
+            nonlocal left
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left -= 1
+            return real[name](*arguments, **options)
+
+        return call
+
+    for name in real:
+        setattr(os, name, counted(name))
+    prune(model, out, RECIPE)
+
+
+def in_child(work: Callable[[], object]) -> int:
+    """Run in a forked process: 0, 1 for an exception, or the number of the signal that ended it."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else os.WTERMSIG(status)
+
+
+def digest(directory: Path) -> dict[str, str]:
+    """SHA-256 of every file, hidden ones included."""
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(directory.iterdir())
+    }
+
+
+if __name__ == "__main__":
+    main()
