@@ -25,6 +25,17 @@ $(VENV)/.demo-ready: $(VENV)/.ready
 demo: $(VENV)/.demo-ready
 	$(BIN)/python benchmarks/demo.py
 
+# The texts come from a package's test data; see benchmarks/make_text.py. Resumable; about an hour.
+$(VENV)/.text-ready: $(VENV)/.ready
+	$(BIN)/python -m pip install -q mwparserfromhell
+	$(BIN)/python -m pip download -q --no-deps -d work/download gensim==4.4.0
+	$(BIN)/python benchmarks/make_text.py work/download/gensim-4.4.0-*.whl --out work/text
+	touch $@
+
+quality: $(VENV)/.demo-ready $(VENV)/.text-ready
+	$(BIN)/python benchmarks/quality.py --model work/SmolLM2-135M-Instruct --text work/text \
+	    --work work/quality
+
 test: setup
 	$(BIN)/python -m pytest
 

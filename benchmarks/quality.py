@@ -19,6 +19,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from halfweave.pruner.importers import locate_smollm2
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 GROUP = 64  # divides both widths of SmolLM2-135M; its own weights were 4-bit in groups of 32
@@ -49,6 +51,8 @@ def main() -> None:
     """Fill in the rows that are missing, then write both pages."""
     options = parse_options()
     options.work.mkdir(parents=True, exist_ok=True)
+    if not options.model.exists():
+        run(["import", locate_smollm2(), options.model])
     reports = []
     for row in ROWS[: options.limit]:
         pruned = cached(
@@ -68,12 +72,14 @@ def main() -> None:
 def parse_options() -> argparse.Namespace:
     """Command line; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, required=True, help="dense Hugging Face directory")
+    parser.add_argument(
+        "--model", type=Path, required=True, help="dense model; imported if missing"
+    )
     parser.add_argument("--text", type=Path, required=True, help="directory of make_text.py")
     parser.add_argument("--work", type=Path, required=True, help="checkpoints and raw figures")
     parser.add_argument("--windows", type=int, default=64, help="calibration windows")
     parser.add_argument("--length", type=int, default=512, help="tokens per calibration window")
-    parser.add_argument("--eval-windows", type=int, default=32, help="at most so many of 1024")
+    parser.add_argument("--eval-windows", type=int, default=20, help="at most so many of 1024")
     parser.add_argument("--limit", type=int, help="only the first so many rows")
     parser.add_argument(
         "--prune-only", action="store_true", help="make checkpoints, evaluate later"
@@ -138,7 +144,7 @@ def to_document(
     """The page's JSON twin."""
     from halfweave.runtime.hardware import this_machine, versions
 
-    first = reports[0][2]["model"]
+    first = reports[0][2]["result"]
     calib_tokens = options.windows * options.length
     common = {"group": None, "recover": "none", "seed": 0, "calib_tokens": calib_tokens}
     dense = {
@@ -149,7 +155,7 @@ def to_document(
     }
     rows = [dense]
     for row, pruned, scores in reports:
-        figures = {key: scores["model"][key] for key in ("ppl", "kl", "agreement")}
+        figures = {key: scores["result"][key] for key in ("ppl", "kl", "agreement")}
         identity = {"model": options.model.name, "method": row.method, "pattern": row.pattern}
         group = GROUP if row.bits == 4 else None
         rows.append({**identity, "bits": row.bits, **common, "group": group, **figures, **pruned})
