@@ -19,7 +19,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from halfweave.pruner.importers import locate_smollm2
+from halfweave.pruner.gguf_file import locate_smollm2
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"

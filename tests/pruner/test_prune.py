@@ -148,7 +148,7 @@ def test_the_same_recipe_gives_the_same_bytes_and_another_seed_does_not(
 
 
 def test_row_13_a_kill_before_any_write_resumes_to_the_same_bytes(tmp_path: Path) -> None:
-    model = save_tiny(tmp_path / "model", Tiny(layers=2, hidden=32, intermediate=64, heads=2))
+    model = save_tiny(tmp_path / "model", Tiny(layers=2, hidden=16, intermediate=32, heads=2))
     result = subprocess.run(
         [sys.executable, str(HELPER), str(model), str(tmp_path)],
         capture_output=True,
