@@ -146,7 +146,8 @@ def _new_bar() -> Bar:
 
 def log_to_stderr() -> None:
     """Show the log of a long-running verb, one line a record, as it is."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("halfweave").setLevel(logging.INFO)
 
 
 def print_error(error: HalfweaveError) -> None:
