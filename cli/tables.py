@@ -190,14 +190,17 @@ def kernels(found: Inspection) -> list[str]:
 
 def serving(url: str, name: str) -> list[str]:
     """How to talk to a server that has just come up: the address, a curl line, and Python."""
-    body = json.dumps({"model": name, "messages": [{"role": "user", "content": "Hello"}]})
+    messages = [{"role": "user", "content": "Hello"}]
+    body = json.dumps({"model": name, "messages": messages, "max_tokens": 100})
     header = "content-type: application/json"
     return [
         f"serving {name} at {url}",
-        f"curl {url}/v1/chat/completions -H '{header}' -d {shlex.quote(body)}",
+        f"curl {url}/v1/chat/completions -H '{header}' \\",
+        f"  -d {shlex.quote(body)}",
         "from openai import OpenAI",
         f'client = OpenAI(base_url="{url}/v1", api_key="none")',
-        'question = [{"role": "user", "content": "Hello"}]',
-        f"print(client.chat.completions.create(model={name!r}, messages=question)"
-        ".choices[0].message.content)",
+        f"messages = {json.dumps(messages)}",
+        "answer = client.chat.completions.create("
+        f"model={json.dumps(name)}, messages=messages, max_tokens=100)",
+        "print(answer.choices[0].message.content)",
     ]

@@ -1,0 +1,158 @@
+"""A benchmark says speed, quality and baseline together, or nothing."""
+
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from halfweave.errors import UsageError
+from halfweave.files import sha256_file
+from halfweave.runtime.bench import BenchPlan, BenchResult, Sample, Spread, bench_offline
+from halfweave.runtime.eval import evaluate
+from halfweave.runtime.model import load_model
+from support.tiny import edit_json
+
+TEXT = "Two foxes keep every fourth weight; nobody minds the lazy zero. " * 30
+PLAN = BenchPlan(prompt_tokens=24, new_tokens=9, window=64, max_windows=2)
+
+
+@pytest.fixture(scope="module")
+def labels() -> list[str]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def result(tiny_model: Path, packed_model: Path, labels: list[str]) -> BenchResult:
+    return bench_offline(
+        {"packed": packed_model, "tiny": tiny_model},
+        TEXT,
+        plan=PLAN,
+        progress=lambda done, total, what: labels.append(what),
+    )
+
+
+def test_the_dense_model_is_the_baseline_and_comes_first(result: BenchResult) -> None:
+    assert [(m.name, m.is_baseline) for m in result.models] == [("tiny", True), ("packed", False)]
+
+
+def test_every_speed_has_the_quality_of_the_same_run(
+    result: BenchResult, tiny_model: Path, packed_model: Path
+) -> None:
+    dense, packed = load_model(tiny_model), load_model(packed_model)
+    alone = evaluate(packed, TEXT, window=64, max_windows=2, against=dense)
+    tiny, other = result.models
+    assert (other.ppl, other.kl, other.agreement) == pytest.approx(
+        (alone.ppl, alone.kl, alone.agreement)
+    )
+    assert (tiny.ppl, tiny.kl) == (pytest.approx(alone.against_ppl), None)
+
+
+def test_models_are_measured_in_turns_after_a_warm_up(
+    result: BenchResult, labels: list[str]
+) -> None:
+    turns = [label for label in labels if label.startswith(("warm", "measure"))]
+    assert turns == ["warm up tiny", "warm up packed", *["measure tiny", "measure packed"] * 5]
+    assert [len(m.samples) for m in result.models] == [5, 5]
+
+
+def test_the_first_token_is_in_ttft_and_in_no_gap(result: BenchResult) -> None:
+    for sample in (sample for model in result.models for sample in model.samples):
+        assert len(sample.gaps_ms) == sum(sample.gap_tokens) == PLAN.new_tokens - 1
+        assert sample.ttft_ms >= sample.prefill_ms > 0
+
+
+def test_figures_follow_from_the_raw_samples(result: BenchResult) -> None:
+    for model in result.models:
+        assert model.ttft_ms.median == statistics.median(s.ttft_ms for s in model.samples)
+        fastest = max(8000 / sum(s.gaps_ms) for s in model.samples)
+        assert model.decode_tokens_per_s.high == pytest.approx(fastest)
+        slowest = min(24000 / s.prefill_ms for s in model.samples)
+        assert model.prefill_tokens_per_s.low == pytest.approx(slowest)
+        gaps = [gap for s in model.samples for gap in s.gaps_ms]
+        assert model.itl_ms["p50"] == pytest.approx(statistics.median(gaps))
+        assert model.itl_ms["p50"] <= model.itl_ms["p90"] <= model.itl_ms["p99"] <= max(gaps)
+
+
+def test_decode_speed_counts_tokens_not_chunks() -> None:
+    sample = Sample(ttft_ms=500.0, prefill_ms=400.0, gaps_ms=(10.0, 30.0), gap_tokens=(1, 3))
+    assert sample.decode_tokens_per_s == pytest.approx(100.0)
+
+
+def test_a_spread_is_median_least_and_greatest() -> None:
+    assert Spread.of([3.0, 1.0, 2.0, 9.0, 2.5]) == Spread(2.5, 1.0, 9.0)
+
+
+def test_sizes_are_those_on_the_disk(
+    result: BenchResult, tiny_model: Path, packed_model: Path
+) -> None:
+    for model, directory in zip(result.models, (tiny_model, packed_model), strict=True):
+        assert model.weight_bytes == (directory / "model.safetensors").stat().st_size
+        assert model.disk_bytes == sum(file.stat().st_size for file in directory.iterdir())
+
+
+def test_the_document_has_hardware_versions_and_raw_samples(result: BenchResult) -> None:
+    document = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    assert document["schema_version"] == 1
+    assert document["hardware"]["cores"] >= 1
+    assert document["hardware"]["threads"] == 1
+    assert set(document["versions"]) >= {"halfweave", "torch"}
+    assert document["text"]["tokens"] == 2 * 63
+    assert len(document["models"][0]["samples"][0]["gaps_ms"]) == 8
+    assert document["peak_memory_bytes"] > 2**20
+
+
+def test_weights_that_are_expanded_at_load_are_said_to_be_no_faster(result: BenchResult) -> None:
+    assert any("can be no faster than dense" in note for note in result.notes)
+
+
+def test_a_pruned_model_alone_is_refused(packed_model: Path) -> None:
+    with pytest.raises(UsageError, match="no dense baseline") as caught:
+        bench_offline({"packed": packed_model}, TEXT, plan=PLAN)
+    assert "--against" in str(caught.value.hint)
+
+
+def test_a_dense_model_is_its_own_baseline(tiny_model: Path) -> None:
+    result = bench_offline({"tiny": tiny_model}, TEXT, plan=PLAN)
+    assert [m.is_baseline for m in result.models] == [True]
+
+
+@pytest.mark.parametrize(
+    ("hashes", "noted"), [("parent", False), ("stranger", True)], ids=["parent", "stranger"]
+)
+def test_a_baseline_that_is_not_the_parent_is_noted(
+    copy_of: Callable[[Path], Path], tiny_model: Path, packed_model: Path, hashes: str, noted: bool
+) -> None:
+    packed = copy_of(packed_model)
+    weights = tiny_model / "model.safetensors"
+    digest = sha256_file(weights) if hashes == "parent" else "0" * 64
+    provenance = {"base": {"name": "tiny", "sha256": {"model.safetensors": digest}}}
+    edit_json(packed / "halfweave.json", lambda d: d.update(provenance=provenance))
+    result = bench_offline({"packed": packed, "tiny": tiny_model}, TEXT, plan=PLAN)
+    assert any("not the model that packed was pruned from" in n for n in result.notes) == noted
+
+
+def test_quality_on_the_calibration_text_is_noted(
+    copy_of: Callable[[Path], Path], tiny_model: Path, packed_model: Path
+) -> None:
+    packed = copy_of(packed_model)
+    digest = evaluate(load_model(tiny_model), TEXT, window=64).text_sha256
+    provenance = {"calibration": {"text_sha256": digest}}
+    edit_json(packed / "halfweave.json", lambda d: d.update(provenance=provenance))
+    result = bench_offline({"packed": packed, "tiny": tiny_model}, TEXT, plan=PLAN)
+    assert any("calibrated on this very text" in note for note in result.notes)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"repetitions": 4}, {"new_tokens": 1}, {"prompt_tokens": 0}, {"warmups": 0}]
+)
+def test_a_plan_that_measures_nothing_is_refused(wrong: dict[str, int]) -> None:
+    with pytest.raises(UsageError, match="must be at least"):
+        BenchPlan(**wrong)
+
+
+def test_a_plan_must_fit_the_context_and_the_text(tiny_model: Path) -> None:
+    with pytest.raises(UsageError, match="do not fit"):
+        bench_offline({"tiny": tiny_model}, TEXT, plan=BenchPlan(prompt_tokens=250, new_tokens=7))
+    with pytest.raises(UsageError, match="the prompt needs 24"):
+        bench_offline({"tiny": tiny_model}, "Too short.", plan=PLAN)
