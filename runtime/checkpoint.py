@@ -54,6 +54,8 @@ class Checkpoint:
         """
         directory = find_directory(path)
         _refuse_links_out(directory)
+        if (directory / JOURNAL_FILE).exists():
+            raise _incomplete(directory)
         config = read_json(directory / "config.json")
         _refuse_foreign(directory, config)
         linears: Mapping[str, LinearFormat] = {}
