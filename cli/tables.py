@@ -168,7 +168,7 @@ def inspection(found: Inspection) -> list[str]:
     saved = found.weight_bytes / found.dense_bytes if found.dense_bytes else 1.0
     lines = [
         f"{found.path}: {found.family}, {len(found.linears)} linears",
-        f"weights {size(found.weight_bytes)}, {saved:.3f} of {size(found.dense_bytes)} in 16 bits",
+        f"weights {size(found.weight_bytes)}, {saved:.3f} of {size(found.dense_bytes)} dense",
     ]
     if found.recipe:
         lines.append("recipe " + ", ".join(f"{k} {v}" for k, v in list(found.recipe.items())[:4]))

@@ -50,7 +50,7 @@ _WrongCall: Any = BadParameter.__mro__[1]
 def main() -> None:
     """Entry point of the `halfweave` command."""
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="halfweave", standalone_mode=False)
     except _WrongCall as error:
         context = error.ctx
         path = "halfweave" if context is None else context.command_path

@@ -140,7 +140,7 @@ def _load(source: GgufFile, directory: Path, dtype: torch.dtype) -> tuple[Any, A
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     except ImportError as error:
         raise UsageError("importing GGUF needs a newer transformers", _INSTALL) from error
-    where = {"gguf_file": _SOURCE_NAME, "local_files_only": True}
+    where = {"gguf_file": _SOURCE_NAME, "local_files_only": True, "trust_remote_code": False}
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, **where)
         model, info = AutoModelForCausalLM.from_pretrained(

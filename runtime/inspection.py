@@ -14,7 +14,7 @@ from ..kernels.shards import ShardedTensors
 from .checkpoint import Checkpoint
 from .spec import decoder_spec
 
-_DENSE_ITEM_BYTES = 2  # what a packed weight would take unpacked: 16 bits
+_EMBEDDING = "model.embed_tokens.weight"  # never packed: it has the dtype of the dense model
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class LinearReport:
 class Inspection:
     """A directory at a glance.
 
-    `dense_bytes` is what the weights would take with every packed linear in 16 bits a weight;
+    `dense_bytes` is what the weights would take with every packed linear stored dense;
     `verified_files` counts the files whose SHA-256 was compared, None where nothing vouches.
     """
 
@@ -64,10 +64,9 @@ def inspect_checkpoint(path: str | Path, verify: bool = True) -> Inspection:
     names = [f"model.layers.{i}.{name}" for i in range(spec.layers) for name in spec.linear_shapes]
     tensors = ShardedTensors.open(checkpoint.path)
     linears = tuple(_linear(checkpoint, tensors, name, records.get(name, {})) for name in names)
+    item_bytes = tensors.dtype(_EMBEDDING).itemsize
     saved = sum(
-        _DENSE_ITEM_BYTES * prod(row.shape) - row.bytes
-        for row in linears
-        if row.format != Dense.kind
+        item_bytes * prod(row.shape) - row.bytes for row in linears if row.format != Dense.kind
     )
     manifest = checkpoint.manifest
     return Inspection(

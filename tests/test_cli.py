@@ -1,0 +1,502 @@
+"""The command line, driven as a user drives it, on real tiny models.
+
+Most tests call the entry point in this process, to load torch once; what depends on the process
+itself (start-up, signals) has one of its own.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import resource
+import signal
+import statistics
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+import pytest
+from halfweave import LLM, Recipe, SamplingParams, __version__
+from halfweave.cli import main
+from halfweave.cli.console import duration, size
+from halfweave.cli.flags import Pruning
+from halfweave.files import sha256_file
+from support.tiny import Tiny, edit_json, save_tiny
+
+VERBS = ("prune", "inspect", "eval", "bench", "generate", "chat", "serve", "import")
+TEXT = "Two foxes keep every fourth weight; nobody minds the lazy zero. " * 60
+QUICK = ("--method", "magnitude", "--calib-windows", "2", "--calib-length", "16")
+ENTRY = (sys.executable, "-c", "from halfweave.cli import main; main()")
+START_BUDGET_S = 0.3
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What one command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """The one line of JSON on stdout."""
+        assert self.out.count("\n") == 1, self.out
+        return dict(json.loads(self.out))
+
+
+Command = Callable[..., Ran]
+
+
+@pytest.fixture
+def halfweave(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs one command line in this process."""
+
+    def run(*arguments: object, stdin: str = "") -> Ran:
+        monkeypatch.setattr(sys, "argv", ["halfweave", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        captured = capsys.readouterr()
+        return Ran(int(exit_.value.code or 0), captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture
+def pruned(halfweave: Command, tiny_model: Path, tmp_path: Path) -> Path:
+    out = tmp_path / "out"
+    assert halfweave("prune", tiny_model, out, *QUICK).code == 0
+    return out
+
+
+def in_process(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+
+
+# ---- start-up
+
+
+@pytest.mark.parametrize("flag", ["--help", "--version"])
+def test_start_up_loads_no_heavy_library(flag: str) -> None:
+    heavy = "torch", "transformers", "fastapi", "numpy", "safetensors", "rich"
+    code = (
+        "import sys\nfrom halfweave.cli import main\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        f"print('loaded', [name for name in {heavy} if name in sys.modules])"
+    )
+    assert in_process(code, flag).stdout.endswith("loaded []\n")
+
+
+@pytest.mark.parametrize("flag", ["--help", "--version"])
+def test_start_up_is_quick(flag: str) -> None:
+    """In processor time, which is the wall time of an idle machine: tests share theirs."""
+
+    def seconds() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([*ENTRY, flag], stdout=subprocess.DEVNULL, check=True, timeout=60)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    seconds()  # warms the file cache
+    assert statistics.median(seconds() for _ in range(5)) < START_BUDGET_S
+
+
+def test_the_version_is_printed(halfweave: Command) -> None:
+    assert halfweave("--version").out == f"halfweave {__version__}\n"
+
+
+def test_help_names_every_verb_within_100_columns(halfweave: Command) -> None:
+    ran = halfweave("--help")
+    assert ran.code == 0
+    assert all(re.search(rf"^  {verb} ", ran.out, re.M) for verb in VERBS)
+    for verb in VERBS:
+        assert all(len(line) <= 100 for line in halfweave(verb, "--help").out.split("\n"))
+
+
+def test_help_tells_the_recipe_s_real_defaults() -> None:
+    default = Recipe()
+    assert {f.name for f in fields(Pruning)} == {f.name for f in fields(Recipe)}
+    for name, hint in get_type_hints(Pruning, include_extras=True).items():
+        assert get_origin(hint) is Annotated
+        told = re.search(r"\[(.*)\]$", get_args(hint)[1].help)
+        value = getattr(default, name)
+        assert (told[1] if told else "False") == str(value)
+
+
+# ---- errors
+
+
+def assert_error(ran: Ran, code: int, error: str, hint: str = "") -> None:
+    """Exit code, and at most two lines of stderr that say what is wrong and what to do."""
+    assert ran.code == code
+    assert ran.out == ""
+    first, *rest = [line for line in ran.err.splitlines() if not line.startswith("plan:")]
+    assert first.startswith("error: ")
+    assert re.search(error, first)
+    assert len(rest) <= 1
+    assert hint in "".join(rest)
+    assert not rest or rest[0].startswith("next: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "hint"),
+    [
+        (("prun",), "No such command 'prun'. Did you mean 'prune'", "halfweave --help"),
+        (("prune", "x"), "Missing argument 'OUT'", "halfweave prune --help"),
+        (("eval", "x", "--windwo", "3"), "No such option", "halfweave eval --help"),
+        (("eval", "x", "--window", "many"), "Invalid value for '--window'", "eval --help"),
+    ],
+)
+def test_a_wrong_call_exits_2(
+    halfweave: Command, arguments: tuple[str, ...], error: str, hint: str
+) -> None:
+    assert_error(halfweave(*arguments), 2, error, hint)
+
+
+@pytest.mark.parametrize("verb", ["prune", "inspect", "eval", "bench", "generate", "chat", "serve"])
+def test_row_1_a_path_that_is_no_directory_exits_2_and_says_which(
+    halfweave: Command, tmp_path: Path, verb: str
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    more = {"prune": (tmp_path / "out",), "generate": ("-p", "x")}.get(verb, ())
+    assert_error(halfweave(verb, tmp_path / "absent", *more), 2, "does not exist")
+    assert_error(halfweave(verb, file, *more), 2, "is a file")
+    assert_error(halfweave(verb, "org/name", *more), 2, "does not download", "hf download org/name")
+
+
+def test_no_verb_at_all_shows_the_help_and_exits_2(halfweave: Command) -> None:
+    ran = halfweave()
+    assert ran.code == 2
+    assert ran.out.startswith("Usage: halfweave")
+
+
+def test_row_2_pickled_weights_are_refused_with_3(
+    halfweave: Command, copy_of: Callable[[Path], Path], tiny_model: Path
+) -> None:
+    directory = copy_of(tiny_model)
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+    assert_error(halfweave("inspect", directory), 3, "pickled weights", "save_pretrained")
+
+
+def test_half_a_shard_exits_1_and_names_the_file_and_the_fix(
+    halfweave: Command, pruned: Path
+) -> None:
+    shard = sorted(pruned.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    assert_error(halfweave("inspect", pruned), 1, shard.name, "copy it again")
+
+
+def test_row_25_a_flipped_bit_is_found_by_inspect(halfweave: Command, pruned: Path) -> None:
+    shard = sorted(pruned.glob("*.safetensors"))[1]
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    assert_error(halfweave("inspect", pruned), 1, f"{shard.name} is damaged")
+    assert "no file was compared" in halfweave("inspect", pruned, "--no-verify").out
+
+
+def test_row_11_an_output_that_is_taken_is_refused(
+    halfweave: Command, tiny_model: Path, pruned: Path
+) -> None:
+    ran = halfweave("prune", tiny_model, pruned, *QUICK)
+    assert ran.code == 3
+    assert f"error: {pruned} holds a finished model" in ran.err
+    assert "next: add --overwrite" in ran.err
+    assert halfweave("prune", tiny_model, pruned, *QUICK, "--overwrite").code == 0
+
+
+def test_debug_shows_the_traceback_and_keeps_the_exit_code(
+    halfweave: Command, tmp_path: Path
+) -> None:
+    quiet, loud = (halfweave("inspect", tmp_path / "absent", *f) for f in ((), ("--debug",)))
+    assert "Traceback" not in quiet.err
+    assert "Traceback" in loud.err
+    assert quiet.code == loud.code == 2
+
+
+def test_a_bug_is_called_one_in_two_lines(halfweave: Command, tiny_model: Path) -> None:
+    """A tokenizer's own exception stands for any that nobody foresaw."""
+    assert_error(halfweave("generate", tiny_model, "-p", "\ud800"), 1, "unexpected", "--debug")
+
+
+def test_sampling_flags_out_of_range_exit_2(halfweave: Command, tiny_model: Path) -> None:
+    ran = halfweave("generate", tiny_model, "-p", "x", "--temperature", "3")
+    assert_error(ran, 2, "temperature must be between 0 and 2")
+
+
+def test_a_text_that_is_missing_or_short_exits_2(
+    halfweave: Command, tiny_model: Path, tmp_path: Path
+) -> None:
+    short = tmp_path / "short"
+    short.write_text("Too short.")
+    assert_error(halfweave("eval", tiny_model, "--text", tmp_path / "no"), 2, "cannot be read")
+    ran = halfweave("eval", tiny_model, "--text", short, "--window", 64)
+    assert_error(ran, 2, "one window needs 64", "--window")
+
+
+def test_bench_of_a_pruned_model_alone_exits_2(halfweave: Command, packed_model: Path) -> None:
+    assert_error(halfweave("bench", packed_model), 2, "no dense baseline", "--against")
+
+
+# ---- prune
+
+
+def test_prune_shows_a_plan_a_line_a_layer_a_table_and_the_next_command(
+    halfweave: Command, tiny_model: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    ran = halfweave("prune", tiny_model, out, *QUICK)
+    plan, *rest = ran.err.splitlines()
+    assert plan.startswith("plan: 14 linears in 2 blocks to sparse24")
+    layer = re.compile(r"layer \d+/14 model\.layers\.\d\.\S+ err \d\.\d{3} \d+\.\d s eta \d+s")
+    assert len([line for line in rest if layer.fullmatch(line)]) == 14
+    assert re.search(r"^down_proj +2 +0\.\d{4} +0\.\d{4} +sparse24", ran.out, re.M)
+    assert ran.out.splitlines()[-1] == f"next: halfweave eval {out} --against {tiny_model}"
+    assert (out / "halfweave.json").exists()
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(
+    halfweave: Command, tiny_model: Path, tmp_path: Path
+) -> None:
+    ran = halfweave("prune", tiny_model, tmp_path / "out", *QUICK, "--dry-run")
+    assert ran.code == 0
+    assert "plan: 14 linears" in ran.out
+    assert "of memory here" in ran.out
+    assert not (tmp_path / "out").exists()
+
+
+def test_prune_json_is_one_document_with_every_linear(
+    halfweave: Command, tiny_model: Path, tmp_path: Path
+) -> None:
+    ran = halfweave("prune", tiny_model, tmp_path / "out", *QUICK, "--bits", 4, "--json")
+    document = ran.document
+    assert document["recipe"]["bits"] == 4
+    linears = document["result"]["linears"]
+    assert len(linears) == 14
+    assert {entry["format"] for entry in linears.values()} == {"sparse24_int4"}
+
+
+def test_a_recipe_file_gives_the_same_bytes_and_flags_change_it(
+    halfweave: Command, tiny_model: Path, pruned: Path, tmp_path: Path
+) -> None:
+    recipe = ("--recipe", pruned / "halfweave.json")
+    assert halfweave("prune", tiny_model, tmp_path / "again", *recipe).code == 0
+    for shard in pruned.glob("*.safetensors"):
+        assert sha256_file(shard) == sha256_file(tmp_path / "again" / shard.name)
+    flags = ("--seed", 5, "--dry-run", "--json")
+    ran = halfweave("prune", tiny_model, tmp_path / "x", *recipe, *flags)
+    assert ran.document["recipe"]["seed"] == 5
+    assert ran.document["recipe"]["method"] == "magnitude"
+
+
+def test_row_13_ctrl_c_exits_130_and_resume_goes_on(halfweave: Command, tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model", Tiny(layers=12))
+    flags = ["--calib-windows", "24", "--calib-length", "128"]
+    command = [*ENTRY, "prune", str(model), str(tmp_path / "out"), *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("layer 10/"):
+                process.send_signal(signal.SIGINT)
+                break
+        rest = process.stderr.read()
+    assert process.returncode == 130
+    assert rest.splitlines()[-2:] == [
+        "next: the same command with --resume goes on from the last finished block",
+        "interrupted",
+    ]
+    ran = halfweave("prune", model, tmp_path / "out", *flags, "--resume", "--json")
+    assert ran.document["result"]["resumed_blocks"] >= 1
+
+
+# ---- inspect, eval, bench
+
+
+def test_inspect_shows_formats_errors_sizes_hashes_provenance_and_kernels(
+    halfweave: Command, pruned: Path
+) -> None:
+    out = halfweave("inspect", pruned).out
+    assert "14 linears" in out
+    assert re.search(r"weights \S+ KiB, 0\.\d{3} of \S+ KiB dense", out)
+    assert "method magnitude, pattern 2:4" in out
+    assert f"pruned from tiny by halfweave {__version__}" in out
+    assert re.search(r"\d+ files have the SHA-256 of the manifest", out)
+    assert "kernel for sparse24: " in out
+
+
+def test_inspect_lists_every_linear_and_gives_the_same_as_json(
+    halfweave: Command, pruned: Path
+) -> None:
+    listed = halfweave("inspect", pruned, "--layers").out
+    found = halfweave("inspect", pruned, "--json").document["result"]
+    assert len(found["linears"]) == 14
+    for linear in found["linears"]:
+        assert re.search(rf"^{re.escape(linear['name'])} .* {linear['bytes']} ", listed, re.M)
+    kept, mask = linear["shape"][0] * linear["shape"][1] // 2, linear["shape"][1] // 8
+    assert linear["bytes"] == 4 * kept + linear["shape"][0] * mask  # fp32 values and nibbles
+
+
+def test_inspect_of_a_dense_model_says_that_nothing_vouches(
+    halfweave: Command, tiny_model: Path
+) -> None:
+    out = halfweave("inspect", tiny_model).out
+    assert "no file was compared with a hash" in out
+    assert "kernel for dense: " in out
+
+
+def test_eval_prints_the_dense_model_first(
+    halfweave: Command, packed_model: Path, tiny_model: Path, text: Path
+) -> None:
+    ran = halfweave("eval", packed_model, "--against", tiny_model, "--text", text, "--window", 64)
+    rows = ran.out.splitlines()
+    assert rows[0].split()[:2] == ["model", "perplexity"]
+    assert [row.split()[0] for row in rows[1:3]] == ["tiny", "packed"]
+    assert rows[3].startswith("text: text.txt, SHA-256 ")
+    assert ran.err.splitlines()[-1].startswith("window ")
+
+
+def test_eval_json_has_exact_counts(halfweave: Command, tiny_model: Path, text: Path) -> None:
+    flags = ("--text", text, "--window", 64, "--max-windows", 3, "--json")
+    result = halfweave("eval", tiny_model, *flags).document["result"]
+    assert result["tokens"] == result["windows"] * 63
+    assert result["kl"] is None
+
+
+def test_bench_ends_with_a_table_and_a_json_line(
+    halfweave: Command, packed_model: Path, tiny_model: Path, text: Path
+) -> None:
+    flags = ("--text", text, "--window", 64, "--prompt-tokens", 16, "--new-tokens", 4)
+    ran = halfweave("bench", packed_model, "--against", tiny_model, *flags, "--json")
+    assert [m["name"] for m in ran.document["models"]] == ["tiny", "packed"]
+    for row in ("perplexity", "decode, tokens/s", "TTFT, ms", "kernel", "machine:", "note: packed"):
+        assert re.search(rf"^{row}", ran.err, re.M)
+    plain = halfweave("bench", packed_model, "--against", tiny_model, *flags).out
+    assert "tiny, baseline" in plain.splitlines()[0]
+    assert all(len(line) <= 100 for line in plain.splitlines())
+
+
+# ---- generate, chat, serve, import
+
+
+GREEDY = SamplingParams(max_tokens=12, temperature=0.0)
+
+
+def test_generate_streams_what_the_library_returns(halfweave: Command, tiny_model: Path) -> None:
+    with LLM(tiny_model) as llm:
+        expected = llm.generate("Two weights", GREEDY)[0]
+    flags = ("--temperature", 0, "--max-tokens", 12)
+    ran = halfweave("generate", tiny_model, "-p", "Two weights", *flags)
+    assert (ran.out, ran.err) == (expected.text + "\n", "")
+    document = halfweave("generate", tiny_model, "-p", "Two weights", *flags, "--json").document
+    assert document["result"]["text"] == expected.text
+    assert document["result"]["token_ids"] == list(expected.token_ids)
+    assert document["result"]["usage"]["completion_tokens"] == 12
+
+
+def test_generate_reads_its_prompt_from_stdin(halfweave: Command, tiny_model: Path) -> None:
+    flags = ("--temperature", 0, "--max-tokens", 12)
+    given = halfweave("generate", tiny_model, "-p", "Two weights", *flags)
+    piped = halfweave("generate", tiny_model, "-p", "-", *flags, stdin="Two weights")
+    assert piped.out == given.out
+
+
+def test_a_flag_can_come_from_the_environment(
+    halfweave: Command, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HALFWEAVE_GENERATE_MAX_TOKENS", "3")
+    document = halfweave("generate", tiny_model, "-p", "Two", "--json").document
+    assert document["result"]["usage"]["completion_tokens"] == 3
+
+
+def test_chat_remembers_the_talk_and_ends_with_its_input(
+    halfweave: Command, tiny_model: Path
+) -> None:
+    with LLM(tiny_model) as llm:
+        talk = [{"role": "user", "content": "Hello"}]
+        first = llm.chat(talk, GREEDY).text
+        talk += [{"role": "assistant", "content": first}, {"role": "user", "content": "More"}]
+        second = llm.chat(talk, GREEDY).text
+    flags = ("--temperature", 0, "--max-tokens", 12)
+    ran = halfweave("chat", tiny_model, *flags, stdin="Hello\n\nMore\n")
+    assert (ran.code, ran.out) == (0, f"{first}\n{second}\n")
+
+
+def test_chat_without_a_template_exits_2(
+    halfweave: Command, copy_of: Callable[[Path], Path], tiny_model: Path
+) -> None:
+    directory = copy_of(tiny_model)
+    (directory / "chat_template.jinja").unlink(missing_ok=True)
+    edit_json(directory / "tokenizer_config.json", lambda c: c.pop("chat_template", None))
+    ran = halfweave("chat", directory, stdin="Hello\n")
+    assert ran.code == 2
+    assert "error: the model has no chat template" in ran.err
+
+
+@pytest.fixture
+def server(tiny_model: Path) -> Iterator[subprocess.Popen[str]]:
+    command = [*ENTRY, "serve", str(tiny_model), "--port", "0", "--threads", "1"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        yield process
+        process.kill()
+
+
+def test_serve_prints_its_address_and_how_to_ask_and_ends_with_ctrl_c(
+    server: subprocess.Popen[str],
+) -> None:
+    assert server.stdout is not None
+    lines = [server.stdout.readline() for _ in range(7)]
+    url = lines[0].removeprefix("serving tiny at ").strip()
+    assert lines[1].startswith(f"curl {url}/v1/chat/completions ")
+    assert lines[3] == "from openai import OpenAI\n"
+    with urllib.request.urlopen(f"{url}/v1/models", timeout=30) as answer:
+        assert json.load(answer)["data"][0]["id"] == "tiny"
+    server.send_signal(signal.SIGINT)
+    assert server.wait(timeout=30) == 0
+
+
+def test_import_of_a_file_that_is_no_gguf_says_so(halfweave: Command, tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    ran = halfweave("import", file, tmp_path / "out")
+    assert ran.code == 2
+    assert str(file) in ran.err
+    file.write_bytes(b"nothing of the kind")
+    ran = halfweave("import", file, tmp_path / "out")
+    assert ran.code == 1
+    assert "error: " in ran.err
+
+
+# ---- words for numbers
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(7.6, "8s"), (59.6, "1m00s"), (220, "3m40s"), (7500, "2h05m")]
+)
+def test_durations_read_like_speech(seconds: float, words: str) -> None:
+    assert duration(seconds) == words
+
+
+@pytest.mark.parametrize(
+    ("count", "words"), [(1023, "1023 B"), (1024, "1.0 KiB"), (270 * 2**20, "270.0 MiB")]
+)
+def test_sizes_have_binary_units(count: int, words: str) -> None:
+    assert size(count) == words
