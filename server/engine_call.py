@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
-import anyio.to_thread
+from fastapi.concurrency import run_in_threadpool
 
 from ..runtime.engine import Engine
 from ..runtime.request import (
@@ -66,7 +66,7 @@ class EngineCall:
         """
         call = cls(engine, prefix)
         try:
-            await anyio.to_thread.run_sync(call._submit, tokenize, params)
+            await run_in_threadpool(call._submit, tokenize, params)
         except BaseException:
             call.close()
             raise

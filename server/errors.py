@@ -61,9 +61,9 @@ class ApiError(HTTPException):
         """The error as a JSON document."""
         return ErrorAnswer(
             error=ErrorDetail(
-                message=_printable(self.detail),
+                message=_bounded(self.detail),
                 type=_type_of(self.status_code),
-                param=None if self.param is None else _printable(self.param),
+                param=None if self.param is None else _bounded(self.param),
                 code=self.code,
             )
         )
@@ -137,10 +137,10 @@ def _invalid(errors: Sequence[Any]) -> ApiError:
     """The first thing wrong with a body; a list of everything could outgrow the request."""
     first = errors[0]
     param = _param(first["loc"])
-    if first["type"] == "extra_forbidden":
-        return ApiError(400, f"{param} is not a known parameter", code=UNSUPPORTED, param=param)
     if param is None:
         return ApiError(400, f"the request body is not usable: {first['msg']}")
+    if first["type"] == "extra_forbidden":
+        return ApiError(400, f"{param} is not a known parameter", code=UNSUPPORTED, param=param)
     code = UNSUPPORTED if first["type"] == UNSUPPORTED else None
     return ApiError(400, f"{param}: {first['msg']}", code=code, param=param)
 
@@ -159,7 +159,5 @@ def _param(loc: Sequence[str | int]) -> str | None:
     return name or None
 
 
-def _printable(text: str) -> str:
-    """Bounded, and free of lone surrogates that no encoder accepts."""
-    clean = text.encode("utf-8", "replace").decode()
-    return clean if len(clean) <= _MAX_MESSAGE_CHARS else clean[:_MAX_MESSAGE_CHARS] + "..."
+def _bounded(text: str) -> str:
+    return text if len(text) <= _MAX_MESSAGE_CHARS else text[:_MAX_MESSAGE_CHARS] + "..."

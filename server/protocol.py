@@ -6,7 +6,7 @@ is answered 400 `unsupported_parameter`, never ignored. Knows shapes and bounds,
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import (
     BaseModel,
@@ -32,6 +32,7 @@ from .errors import UNSUPPORTED
 
 _MAX_INT = 2**31 - 1
 _MAX_MESSAGES = 4096
+_MAX_PROMPTS = 1024  # whatever the operator allows, so that reading a body stays quick
 _LEGACY_MAX_TOKENS = 16
 
 
@@ -73,9 +74,11 @@ TokenId = Annotated[int, Field(ge=0, le=_MAX_INT)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 Prompt = Annotated[
     Annotated[Text, Tag("<text>")]
-    | Annotated[list[Text], Field(min_length=1, fail_fast=True), Tag("<texts>")]
+    | Annotated[
+        list[Text], Field(min_length=1, max_length=_MAX_PROMPTS, fail_fast=True), Tag("<texts>")
+    ]
     | Annotated[TokenIds, Tag("<ids>")]
-    | Annotated[list[TokenIds], Field(fail_fast=True), Tag("<id lists>")],
+    | Annotated[list[TokenIds], Field(max_length=_MAX_PROMPTS, fail_fast=True), Tag("<id lists>")],
     Discriminator(_prompt_shape),
 ]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
@@ -172,8 +175,8 @@ class CompletionBody(GenerationBody):
         if isinstance(self.prompt, str):
             return [self.prompt]
         if isinstance(self.prompt[0], int):
-            return [[token for token in self.prompt if isinstance(token, int)]]
-        return [item for item in self.prompt if not isinstance(item, int)]
+            return [self.prompt]
+        return cast(list[str | list[int]], self.prompt)
 
     @property
     def token_limit(self) -> int:

@@ -11,7 +11,8 @@ class ServerSettings:
 
     Attributes:
         served_name: the model's name in requests and answers; None takes the model's own.
-        max_body_bytes: a longer request body is answered 413.
+        max_body_bytes: a longer request body is answered 413. Reading one holds up
+            all others; a text of a quarter of a million tokens fits the default.
         max_prompts: a completion request with more prompts is answered 400.
         body_timeout_s: a body that has not arrived after so many seconds is answered 408.
         max_waiting: requests beyond so many waiting ones are answered 429.
@@ -20,7 +21,7 @@ class ServerSettings:
     """
 
     served_name: str | None = None
-    max_body_bytes: int = 4 * 2**20
+    max_body_bytes: int = 2**20
     max_prompts: int = 32
     body_timeout_s: float = 30.0
     max_waiting: int = 64

@@ -39,6 +39,7 @@ BODIES: dict[str, bytes] = {
     "an integer of 5000 digits": b'{"model":"tiny","prompt":"x","seed":' + b"9" * 5000 + b"}",
     "half a character": b'{"model":"tiny","prompt":"\\ud800"}',
     "half a character as a key": b'{"model":"tiny","prompt":"x","\\ud800":1}',
+    "a key in angle brackets": b'{"model":"tiny","prompt":"x","messages":[],"<one>":1}',
     "a long unknown key": b'{"' + b"k" * 100_000 + b'":1}',
     "many unknown keys": json.dumps({str(n): n for n in range(10_000)}).encode(),
 }
@@ -54,7 +55,16 @@ def test_a_hostile_body_is_a_short_and_quick_400(live: Live, path: str, body: by
     assert answer.status == 400
     assert answer.error["type"] == "invalid_request_error"
     assert len(answer.body) < 4096
+    assert b"\\ud8" not in answer.body, "half a character is not given back"
     assert live.complete(max_tokens=1).status == 200
+
+
+def test_a_key_named_twice_is_refused_whatever_it_says(live: Live) -> None:
+    """Row 31."""
+    body = b'{"model":"tiny","prompt":"x","prompt":"x","max_tokens":1}'
+    answer = live.send("POST", POSTS[0], body, JSON)
+    assert answer.status == 400
+    assert "twice" in answer.error["message"]
 
 
 @pytest.mark.parametrize("media_type", ["text/plain", "application/x-www-form-urlencoded", ""])

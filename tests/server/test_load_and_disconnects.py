@@ -43,9 +43,10 @@ def test_a_full_queue_is_a_429_that_says_when_to_come_back(slow: Live) -> None:
 def test_prompts_that_do_not_all_fit_the_queue_leave_none_in_it(slow: Live) -> None:
     running = slow.begin_completion(**FOREVER, stream=True)
     wait_until(lambda: slow.engine.stats().running == 1)
-    answer = slow.complete(prompt=["a", "b", "c"], max_tokens=8000)
+    answer = slow.complete(prompt=["a", "b", "c"], **FOREVER)
     assert answer.status == 429
-    wait_until(lambda: slow.engine.stats().waiting == 0)
+    wait_until(lambda: slow.engine.stats().waiting == 0, seconds=3)
+    assert slow.engine.stats().running == 1, "the neighbour goes on"
     running.close()
 
 
