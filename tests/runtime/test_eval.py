@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from halfweave.errors import HalfweaveError, RefusedError, UsageError
+from halfweave.runtime.decoder import Decoder
 from halfweave.runtime.eval import evaluate, read_text
 from halfweave.runtime.model import Model, load_model
 from support.tiny import Tiny, dense_model, pack_directory, save_tiny, save_tokenizer
@@ -94,6 +95,21 @@ def test_fewer_windows_are_every_kth_one(directory: Path, model: Model) -> None:
     result = evaluate(model, TEXT, window=WINDOW, max_windows=limit)
     assert result.windows == len(windows) <= limit
     assert result.ppl == pytest.approx(math.exp(loss.item()), rel=1e-4)
+
+
+def test_logits_are_held_for_a_bounded_number_of_positions(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[int] = []
+    real = Decoder.logits
+
+    def watched(self: Decoder, hidden: torch.Tensor) -> torch.Tensor:
+        held.append(len(hidden))
+        return real(self, hidden)
+
+    monkeypatch.setattr(Decoder, "logits", watched)
+    evaluate(model, TEXT, window=256, max_windows=1)
+    assert held == [128, 127]
 
 
 def test_progress_counts_every_window(model: Model) -> None:
