@@ -231,7 +231,11 @@ def generate(
     console = Console(output.json)
     text = sys.stdin.read() if prompt == "-" else prompt
     with Speaker(_load(model, loading), sampling, tuple(stop or ())) as speaker:
-        answer = speaker.say(speaker.model.tokenizer.encode(text), console.write)
+        try:
+            answer = speaker.say(speaker.model.tokenizer.encode(text), console.write)
+        except KeyboardInterrupt:
+            console.say("")  # the text stopped in the middle of a line
+            raise
     console.say("")
     console.document({"verb": "generate", "result": answer})
 

@@ -24,7 +24,6 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import pytest
 from halfweave import LLM, Recipe, SamplingParams, __version__
 from halfweave.cli import main
-from halfweave.cli.console import duration, size
 from halfweave.cli.flags import Pruning
 from halfweave.files import sha256_file
 from support.tiny import Tiny, edit_json, save_tiny
@@ -483,20 +482,3 @@ def test_import_of_a_file_that_is_no_gguf_says_so(halfweave: Command, tmp_path: 
     ran = halfweave("import", file, tmp_path / "out")
     assert ran.code == 1
     assert "error: " in ran.err
-
-
-# ---- words for numbers
-
-
-@pytest.mark.parametrize(
-    ("seconds", "words"), [(7.6, "8s"), (59.6, "1m00s"), (220, "3m40s"), (7500, "2h05m")]
-)
-def test_durations_read_like_speech(seconds: float, words: str) -> None:
-    assert duration(seconds) == words
-
-
-@pytest.mark.parametrize(
-    ("count", "words"), [(1023, "1023 B"), (1024, "1.0 KiB"), (270 * 2**20, "270.0 MiB")]
-)
-def test_sizes_have_binary_units(count: int, words: str) -> None:
-    assert size(count) == words
