@@ -79,7 +79,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, required=True, help="checkpoints and raw figures")
     parser.add_argument("--windows", type=int, default=64, help="calibration windows")
     parser.add_argument("--length", type=int, default=512, help="tokens per calibration window")
-    parser.add_argument("--eval-windows", type=int, default=20, help="at most so many of 1024")
+    parser.add_argument("--eval-windows", type=int, default=16, help="at most so many of 1024")
     parser.add_argument("--limit", type=int, help="only the first so many rows")
     parser.add_argument(
         "--prune-only", action="store_true", help="make checkpoints, evaluate later"
@@ -104,7 +104,9 @@ def prune(row: Row, options: argparse.Namespace) -> dict[str, Any]:
     command = ["prune", options.model, out, "--method", row.method, "--pattern", row.pattern]
     command += ["--bits", row.bits, "--group", GROUP, "--seed", 0]
     command += ["--calib", options.text / "calib.wiki.txt"]
-    command += ["--calib-windows", options.windows, "--calib-length", options.length]
+    # Magnitude looks at no inputs; one window is enough to report its layer errors.
+    windows = 1 if row.method == "magnitude" else options.windows
+    command += ["--calib-windows", windows, "--calib-length", options.length]
     resuming = (out / ".halfweave-journal.jsonl").exists()
     fresh = "--resume" if resuming else "--overwrite"
     seconds, peak, _ = run([*command, fresh])
@@ -145,8 +147,8 @@ def to_document(
     from halfweave.runtime.hardware import this_machine, versions
 
     first = reports[0][2]["result"]
+    common = {"group": None, "recover": "none", "seed": 0}
     calib_tokens = options.windows * options.length
-    common = {"group": None, "recover": "none", "seed": 0, "calib_tokens": calib_tokens}
     dense = {
         **{"model": options.model.name, "method": "dense", "pattern": "dense", "bits": 16},
         **{**common, "seed": None, "calib_tokens": 0},
@@ -157,8 +159,9 @@ def to_document(
     for row, pruned, scores in reports:
         figures = {key: scores["result"][key] for key in ("ppl", "kl", "agreement")}
         identity = {"model": options.model.name, "method": row.method, "pattern": row.pattern}
-        group = GROUP if row.bits == 4 else None
-        rows.append({**identity, "bits": row.bits, **common, "group": group, **figures, **pruned})
+        settings = {**common, "group": GROUP if row.bits == 4 else None}
+        settings["calib_tokens"] = 0 if row.method == "magnitude" else calib_tokens
+        rows.append({**identity, "bits": row.bits, **settings, **figures, **pruned})
     return {
         "eval": {key: first[key] for key in ("text_sha256", "tokens", "window")},
         "hardware": this_machine().line,

