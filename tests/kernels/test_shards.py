@@ -45,6 +45,19 @@ def test_tensors_are_found_across_shards(sharded: Path) -> None:
     assert torch.equal(tensors.read("a"), torch.arange(6.0).view(2, 3))
 
 
+def test_row_27_a_file_cut_off_after_opening_is_an_error_and_no_crash(sharded: Path) -> None:
+    tensors = ShardedTensors.open(sharded)
+    with open(sharded / "model-1.safetensors", "r+b") as file:
+        file.truncate(100)
+    with pytest.raises(CheckpointError, match=r"model-1\.safetensors"):
+        tensors.read("a")
+
+
+def test_an_empty_tensor_is_read(tmp_path: Path) -> None:
+    safetensors.torch.save_file({"a": torch.ones(0, 3)}, tmp_path / "model.safetensors")
+    assert ShardedTensors.open(tmp_path).read("a").shape == (0, 3)
+
+
 def test_row_27_what_was_read_does_not_change_with_the_file(sharded: Path) -> None:
     tensor = ShardedTensors.open(sharded).read("a")
     with open(sharded / "model-1.safetensors", "r+b") as file:
