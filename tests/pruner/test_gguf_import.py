@@ -190,8 +190,13 @@ def test_the_directory_says_that_its_weights_were_dequantized(
 def test_files_beside_the_source_are_not_taken_for_parts_of_it(tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "tiny.gguf")
     (tmp_path / "config.json").write_text('{"auto_map": {"AutoConfig": "evil.Config"}}')
-    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere"}')
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 7}')
+    (tmp_path / "chat_template.jinja").write_text("another model's")
     import_gguf(file, tmp_path / "out")
+    assert (
+        json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == 2
+    )
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == CHAT_TEMPLATE
     assert "auto_map" not in (tmp_path / "out" / "config.json").read_text()
 
 
