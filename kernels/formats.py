@@ -21,8 +21,24 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GROUP_SIZES = (32, 64, 128)
 
 
+class _Stored:
+    """What the formats share: named tensors. Each tensor's suffix is the name of its field."""
+
+    kind: ClassVar[str]
+    suffixes: ClassVar[tuple[str, ...]]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Stored tensors by suffix."""
+        return {suffix: getattr(self, suffix) for suffix in self.suffixes}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors as stored."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+
 @dataclass(frozen=True)
-class Dense:
+class Dense(_Stored):
     """A weight as it is: float [N, K]. Also holds unstructured and 4:8 zeros."""
 
     kind: ClassVar[str] = "dense"
@@ -33,15 +49,6 @@ class Dense:
     def shape(self) -> tuple[int, int]:
         """(N, K) of the weight this stands for."""
         return int(self.weight.shape[0]), int(self.weight.shape[1])
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors as stored."""
-        return _nbytes(self.tensors())
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Stored tensors by suffix."""
-        return {"weight": self.weight}
 
     def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense weight [N, K]."""
@@ -56,7 +63,7 @@ class Dense:
 
 
 @dataclass(frozen=True)
-class Sparse24:
+class Sparse24(_Stored):
     """2:4 sparse, 16-bit values: `values` float [N, K/2] and `meta` uint8 [N, ceil(K/8)]."""
 
     kind: ClassVar[str] = "sparse24"
@@ -68,15 +75,6 @@ class Sparse24:
     def shape(self) -> tuple[int, int]:
         """(N, K) of the weight this stands for."""
         return int(self.values.shape[0]), 2 * int(self.values.shape[1])
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors as stored."""
-        return _nbytes(self.tensors())
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Stored tensors by suffix."""
-        return {"values": self.values, "meta": self.meta}
 
     @classmethod
     def from_dense(cls, weight: Tensor, name: str = "weight") -> Sparse24:
@@ -103,7 +101,7 @@ class Sparse24:
 
 
 @dataclass(frozen=True)
-class Sparse24Int4:
+class Sparse24Int4(_Stored):
     """2:4 sparse with 4-bit kept values and one scale per row and group of K.
 
     `codes` uint8 [N, K/4] holds two codes a byte, low nibble first, code = q + 8 with q in -8..7;
@@ -121,15 +119,6 @@ class Sparse24Int4:
     def shape(self) -> tuple[int, int]:
         """(N, K) of the weight this stands for."""
         return int(self.values.shape[0]), 4 * int(self.values.shape[1])
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors as stored."""
-        return _nbytes(self.tensors())
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Stored tensors by suffix."""
-        return {"values": self.values, "meta": self.meta, "scale": self.scale}
 
     @classmethod
     def from_codes(
@@ -161,7 +150,7 @@ class Sparse24Int4:
 
 
 @dataclass(frozen=True)
-class Int4:
+class Int4(_Stored):
     """Dense 4-bit: `values` uint8 [N, K/2], low nibble first; `scale` fp16 [N, ceil(K/group)]."""
 
     kind: ClassVar[str] = "int4"
@@ -174,15 +163,6 @@ class Int4:
     def shape(self) -> tuple[int, int]:
         """(N, K) of the weight this stands for."""
         return int(self.values.shape[0]), 2 * int(self.values.shape[1])
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors as stored."""
-        return _nbytes(self.tensors())
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Stored tensors by suffix."""
-        return {"values": self.values, "scale": self.scale}
 
     @classmethod
     def from_codes(cls, codes: Tensor, scale: Tensor, group: int) -> Int4:
@@ -204,7 +184,7 @@ class Int4:
 
 
 @dataclass(frozen=True)
-class Int8:
+class Int8(_Stored):
     """Dense 8-bit, one scale per row: `values` int8 [N, K], `scale` fp16 [N, 1]."""
 
     kind: ClassVar[str] = "int8"
@@ -216,15 +196,6 @@ class Int8:
     def shape(self) -> tuple[int, int]:
         """(N, K) of the weight this stands for."""
         return int(self.values.shape[0]), int(self.values.shape[1])
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors as stored."""
-        return _nbytes(self.tensors())
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Stored tensors by suffix."""
-        return {"values": self.values, "scale": self.scale}
 
     @classmethod
     def from_dense(cls, weight: Tensor) -> Int8:
@@ -311,10 +282,6 @@ def expected_tensors(
     if group is not None:
         shapes["scale"] = (rows, group_count(columns, group))
     return shapes
-
-
-def _nbytes(tensors: Mapping[str, Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def _check_tensor(

@@ -28,6 +28,7 @@ SIDE_FILES = (
     "tokenizer.model",
     "vocab.json",
     "merges.txt",
+    "halfweave-import.json",  # where the weights came from, if they were imported
     "LICENSE",
     "LICENSE.txt",
     "LICENSE.md",

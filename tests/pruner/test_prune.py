@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,31 +20,14 @@ from halfweave.errors import (
 )
 from halfweave.files import sha256_file
 from halfweave.pruner import plan as plan_module
-from halfweave.pruner.journal import locked
 from halfweave.pruner.masks import is_n_of_m
 from halfweave.pruner.pipeline import Progress, plan_prune, prune
 from halfweave.pruner.recipe import Recipe
 from halfweave.runtime.checkpoint import Checkpoint
+from support.pruning import TEXT, everything, recipe, set_weight
 from support.tiny import Tiny, dense_model, edit_json, save_tiny
 
 Copy = Callable[[Path], Path]
-TEXT = Path(__file__).parents[2] / "LICENSE"  # any English will do
-SMALL = {"calib": str(TEXT), "calib_windows": 4, "calib_length": 32}
-HELPER = Path(__file__).parents[1] / "support" / "kill_every_write.py"
-
-
-def recipe(**changes: object) -> Recipe:
-    return Recipe(**{**SMALL, **changes})  # type: ignore[arg-type]
-
-
-def set_weight(directory: Path, name: str, change: Callable[[torch.Tensor], None]) -> None:
-    tensors = safetensors.torch.load_file(directory / "model.safetensors")
-    change(tensors[name])
-    safetensors.torch.save_file(tensors, directory / "model.safetensors", {"format": "pt"})
-
-
-def everything(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
@@ -145,19 +126,6 @@ def test_the_same_recipe_gives_the_same_bytes_and_another_seed_does_not(
     assert everything(tmp_path / "a") == everything(tmp_path / "b")
     shard = "model-00002-of-00003.safetensors"
     assert sha256_file(tmp_path / "a" / shard) != sha256_file(tmp_path / "c" / shard)
-
-
-def test_row_13_a_kill_before_any_write_resumes_to_the_same_bytes(tmp_path: Path) -> None:
-    model = save_tiny(tmp_path / "model", Tiny(layers=2, hidden=16, intermediate=32, heads=2))
-    result = subprocess.run(
-        [sys.executable, str(HELPER), str(model), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert int(result.stdout.split()[-1]) >= 15
 
 
 def test_the_plan_says_what_will_be_written(tiny_model: Path, tmp_path: Path) -> None:
@@ -330,97 +298,6 @@ def test_row_11_a_finished_model_is_replaced_only_when_asked(
     assert everything(out) == {**everything(tmp_path / "fresh"), "notes.txt": b"mine"}
 
 
-def interrupted(model: Path, out: Path, chosen: Recipe) -> None:
-    """Leave an unfinished run behind, stopped in the second block."""
-
-    def stop(progress: Progress) -> None:
-        if progress.done == 9:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        prune(model, out, chosen, progress=stop)
-
-
-def test_row_13_an_interrupted_run_must_be_resumed_and_can_be(
-    tiny_model: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    interrupted(tiny_model, out, recipe())
-    with pytest.raises(CheckpointError, match="incomplete"):
-        Checkpoint.open(out)
-    with pytest.raises(RefusedError, match="an unfinished run") as caught:
-        prune(tiny_model, out, recipe())
-    assert "--resume" in str(caught.value.hint)
-    assert prune(tiny_model, out, recipe(), resume=True).resumed_blocks == 1
-    prune(tiny_model, tmp_path / "whole", recipe())
-    assert everything(out) == everything(tmp_path / "whole")
-
-
-def test_row_13_half_a_journal_line_is_passed_over(tiny_model: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    interrupted(tiny_model, out, recipe())
-    journal = out / ".halfweave-journal.jsonl"
-    whole = journal.read_bytes().splitlines(keepends=True)
-    last_shard = max(i for i, line in enumerate(whole) if b"shard" in line)
-    journal.write_bytes(b"".join(whole[:last_shard]) + whole[last_shard][:40])
-    assert prune(tiny_model, out, recipe(), resume=True).resumed_blocks == 0
-    prune(tiny_model, tmp_path / "whole", recipe())
-    assert everything(out) == everything(tmp_path / "whole")
-
-
-@pytest.mark.parametrize(
-    ("change", "key"),
-    [({"seed": 9}, "recipe"), ({"method": "wanda"}, "recipe"), ({"calib_windows": 5}, "recipe")],
-)
-def test_row_14_a_changed_recipe_is_not_resumed(
-    tiny_model: Path, tmp_path: Path, change: dict[str, object], key: str
-) -> None:
-    interrupted(tiny_model, tmp_path / "out", recipe())
-    with pytest.raises(RefusedError, match=f"cannot resume: .*{key}"):
-        prune(tiny_model, tmp_path / "out", recipe(**change), resume=True)
-
-
-def test_row_14_changed_base_weights_are_not_resumed(
-    tiny_model: Path, copy_of: Copy, tmp_path: Path
-) -> None:
-    model = copy_of(tiny_model)
-    interrupted(model, tmp_path / "out", recipe())
-    set_weight(model, "model.norm.weight", lambda w: w.add_(1))
-    with pytest.raises(RefusedError, match="cannot resume: base changed"):
-        prune(model, tmp_path / "out", recipe(), resume=True)
-
-
-def test_row_14_another_thread_count_is_not_resumed(tiny_model: Path, tmp_path: Path) -> None:
-    interrupted(tiny_model, tmp_path / "out", recipe())
-    torch.set_num_threads(2)
-    try:
-        with pytest.raises(RefusedError, match="cannot resume: threads changed"):
-            prune(tiny_model, tmp_path / "out", recipe(), resume=True)
-    finally:
-        torch.set_num_threads(1)
-
-
-def test_a_damaged_finished_shard_stops_the_resume(tiny_model: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    interrupted(tiny_model, out, recipe())
-    shard = out / "model-00002-of-00003.safetensors"
-    data = bytearray(shard.read_bytes())
-    data[-1] ^= 1
-    shard.write_bytes(data)
-    with pytest.raises(CheckpointError, match=r"00002-of-00003\.safetensors is damaged"):
-        prune(tiny_model, out, recipe(), resume=True)
-
-
-def test_row_15_the_second_of_two_runs_names_the_first(tiny_model: Path, tmp_path: Path) -> None:
-    import os
-
-    out = tmp_path / "out"
-    interrupted(tiny_model, out, recipe())
-    with locked(out), pytest.raises(RefusedError, match=f"by process {os.getpid()}"):
-        prune(tiny_model, out, recipe(), resume=True)
-    prune(tiny_model, out, recipe(), resume=True)
-
-
 def test_row_12_and_16_a_run_that_cannot_fit_is_refused_with_both_numbers(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -432,33 +309,6 @@ def test_row_12_and_16_a_run_that_cannot_fit_is_refused_with_both_numbers(
     monkeypatch.setattr(plan_module.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(CapacityError, match=r"needs \d+ bytes, 1000 are free"):
         prune(tiny_model, tmp_path / "b", recipe())
-
-
-def test_row_12_a_disk_that_fills_up_leaves_a_run_that_resumes(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import errno
-    import os
-
-    calls = 0
-    real = os.fsync
-
-    def fsync(fd: int) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 9:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        real(fd)
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    out = tmp_path / "out"
-    with pytest.raises(CapacityError, match="the disk is full"):
-        prune(tiny_model, out, recipe())
-    assert not list(out.glob("*.tmp")) and not list(out.glob(".*.tmp"))
-    monkeypatch.undo()
-    prune(tiny_model, out, recipe(), resume=True)
-    prune(tiny_model, tmp_path / "whole", recipe())
-    assert everything(out) == everything(tmp_path / "whole")
 
 
 def test_row_17_awkward_names_and_a_read_only_source_work(tiny_model: Path, tmp_path: Path) -> None:
