@@ -27,6 +27,7 @@ from .eval import EvalResult, evaluate
 from .hardware import Hardware, peak_memory_bytes, this_machine, versions
 from .model import Model, load_model
 from .request import Failed, Finished, GenerationRequest, SamplingParams, TextDelta
+from .threads import in_passing_thread
 
 SCHEMA_VERSION = 1
 _LEAST_REPETITIONS = 5
@@ -153,7 +154,7 @@ def bench_offline(
         models[name] = load_model(path, dtype, verify)
         tell(done, len(paths), f"load {name}")
     prompt = _prompt(models, text, plan)
-    quality = _quality(models, text, plan, tell)
+    quality = in_passing_thread(lambda: _quality(models, text, plan, tell))
     samples = _samples(models, prompt, plan, tell)
     first = next(iter(models))
     rows = tuple(

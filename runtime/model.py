@@ -11,6 +11,7 @@ from ..errors import CheckpointError, UsageError
 from .checkpoint import Checkpoint
 from .decoder import Decoder
 from .spec import DecoderSpec, decoder_spec
+from .threads import in_passing_thread
 from .tokenizer import Tokenizer
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -47,7 +48,8 @@ def load_model(path: str | Path, dtype: str = "auto", verify: bool = True) -> Mo
     spec = decoder_spec(checkpoint.config)
     tokenizer = Tokenizer.open(checkpoint.path)
     _check_vocabulary(checkpoint.path, spec, tokenizer)
-    decoder = Decoder(checkpoint, spec, _DTYPES.get(dtype, torch.float32), torch.device("cpu"))
+    compute, device = _DTYPES.get(dtype, torch.float32), torch.device("cpu")
+    decoder = in_passing_thread(lambda: Decoder(checkpoint, spec, compute, device))
     checkpoint.warn_of_unused()
     return Model(checkpoint.path.resolve().name, checkpoint, spec, decoder, tokenizer)
 
