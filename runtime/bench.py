@@ -11,7 +11,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -240,18 +239,20 @@ def _labelled(tell: BenchProgress, label: str) -> BenchProgress:
 def _samples(
     models: Mapping[str, Model], prompt: tuple[int, ...], plan: BenchPlan, tell: BenchProgress
 ) -> dict[str, list[Sample]]:
-    """In turns, A B A B, so that whatever else the machine does falls on all alike."""
+    """In turns, A B A B, so that whatever else the machine does falls on all alike.
+
+    Each turn has an engine of its own: two that live side by side slow each other (see threads).
+    """
     samples: dict[str, list[Sample]] = {name: [] for name in models}
     rounds = plan.warmups + plan.repetitions
-    with ExitStack() as stack:
-        engines = {name: stack.enter_context(Engine(model)) for name, model in models.items()}
-        for turn in range(rounds):
-            for place, (name, engine) in enumerate(engines.items(), start=1):
+    for turn in range(rounds):
+        for place, (name, model) in enumerate(models.items(), start=1):
+            with Engine(model) as engine:
                 sample = _one_request(engine, f"{name}-{turn}", prompt, plan.new_tokens)
-                if turn >= plan.warmups:
-                    samples[name].append(sample)
-                what = "measure" if turn >= plan.warmups else "warm up"
-                tell(turn * len(models) + place, rounds * len(models), f"{what} {name}")
+            if turn >= plan.warmups:
+                samples[name].append(sample)
+            what = "measure" if turn >= plan.warmups else "warm up"
+            tell(turn * len(models) + place, rounds * len(models), f"{what} {name}")
     return samples
 
 
