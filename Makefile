@@ -23,7 +23,7 @@ $(VENV)/.demo-ready: $(VENV)/.ready
 	touch $@
 
 demo: $(VENV)/.demo-ready
-	$(BIN)/python benchmarks/demo.py
+	$(BIN)/python benchmarks/demo.py --transcript
 
 # The texts come from a package's test data; see benchmarks/make_text.py. Resumable; about an hour.
 $(VENV)/.text-ready: $(VENV)/.ready

@@ -25,6 +25,7 @@ from datetime import date
 from pathlib import Path
 from typing import IO, Any
 
+ROOT = Path(__file__).resolve().parent.parent
 HALFWEAVE = Path(sys.executable).parent / "halfweave"
 # Short, so that the table's columns hold them.
 DENSE, SPARSE = "SmolLM2-135M", "SmolLM2-135M-24-int4"
@@ -51,8 +52,9 @@ class Transcript:
             self.say(line.rstrip("\n"))
 
     def markdown(self) -> str:
-        """The lines as a document, the middle of the long list of layers left out."""
-        return "\n".join(["```text", *shortened(self.lines), "```", ""])
+        """The lines as a document: long runs of progress cut, paths as seen from the root."""
+        text = "\n".join(["```text", *shortened(self.lines), "```", ""])
+        return text.replace(f"{ROOT}/", "")
 
 
 def shortened(lines: list[str], keep: int = 4) -> Iterator[str]:
@@ -300,12 +302,11 @@ def say_what_next(demo: Demo) -> None:
 
 
 def main() -> None:
-    root = Path(__file__).resolve().parent.parent
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--work", type=Path, default=root / "work" / "demo")
-    parser.add_argument("--results", type=Path, default=root / "docs" / "results")
+    parser.add_argument("--work", type=Path, default=ROOT / "work" / "demo")
+    parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results")
     parser.add_argument("--transcript", action="store_true", help="also write demo.md")
     arguments = parser.parse_args()
 
@@ -322,7 +323,11 @@ def main() -> None:
     demo.transcript.say(f"\nThe whole took {time.monotonic() - started:.0f} s.")
     say_what_next(demo)
     if arguments.transcript:
-        head = f"# make demo\n\n{document['date']}, {document['hardware']}\n\n"
+        head = (
+            "# make demo\n\nWhat `make demo` prints, long runs of progress lines cut. Making the "
+            "environment is not in it.\n\n"
+            f"{document['date']}, {document['hardware']}\n\n"
+        )
         (arguments.results / "demo.md").write_text(head + demo.transcript.markdown())
 
 

@@ -247,9 +247,13 @@ class _Run:
         self._done += 1
         if self._progress is None:
             return
-        fresh = self._done - self._resumed * len(self._source.family.linears)
+        elapsed = time.perf_counter() - self._started
         left = len(self._plan.linears) - self._done
-        eta = (time.perf_counter() - self._started) / max(fresh, 1) * left
+        per_block = len(self._source.family.linears)
+        fresh = self._done - self._resumed * per_block
+        # The first block's time is mostly what comes before its first linear: ask the plan.
+        eta = elapsed / fresh * left if fresh >= per_block else self._plan.seconds - elapsed
+        eta = max(eta, 0.0)
         self._progress(Progress(name, record, self._done, len(self._plan.linears), seconds, eta))
 
 
