@@ -22,7 +22,7 @@ LinearFunction = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Kernel:
-    """One row of the table: a name, the reason it was chosen, and what it reads per weight."""
+    """One row of the table: a name, the reason it was chosen, and how to bind a weight to it."""
 
     name: str
     why: str
