@@ -97,6 +97,10 @@ class Progress(AbstractContextManager["Progress"]):
         self._total = 0
         self._started = self._last = time.monotonic()
 
+    def phase(self, unit: str) -> None:
+        """From now on the job is made of other units."""
+        self._unit = unit
+
     def step(self, done: int, total: int, what: str) -> None:
         """`done` of `total` steps are done, the last of them was `what`.
 

@@ -65,7 +65,7 @@ class Pruning:
     """What to do to the weights; the fields of `Recipe`, each None where it was not given."""
 
     pattern: Annotated[str | None, Flag(help="2:4, 4:8, N:M, 50% or dense. [2:4]")] = None
-    method: Annotated[str | None, Flag(help="magnitude, wanda or sparsegpt. [sparsegpt]")] = None
+    method: Annotated[str | None, Flag(help="admm, sparsegpt, wanda, magnitude. [admm]")] = None
     bits: Annotated[int | None, Flag(help="16 or 4 bits for a kept weight. [16]")] = None
     group: Annotated[int | None, Flag(help="128, 64 or 32 weights a scale. [128]")] = None
     calib: Annotated[str | None, Flag(help="Calibration text, or a file of one. [builtin]")] = None
@@ -73,6 +73,22 @@ class Pruning:
     calib_length: Annotated[int | None, Flag(help="Tokens of a window. [512]")] = None
     seed: Annotated[int | None, Flag(help="Draws the windows. [0]")] = None
     damping: Annotated[float | None, Flag(help="Of the Hessian's mean diagonal. [0.01]")] = None
+    mix: Annotated[float | None, Flag(help="Share of dense outputs to aim at. [0.5]")] = None
+    fast: Annotated[
+        bool | None, Flag("--fast", help="Observe a block once, not stage by stage.")
+    ] = None
+    recover: Annotated[str | None, Flag(help="none, blocks or distill. [none]")] = None
+    recover_minutes: Annotated[float | None, Flag(help="Time to distill for. [30.0]")] = None
+    recover_tokens: Annotated[int | None, Flag(help="Instead of a time: so many tokens. [0]")] = (
+        None
+    )
+    block_epochs: Annotated[int | None, Flag(help="Epochs of each block's tuning. [4]")] = None
+    max_ppl_ratio: Annotated[
+        float | None, Flag(help="Budget: perplexity over the dense model's, such as 1.15. [0.0]")
+    ] = None
+    target_bytes: Annotated[
+        float | None, Flag(help="Budget: share of the dense weight files, such as 0.4. [0.0]")
+    ] = None
     strict: Annotated[
         bool | None, Flag("--strict", help="Fail if a layer cannot take the pattern.")
     ] = None

@@ -12,7 +12,7 @@ from .. import __version__
 from ..errors import UsageError
 from ..files import find_directory
 from . import tables
-from .console import WIDTH, Console, log_to_stderr, print_error
+from .console import WIDTH, Console, Progress, log_to_stderr, print_error
 from .flags import (
     Flag,
     Loading,
@@ -29,8 +29,9 @@ from .flags import (
 )
 
 if TYPE_CHECKING:
-    from ..pruner.pipeline import Progress as PruneProgress
+    from ..pruner.oneshot import Progress as PruneProgress
     from ..pruner.recipe import Recipe
+    from ..pruner.recover.settings import DistillProgress
     from ..runtime.model import Model
 
 app = Typer(
@@ -99,9 +100,7 @@ def prune(model: ModelDir, out: OutDir, pruning: Pruning, run: Run, output: Outp
                 recipe,
                 resume=run.resume,
                 overwrite=run.overwrite,
-                progress=lambda step: bar.line(
-                    step.done, step.total, _pruned(step), step.seconds, step.eta_seconds
-                ),
+                progress=lambda step: _tell_progress(bar, step),
             )
     except KeyboardInterrupt:
         console.tell("next: the same command with --resume goes on from the last finished block")
@@ -119,6 +118,20 @@ def _recipe(pruning: Pruning, file: Path | None) -> Recipe:
     base = Recipe() if file is None else Recipe.read(file)
     given = {name: value for name, value in vars(pruning).items() if value is not None}
     return Recipe(**{**vars(base), **given})
+
+
+def _tell_progress(bar: Progress, step: PruneProgress | DistillProgress) -> None:
+    from ..pruner.recover.settings import DistillProgress
+
+    if not isinstance(step, DistillProgress):
+        bar.line(step.done, step.total, _pruned(step), step.seconds, step.eta_seconds)
+        return
+    bar.phase("token")
+    held_out = "" if step.held_out is None else f", {step.held_out:.3f} on held-out text"
+    seconds = 60 * step.minutes
+    left = seconds / step.tokens * (step.total_tokens - step.tokens)
+    what = f"recovered, KL {step.loss:.3f}{held_out}"
+    bar.line(step.tokens, step.total_tokens, what, seconds, max(left, 0.0))
 
 
 def _pruned(step: PruneProgress) -> str:

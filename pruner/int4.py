@@ -1,7 +1,7 @@
 """The symmetric 4-bit grid: one fp16 scale per row and group, codes -8..7.
 
-The scale is the plain one, max|w| / 7, which never clips; searching for better scales is a
-method's business. Source of the grid: GPTQ (Frantar et al., 2210.17323), symmetric and grouped.
+Scales here are the plain ones, max|w| / 7, which never clip; solvers/scales.py looks for better.
+Source of the grid: GPTQ (Frantar et al., 2210.17323), symmetric and grouped.
 """
 
 from __future__ import annotations
@@ -18,8 +18,12 @@ _LARGEST_SCALE = 65504.0  # largest finite fp16
 
 def absmax_scale(weight: Tensor) -> Tensor:
     """Scale [N] of one group [N, g]: max|w| / 7, rounded to fp16 before any weight is coded."""
-    scale = weight.abs().amax(dim=1) / HIGHEST
-    return scale.clamp(SMALLEST_SCALE, _LARGEST_SCALE).to(torch.float16)
+    return to_scale(weight.abs().amax(dim=1) / HIGHEST)
+
+
+def to_scale(wanted: Tensor) -> Tensor:
+    """The nearest scale that can be stored: fp16, within its normal range."""
+    return wanted.clamp(SMALLEST_SCALE, _LARGEST_SCALE).to(torch.float16)
 
 
 def encode(weight: Tensor, scale: Tensor) -> Tensor:

@@ -30,6 +30,13 @@ class LinearRecord:
     method: str
     relative_error: float | None
     note: str = ""
+    held_out_error: float | None = None  # to the mixed target, on windows pruning did not see
+    baseline_error: float | None = None  # SparseGPT's, on the same windows
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> LinearRecord:
+        """Undo `asdict` after a trip through JSON."""
+        return cls(**{**value, "shape": tuple(value["shape"])})
 
 
 @dataclass(frozen=True)
@@ -44,10 +51,7 @@ class ShardRecord:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> ShardRecord:
         """Undo `asdict` after a trip through JSON."""
-        linears = {
-            name: LinearRecord(**{**entry, "shape": tuple(entry["shape"])})
-            for name, entry in value["linears"].items()
-        }
+        linears = {name: LinearRecord.from_json(entry) for name, entry in value["linears"].items()}
         return cls(value["file"], value["sha256"], value["bytes"], linears)
 
 

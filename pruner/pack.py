@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 
 from ..errors import CapacityError
-from ..kernels.formats import Dense, Int4, PackedLinear, Sparse24, Sparse24Int4
+from ..kernels.formats import Dense, Int4, Int8, PackedLinear, Sparse24, Sparse24Int4
 from .methods.base import Pruned, Target
 
 
 def stored_format(target: Target) -> str:
     """Name of the format that holds results of this target."""
+    if target.bits == 8:
+        return Int8.kind
     if target.bits == 4:
         return Sparse24Int4.kind if target.pattern.is_24 else Int4.kind
     return Sparse24.kind if target.pattern.is_24 else Dense.kind
@@ -40,6 +42,8 @@ def pack(pruned: Pruned, target: Target, dtype: torch.dtype, name: str) -> Packe
         return Int4.from_codes(
             torch.where(pruned.keep, pruned.codes, 0), pruned.scale, target.group
         )
+    if target.bits == 8:
+        return Int8.from_dense(pruned.weight)
     weight = _cast(pruned.weight, dtype, name)
     return Sparse24.from_dense(weight, name) if target.pattern.is_24 else Dense(weight)
 

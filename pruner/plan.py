@@ -14,7 +14,7 @@ from ..errors import CapacityError, UsageError
 from ..kernels.formats import Dense, expected_tensors, needs_group
 from .methods.base import Target
 from .pack import stored_format, why_not
-from .recipe import Pattern, Recipe
+from .recipe import CHOICES, Pattern, Recipe
 from .source import Source
 
 _INTERPRETER_BYTES = 700 * 2**20  # torch and transformers, imported
@@ -23,12 +23,16 @@ _SWEEP_SECONDS_PER_WEIGHT = 2.2e-7  # column sweep, measured on two cores; scale
 
 @dataclass(frozen=True)
 class PlannedLinear:
-    """One linear: its shape, the format it will have, and, if it stays dense, why."""
+    """One linear: its shape, the format it will have, and how to get there or why it stays dense.
+
+    Exactly one of `target` and `reason` is None.
+    """
 
     name: str
     shape: tuple[int, int]
     format: str
     group: int | None
+    target: Target | None
     reason: str | None = None
 
 
@@ -50,9 +54,15 @@ class Plan:
         return tuple(linear for linear in self.linears if linear.reason is not None)
 
 
-def target_of(recipe: Recipe) -> Target:
-    """The part of a recipe that a method sees."""
-    return Target(Pattern.parse(recipe.pattern), recipe.bits, recipe.group, recipe.damping)
+def target_of(recipe: Recipe, linear: str) -> Target | None:
+    """What a method has to make of a linear; None where the recipe's choices leave it dense."""
+    pattern, bits = Pattern.parse(recipe.pattern), recipe.bits
+    if recipe.choices:
+        choice = recipe.choices.get(linear, Dense.kind)
+        if choice == Dense.kind:
+            return None
+        pattern, bits = Pattern.parse(CHOICES[choice][0]), CHOICES[choice][1]
+    return Target(pattern, bits, recipe.group, recipe.damping, recipe.mix)
 
 
 def make_plan(source: Source, recipe: Recipe) -> Plan:
@@ -62,11 +72,11 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
         UsageError: `recipe.strict`, and some linear cannot take the pattern.
     """
     linears = tuple(
-        _plan_linear(name, source.linear_shape(name), target_of(recipe))
+        _plan_linear(name, source.linear_shape(name), target_of(recipe, name))
         for index in range(source.block_count)
         for name in source.linear_names(index)
     )
-    unfit = [linear for linear in linears if linear.reason]
+    unfit = [linear for linear in linears if linear.reason and not recipe.choices]
     if recipe.strict and unfit:
         raise UsageError(
             f"{unfit[0].name}: {unfit[0].reason}, and --strict was asked for",
@@ -115,10 +125,12 @@ def available_memory_bytes() -> int | None:
     return None
 
 
-def _plan_linear(name: str, shape: tuple[int, int], target: Target) -> PlannedLinear:
-    reason = why_not(shape, target)
-    kind = Dense.kind if reason else stored_format(target)
-    return PlannedLinear(name, shape, kind, target.group if needs_group(kind) else None, reason)
+def _plan_linear(name: str, shape: tuple[int, int], target: Target | None) -> PlannedLinear:
+    reason = "chosen to stay dense" if target is None else why_not(shape, target)
+    if target is None or reason is not None:
+        return PlannedLinear(name, shape, Dense.kind, None, None, reason)
+    kind = stored_format(target)
+    return PlannedLinear(name, shape, kind, target.group if needs_group(kind) else None, target)
 
 
 def _stored_bytes(source: Source, name: str) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,17 @@ from ..errors import UsageError
 from ..files import read_json
 from ..kernels.formats import GROUP_SIZES
 
-METHODS = ("magnitude", "wanda", "sparsegpt")
-BITS = (16, 4)
+METHODS = ("admm", "sparsegpt", "wanda", "magnitude")
+BITS = (16, 8, 4)
+RECOVERIES = ("none", "blocks", "distill")
+# What a linear may become under a quality budget, by the format it is then stored in.
+CHOICES: Mapping[str, tuple[str, int]] = {
+    "sparse24_int4": ("2:4", 4),
+    "sparse24": ("2:4", 16),
+    "int4": ("dense", 4),
+    "int8": ("dense", 8),
+    "dense": ("dense", 16),
+}
 
 
 @dataclass(frozen=True)
@@ -65,11 +74,21 @@ class Recipe:
     """All that decides the output, given the base weights: same recipe, same bytes.
 
     `calib` is "builtin" or the path of a text file; `damping` is relative to the mean of the
-    Hessian's diagonal; `strict` makes a linear that cannot take the pattern an error instead of
-    keeping it dense; `allow_nonfinite` keeps linears with NaN or infinity as they are.
+    Hessian's diagonal; `mix` is the share of the dense model's outputs in what a layer should
+    repeat; `fast` observes a block once, dense, instead of stage by stage; `strict` makes a linear
+    that cannot take the pattern an error instead of keeping it dense; `allow_nonfinite` keeps
+    linears with NaN or infinity as they are.
+
+    `recover` trains what is left: "none"; "blocks", each block against the dense one for
+    `block_epochs`; or "distill", the whole model against the dense one on `recover_tokens` tokens,
+    0 meaning as many as `recover_minutes` allow.
+
+    With a budget, `max_ppl_ratio` (perplexity over the dense model's) or `target_bytes` (a share of
+    its weight files), every linear gets a format of its own, which `choices` records by name; 0 is
+    no budget.
     """
 
-    method: str = "sparsegpt"
+    method: str = "admm"
     pattern: str = "2:4"
     bits: int = 16
     group: int = 128
@@ -78,6 +97,15 @@ class Recipe:
     calib_length: int = 512
     seed: int = 0
     damping: float = 0.01
+    mix: float = 0.5
+    fast: bool = False
+    recover: str = "none"
+    recover_minutes: float = 30.0
+    recover_tokens: int = 0
+    block_epochs: int = 4
+    max_ppl_ratio: float = 0.0
+    target_bytes: float = 0.0
+    choices: dict[str, str] = field(default_factory=dict)
     strict: bool = False
     allow_nonfinite: bool = False
 
@@ -89,10 +117,27 @@ class Recipe:
         _require(self.calib_windows > 0, "calib_windows must be at least 1")
         _require(self.calib_length > 1, "calib_length must be at least 2 tokens")
         _require(0 < self.damping < 1, "damping must lie between 0 and 1")
+        _require(0 <= self.mix <= 1, "mix must lie between 0 and 1")
         _require(
             not (parsed.is_dense and self.bits == 16),
             "pattern dense with 16 bits leaves nothing to do",
         )
+        _require(parsed.is_dense or self.bits != 8, "8 bits go with the pattern dense only")
+        _require(
+            self.recover in RECOVERIES,
+            f"recover {self.recover!r} is none of {', '.join(RECOVERIES)}",
+        )
+        _require(self.recover_minutes > 0, "recover_minutes must be above 0")
+        _require(self.recover_tokens >= 0, "recover_tokens must not be negative")
+        _require(self.block_epochs > 0, "block_epochs must be at least 1")
+        _require(self.max_ppl_ratio == 0 or self.max_ppl_ratio > 1, "max_ppl_ratio must be above 1")
+        _require(0 <= self.target_bytes < 1, "target_bytes is a share of the dense model, below 1")
+        _require(
+            not (self.max_ppl_ratio and self.target_bytes),
+            "max_ppl_ratio and target_bytes are two budgets; give one",
+        )
+        unknown = sorted(set(self.choices.values()) - CHOICES.keys())
+        _require(not unknown, f"choices: {unknown} are none of {', '.join(CHOICES)}")
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as written into the manifest."""
@@ -109,7 +154,7 @@ class Recipe:
         unknown = sorted(value.keys() - known.keys())
         _require(not unknown, f"recipe: unknown keys {unknown}")
         for name, entry in value.items():
-            wanted = known[name]
+            wanted = str(known[name]).partition("[")[0]
             legal = type(entry).__name__ == wanted or (wanted == "float" and type(entry) is int)
             _require(legal, f"recipe: {name} must be {wanted}, not {type(entry).__name__}")
         return cls(**value)

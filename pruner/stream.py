@@ -6,7 +6,9 @@ computes. Knows activations and Hessians; knows nothing of masks or files.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,18 +31,34 @@ class _FirstBlockReached(Exception):  # noqa: N818 - a signal, not an error
         self.arguments = arguments
 
 
+class _SeenEnough(Exception):  # noqa: N818 - a signal, not an error
+    """Ends a forward pass once the last input that was asked for has been seen."""
+
+
 class _Catcher(nn.Module):
     def forward(self, hidden: Tensor, *args: Any, **arguments: Any) -> Tensor:
         raise _FirstBlockReached(hidden, arguments)
+
+
+@dataclass(frozen=True)
+class Observation:
+    """Statistics of one linear's inputs, and of those windows that pruning must not learn from."""
+
+    fit: InputStatistics
+    check: InputStatistics | None
 
 
 class BlockStream:
     """The blocks of one model over a fixed set of token windows.
 
     `hidden` holds the activations that enter the current block, fp32 [windows, length, hidden].
+    The last `held_out` windows are only ever observed apart. With `parallel`, the dense model's own
+    activations go along, so that drift from them can be observed too.
     """
 
-    def __init__(self, source: Source, windows: Tensor) -> None:
+    def __init__(
+        self, source: Source, windows: Tensor, held_out: int = 0, parallel: bool = False
+    ) -> None:
         """Embed `windows` [n, length]; reads the embedding only.
 
         Raises:
@@ -52,6 +70,8 @@ class BlockStream:
         self._blocks = list(self._skeleton.get_submodule(self._family.blocks).children())
         self.hidden, self._arguments = self._embed(windows)
         self._batch = max(1, _TOKENS_PER_BATCH // windows.shape[1])
+        self._fitted = len(windows) - held_out
+        self._dense = self.hidden.clone() if parallel else None
 
     @torch.no_grad()
     def _embed(self, windows: Tensor) -> tuple[Tensor, dict[str, Any]]:
@@ -73,55 +93,129 @@ class BlockStream:
         Raises:
             CheckpointError: a tensor is missing, unexpected, or of another shape.
         """
+        return self._filled(self._blocks[index], index, tensors)
+
+    def load_copy(self, index: int, tensors: Mapping[str, Tensor]) -> nn.Module:
+        """As `load_block`, a module of its own."""
+        return self._filled(copy.deepcopy(self._blocks[index]), index, tensors)
+
+    def _filled(self, block: nn.Module, index: int, tensors: Mapping[str, Tensor]) -> nn.Module:
         prefix = self._family.block_prefix(index)
         finite = {
             name.removeprefix(prefix): torch.nan_to_num(tensor.float(), posinf=0.0, neginf=0.0)
             for name, tensor in tensors.items()
         }
-        block = self._blocks[index]
         _load(block, finite, prefix.rstrip("."))
-        return block
+        return block.requires_grad_(False)
 
     def drop_block(self, index: int) -> None:
         """Give a block's memory back."""
         self._blocks[index].to_empty(device="meta")
 
     @torch.no_grad()
-    def observe(self, block: nn.Module) -> dict[str, InputStatistics]:
-        """Run the block on `hidden` and return the input statistics of each of its linears."""
-        collectors = {stage[0]: _HessianCollector() for stage in self._family.stages}
-        hooks = [
-            block.get_submodule(name).register_forward_pre_hook(collector)
-            for name, collector in collectors.items()
-        ]
-        try:
-            for batch in self.hidden.split(self._batch):
-                self._run(block, batch)
-        finally:
-            for hook in hooks:
-                hook.remove()
+    def observe(
+        self, block: nn.Module, stages: Sequence[Sequence[str]], parent: nn.Module | None = None
+    ) -> dict[str, Observation]:
+        """Run the block on `hidden`, as far as needed, for the inputs of the linears in `stages`.
+
+        Linears of one stage share their statistics. `parent`, the block as it was, is what drift
+        is measured from; the stream must be parallel.
+        """
+        fitted, held_out = slice(0, self._fitted), slice(self._fitted, None)
+        fit = self._statistics(block, stages, fitted, parent, judging=False)
+        check: Sequence[InputStatistics | None] = [None] * len(stages)
+        if self._fitted < len(self.hidden):
+            check = self._statistics(block, stages, held_out, parent, judging=True)
         return {
-            name: collectors[stage[0]].result() for stage in self._family.stages for name in stage
+            name: Observation(ours, theirs)
+            for stage, ours, theirs in zip(stages, fit, check, strict=True)
+            for name in stage
         }
 
-    @torch.no_grad()
-    def advance(self, block: nn.Module) -> None:
-        """Replace `hidden` by the block's outputs, in place."""
-        for batch in self.hidden.split(self._batch):
-            batch.copy_(self._run(block, batch))
+    def _statistics(
+        self,
+        block: nn.Module,
+        stages: Sequence[Sequence[str]],
+        part: slice,
+        parent: nn.Module | None,
+        judging: bool,
+    ) -> list[InputStatistics]:
+        names = [stage[0] for stage in stages]
+        dense = [_Recorder(name is names[-1]) for name in names] if parent is not None else None
+        collectors = [
+            _HessianCollector(name is names[-1], dense[i] if dense else None, judging)
+            for i, name in enumerate(names)
+        ]
+        batches = self.hidden[part].split(self._batch)
+        parallel = batches if self._dense is None else self._dense[part].split(self._batch)
+        for batch, dense_batch in zip(batches, parallel, strict=True):
+            if parent is not None and dense:
+                self._run_until(parent, dense_batch, names, dense)
+            self._run_until(block, batch, names, collectors)
+        return [collector.result() for collector in collectors]
 
-    def _run(self, block: nn.Module, batch: Tensor) -> Tensor:
+    def _run_until(
+        self, block: nn.Module, batch: Tensor, names: Sequence[str], hooks: Sequence[_Hook]
+    ) -> None:
+        """Run the block with a hook on each linear's input, no further than the hooks want."""
+        handles = [
+            block.get_submodule(name).register_forward_pre_hook(hook)
+            for name, hook in zip(names, hooks, strict=True)
+        ]
+        try:
+            self.run(block, batch)
+        except _SeenEnough:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.no_grad()
+    def advance(self, block: nn.Module, parent: nn.Module | None = None) -> None:
+        """Replace `hidden` by the block's outputs, in place; and the dense model's, by `parent`."""
+        for batch in self.hidden.split(self._batch):
+            batch.copy_(self.run(block, batch))
+        if self._dense is not None and parent is not None:
+            for batch in self._dense.split(self._batch):
+                batch.copy_(self.run(parent, batch))
+
+    @torch.no_grad()
+    def outputs(self, parent: nn.Module) -> Tensor:
+        """What the dense model's block gives on the dense model's activations, as `hidden`."""
+        assert self._dense is not None, "the stream is not parallel"
+        return torch.cat([self.run(parent, batch) for batch in self._dense.split(self._batch)])
+
+    def run(self, block: nn.Module, batch: Tensor) -> Tensor:
+        """One forward pass of the block on [n, length, hidden]."""
         output = block(batch, **self._arguments)
         hidden: Tensor = output[0] if isinstance(output, tuple) else output
         return hidden
 
 
-class _HessianCollector:
-    """A forward hook that sums X^T X of the inputs it sees, in fp32."""
+class _Recorder:
+    """A forward hook that holds the last input it saw."""
 
-    def __init__(self) -> None:
+    def __init__(self, last: bool) -> None:
+        self.seen: Tensor | None = None
+        self._last = last
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self.seen = args[0].flatten(0, -2)
+        if self._last:
+            raise _SeenEnough
+
+
+class _HessianCollector:
+    """A forward hook that sums X^T X of the inputs it sees, in fp32, and their drift."""
+
+    def __init__(self, last: bool, dense: _Recorder | None, judging: bool) -> None:
         self._sum: Tensor | None = None
+        self._drift: Tensor | None = None
+        self._shift: Tensor | None = None
         self._tokens = 0
+        self._last = last
+        self._dense = dense
+        self._judging = judging
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         x = args[0].detach().float().flatten(0, -2)
@@ -129,11 +223,29 @@ class _HessianCollector:
             self._sum = torch.zeros(x.shape[1], x.shape[1], device=x.device)
         self._sum.addmm_(x.T, x)
         self._tokens += len(x)
+        if self._dense is not None and self._dense.seen is not None:
+            self._compare(self._dense.seen, x)
+        if self._last:
+            raise _SeenEnough
+
+    def _compare(self, dense: Tensor, x: Tensor) -> None:
+        if self._drift is None or self._shift is None:
+            self._drift, self._shift = (x.new_zeros(x.shape[1], x.shape[1]) for _ in range(2))
+        difference = dense - x
+        self._drift.addmm_(difference.T, x)
+        if self._judging:  # only a judge needs to know how far the target itself is
+            self._shift.addmm_(difference.T, difference)
 
     def result(self) -> InputStatistics:
         if self._sum is None:
             raise CheckpointError("a linear of the block was never called")
-        return InputStatistics(self._sum / self._tokens, self._tokens)
+        drift, shift = (
+            None if total is None else total / self._tokens for total in (self._drift, self._shift)
+        )
+        return InputStatistics(self._sum / self._tokens, self._tokens, drift, shift)
+
+
+_Hook = _Recorder | _HessianCollector
 
 
 def _skeleton(source: Source) -> nn.Module:

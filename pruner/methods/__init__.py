@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from . import magnitude, sparsegpt, wanda
+from . import admm, magnitude, sparsegpt, wanda
 from .base import InputStatistics, Method, Pruned, Target
 
 METHODS: Mapping[str, Method] = {
+    "admm": admm.prune,
     "magnitude": magnitude.prune,
     "wanda": wanda.prune,
     "sparsegpt": sparsegpt.prune,

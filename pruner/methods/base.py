@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from ...kernels.groups import expand_groups
 from ..int4 import round_to_nearest
 from ..recipe import Pattern
+from ..solvers.objective import Curvature, damp
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,15 @@ class InputStatistics:
 
     hessian: Tensor  # [K, K]
     tokens: int
+    drift: Tensor | None = None  # [K, K], see solvers/objective.py; None: not collected
+    shift: Tensor | None = None  # [K, K], second moment of what `drift` is the first of
+    _curvatures: dict[float, Curvature] = field(default_factory=dict, repr=False, compare=False)
+
+    def curvature(self, damping: float) -> Curvature:
+        """The damped Hessian, made once for all linears that share these statistics."""
+        if damping not in self._curvatures:
+            self._curvatures[damping] = damp(self.hessian, damping)
+        return self._curvatures[damping]
 
 
 @dataclass(frozen=True)
@@ -33,6 +43,7 @@ class Target:
     bits: int
     group: int
     damping: float
+    mix: float = 0.0  # of the dense model's outputs, 0..1; see solvers/objective.py
 
 
 @dataclass(frozen=True)
@@ -63,4 +74,19 @@ def relative_error(original: Tensor, pruned: Tensor, hessian: Tensor) -> float:
     difference = original - pruned
     lost = ((difference @ hessian) * difference).sum()
     whole = ((original @ hessian) * original).sum()
+    return float(lost / whole) if float(whole) > 0 else 0.0
+
+
+def mixed_error(original: Tensor, pruned: Tensor, statistics: InputStatistics, mix: float) -> float:
+    """As `relative_error`, against what a method with this `mix` aims at.
+
+    That is ||W (X^ + mix (X - X^)) - W' X^||^2 / ||W X^||^2, X being the dense model's inputs and
+    X^ the real ones; `statistics` must hold drift and shift where mix is not 0.
+    """
+    difference = pruned - original
+    lost = ((difference @ statistics.hessian) * difference).sum()
+    if mix and statistics.drift is not None and statistics.shift is not None:
+        lost -= 2 * mix * ((original @ statistics.drift) * difference).sum()
+        lost += mix**2 * ((original @ statistics.shift) * original).sum()
+    whole = ((original @ statistics.hessian) * original).sum()
     return float(lost / whole) if float(whole) > 0 else 0.0

@@ -21,8 +21,9 @@ from halfweave.errors import (
 from halfweave.files import sha256_file
 from halfweave.pruner import plan as plan_module
 from halfweave.pruner.masks import is_n_of_m
-from halfweave.pruner.pipeline import Progress, plan_prune, prune
-from halfweave.pruner.recipe import Recipe
+from halfweave.pruner.oneshot import Progress
+from halfweave.pruner.pipeline import plan_prune, prune
+from halfweave.pruner.recipe import METHODS, Recipe
 from halfweave.runtime.checkpoint import Checkpoint
 from support.pruning import TEXT, everything, recipe, set_weight
 from support.tiny import Tiny, dense_model, edit_json, save_tiny
@@ -30,7 +31,7 @@ from support.tiny import Tiny, dense_model, edit_json, save_tiny
 Copy = Callable[[Path], Path]
 
 
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     ("pattern", "bits", "kind"),
     [
@@ -39,6 +40,7 @@ Copy = Callable[[Path], Path]
         ("4:8", 16, "dense"),
         ("50%", 16, "dense"),
         ("dense", 4, "int4"),
+        ("dense", 8, "int8"),
     ],
 )
 def test_every_method_and_pattern_makes_a_checkpoint_that_opens(
@@ -77,7 +79,7 @@ def test_the_reported_error_is_that_of_the_saved_weights(tiny_model: Path, tmp_p
     from halfweave.pruner.calibrate import load_text, sample_windows
     from halfweave.runtime.tokenizer import Tokenizer
 
-    chosen = recipe(bits=4, group=32)
+    chosen = recipe(bits=4, group=32, fast=True)
     result = prune(tiny_model, tmp_path / "out", chosen)
     ids = Tokenizer.open(tiny_model).encode(load_text(TEXT).text, special=False)
     windows = sample_windows(ids, chosen.calib_windows, chosen.calib_length, chosen.seed)
@@ -341,7 +343,7 @@ def test_the_manifest_and_card_say_what_was_done_and_no_path(
     for name, entry in manifest["files"].items():
         assert sha256_file(tmp_path / "out" / name) == entry["sha256"]
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "sparsegpt" in card and "speed | not measured" in card
+    assert "admm" in card and "speed | not measured" in card
     assert str(tmp_path) not in card and str(tmp_path) not in json.dumps(manifest)
 
 

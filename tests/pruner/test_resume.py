@@ -13,7 +13,8 @@ import pytest
 import torch
 from halfweave.errors import CapacityError, CheckpointError, RefusedError
 from halfweave.pruner.journal import locked
-from halfweave.pruner.pipeline import Progress, prune
+from halfweave.pruner.oneshot import Progress
+from halfweave.pruner.pipeline import prune
 from halfweave.pruner.recipe import Recipe
 from halfweave.runtime.checkpoint import Checkpoint
 from support.pruning import everything, recipe, set_weight

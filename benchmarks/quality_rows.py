@@ -1,0 +1,133 @@
+"""What the quality table measures: columns, rows, seeds, and in which order.
+
+A row is one way of pruning one model, with one seed. Knows nothing of running or of printing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+GROUP = 64  # divides both widths of SmolLM2-135M; its own weights were 4-bit in groups of 32
+SEEDS = (0, 1, 2)
+OURS, BASELINE = "admm", "sparsegpt"
+MAX_PPL_RATIO = 1.15  # the quality that the budget rows ask for
+
+
+@dataclass(frozen=True)
+class Column:
+    """One thing that a model may be pruned to: a pattern and the bits of a kept weight."""
+
+    pattern: str
+    bits: int
+
+    @property
+    def title(self) -> str:
+        """Its name in headings."""
+        return f"{self.pattern}, " + (f"int4 g{GROUP}" if self.bits == 4 else "16 bits")
+
+
+HEADLINES = (Column("2:4", 16), Column("2:4", 4))
+# Dense and 4-bit leaves the choice of weights out: magnitude is then rounding to nearest, and
+# SparseGPT is GPTQ (2210.17323).
+COLUMNS = (Column("50%", 16), Column("4:8", 16), *HEADLINES, Column("dense", 4))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way of pruning.
+
+    Attributes:
+        method: a name of the pruner's table of methods.
+        column: pattern and bits.
+        recover: "none", "blocks" or "distill".
+        minutes: most minutes of recovery; 0 where there is none.
+        max_ppl_ratio: the quality budget, or None.
+        seed: draws the calibration windows.
+    """
+
+    method: str
+    column: Column
+    recover: str = "none"
+    minutes: float = 0.0
+    max_ppl_ratio: float | None = None
+    seed: int = 0
+
+    @property
+    def label(self) -> str:
+        """What filters match: method:pattern:bits, then how it recovers or "budget" if so."""
+        parts = [self.method, self.column.pattern, str(self.column.bits)]
+        if self.recover != "none":
+            parts.append(self.recover)
+        if self.max_ppl_ratio is not None:
+            parts.append("budget")
+        return ":".join(parts)
+
+    @property
+    def file_name(self) -> str:
+        """The label and the seed, as the beginning of a file's name."""
+        label = self.label.replace("%", "pct").replace(":", "-")
+        return f"{label}-s{self.seed}"
+
+
+def all_rows(minutes: float) -> list[Row]:
+    """Every row, the most telling ones first; recovery may take `minutes`."""
+    order = [
+        *_one_shot(HEADLINES, (BASELINE, OURS)),
+        *_one_shot(COLUMNS, (BASELINE, OURS, "magnitude", "wanda")),
+        *_recovered(HEADLINES, minutes),
+        *_budgets(),
+        *_more_seeds(_one_shot(HEADLINES, (BASELINE, OURS))),
+        *_more_seeds(_one_shot(COLUMNS, (BASELINE, OURS))),
+        *_more_seeds(_recovered(HEADLINES, minutes)),
+        *_recovered(COLUMNS, minutes),
+    ]
+    return list(dict.fromkeys(order))
+
+
+def chosen(rows: Sequence[Row], filters: Sequence[str], seeds: Sequence[int]) -> list[Row]:
+    """The rows whose label matches a filter (`*` stands for anything; none match all)."""
+    return [
+        row
+        for row in rows
+        if row.seed in seeds and any(fnmatchcase(row.label, f) for f in filters or ("*",))
+    ]
+
+
+def curve_rows(label: str, minutes: Sequence[float]) -> list[Row]:
+    """One recovered row at several budgets of minutes; no minutes is the same without recovery.
+
+    Raises:
+        ValueError: no row has that label, or it is no recovered one.
+    """
+    found = [row for row in all_rows(1.0) if row.label == label and row.seed == 0]
+    if not found or found[0].recover == "none":
+        raise ValueError(f"{label!r} is no recovered row")
+    row = found[0]
+    unrecovered = replace(row, recover="none", minutes=0.0)
+    return [replace(row, minutes=m) if m else unrecovered for m in minutes]
+
+
+def _one_shot(columns: Sequence[Column], methods: Sequence[str]) -> Iterator[Row]:
+    for column in columns:
+        for method in methods:
+            # Wanda only chooses weights: where all stay, it is magnitude.
+            if not (method == "wanda" and column.pattern == "dense"):
+                yield Row(method, column)
+
+
+def _recovered(columns: Sequence[Column], minutes: float) -> Iterator[Row]:
+    for column in columns:
+        for method, recover in ((OURS, "distill"), (OURS, "blocks"), (BASELINE, "distill")):
+            yield Row(method, column, recover, minutes)
+
+
+def _budgets() -> Iterator[Row]:
+    for column in HEADLINES:
+        yield Row(OURS, column, max_ppl_ratio=MAX_PPL_RATIO)
+
+
+def _more_seeds(rows: Iterator[Row]) -> list[Row]:
+    first = list(rows)
+    return [replace(row, seed=seed) for seed in SEEDS[1:] for row in first]

@@ -1,0 +1,233 @@
+"""One block: observe its linears, prune each, tune them together if asked, pack them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from ..kernels.formats import Dense, PackedLinear
+from .guard import Solved, held_out_windows, solve_guarded
+from .journal import LinearRecord
+from .masks import is_n_of_m
+from .methods import admm
+from .methods.base import Pruned, Target, relative_error
+from .pack import pack
+from .plan import Plan
+from .recipe import Recipe
+from .recover.blocks import Activations, BlockTuning, tune_block
+from .source import Source, first_nonfinite
+from .stream import BlockStream, Observation
+
+Report = Callable[[str, LinearRecord, float], None]
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A block in memory: its stored tensors by full name, and the module that they fill."""
+
+    index: int
+    prefix: str
+    tensors: dict[str, Tensor]
+    broken: frozenset[str]  # linears with NaN or infinity
+    module: nn.Module
+    parent: nn.Module | None  # the same, never to be changed
+
+    def original(self, short: str) -> Tensor:
+        """The source's weight [N, K] of one of its linears."""
+        return self.tensors[f"{self.prefix}{short}.weight"]
+
+
+@dataclass
+class _Linear:
+    """One linear on its way: what it has to become, and the best answer so far."""
+
+    target: Target | None  # None: it stays as it is, for `reason`
+    reason: str | None
+    hessian: Tensor  # of the inputs it was last observed with
+    packed: PackedLinear  # as it would be stored now
+    solved: Solved | None = None
+
+
+class BlockPruner:
+    """Prunes the blocks of one model, each from its stream of activations."""
+
+    def __init__(self, source: Source, recipe: Recipe, plan: Plan, report: Report) -> None:
+        self._source, self._recipe, self._report = source, recipe, report
+        self._planned = {linear.name: linear for linear in plan.linears}
+        self._tunes = recipe.recover == "blocks"
+
+    @property
+    def held_out(self) -> int:
+        """Calibration windows that only judge."""
+        return held_out_windows(self._recipe)
+
+    @property
+    def needs_parent(self) -> bool:
+        """Whether the dense model's own activations have to go along."""
+        looks_back = self._recipe.mix > 0 and self._recipe.method == "admm"
+        return looks_back or self._tunes
+
+    def parent(self, index: int, stream: BlockStream) -> nn.Module | None:
+        """A second copy of the block, as it was, if it is needed."""
+        if not self.needs_parent:
+            return None
+        return stream.load_copy(index, self._source.block_tensors(index))
+
+    def prune(
+        self, index: int, stream: BlockStream
+    ) -> tuple[dict[str, Tensor], dict[str, LinearRecord]]:
+        """All tensors of the block as they are to be stored, and what happened to each linear.
+
+        Raises:
+            CheckpointError: a tensor is not finite, unless the recipe allows it.
+        """
+        tensors = self._source.block_tensors(index)
+        broken = self.check(tensors, frozenset(self._source.linear_names(index)))
+        module, parent = stream.load_block(index, tensors), self.parent(index, stream)
+        prefix = self._source.family.block_prefix(index)
+        block = _Block(index, prefix, tensors, broken, module, parent)
+        linears = self._solve_all(block, stream)
+        if self._tunes:
+            self._tune(block, linears, stream)
+            self._quantize_all(block, linears, stream)
+        return self._stored(block, linears)
+
+    def check(self, tensors: dict[str, Tensor], prunable: frozenset[str]) -> frozenset[str]:
+        """Names of the `prunable` linears that hold NaN or infinity.
+
+        Raises:
+            CheckpointError: something else does, or the recipe does not allow it.
+        """
+        broken: set[str] = set()
+        for name, tensor in tensors.items():
+            where = first_nonfinite(tensor)
+            if where is None:
+                continue
+            linear = name.removesuffix(".weight")
+            if not (self._recipe.allow_nonfinite and linear in prunable):
+                raise CheckpointError(
+                    f"tensor {name} is not finite at {where}",
+                    "--allow-nonfinite keeps such a linear as it is, unpruned",
+                )
+            broken.add(linear)
+        return frozenset(broken)
+
+    def _passes(self) -> list[tuple[tuple[str, ...], ...]]:
+        """The stages of a block that are observed together, from the block as it then is.
+
+        Ours sees each stage behind the already pruned ones before it; the published baselines, and
+        `fast`, see the whole block dense.
+        """
+        stages = self._source.family.stages
+        together = self._recipe.fast or self._recipe.method != "admm"
+        return [stages] if together else [(stage,) for stage in stages]
+
+    def _solve_all(self, block: _Block, stream: BlockStream) -> dict[str, _Linear]:
+        linears = {}
+        for stages in self._passes():
+            for short, observation in stream.observe(block.module, stages, block.parent).items():
+                started = time.perf_counter()
+                linear = self._begin(block, short, observation)
+                if linear.target is not None:
+                    weight = block.original(short).float()
+                    linear.solved = self._solve(weight, observation, linear.target)
+                    self._put(block, short, linear)
+                linears[short] = linear
+                if not self._tunes:
+                    self._tell(block, short, linear, started)
+        return linears
+
+    def _begin(self, block: _Block, short: str, observation: Observation) -> _Linear:
+        name, original = block.prefix + short, block.original(short)
+        planned = self._planned[name]
+        reason = planned.reason or ("not finite" if name in block.broken else None)
+        target = None if reason else planned.target
+        if target is not None and target.bits == 4 and self._tunes:
+            target = replace(target, bits=16)  # codes come after the tuning
+        return _Linear(target, reason, observation.fit.hessian, Dense(original))
+
+    def _solve(self, weight: Tensor, observation: Observation, target: Target) -> Solved:
+        pattern = target.pattern
+        if pattern.is_dense and target.bits > 4:
+            everything = torch.ones_like(weight, dtype=torch.bool)
+            return Solved(Pruned(weight, everything), "round to nearest")
+        if pattern.of and target.bits == 16 and is_n_of_m(weight, pattern.kept, pattern.of):
+            note = f"is {pattern.text} already: nothing to do, repacked"
+            return Solved(Pruned(weight, weight != 0, note=note), "repack")
+        method = self._recipe.method
+        return solve_guarded(method, weight, observation.fit, observation.check, target)
+
+    def _tune(self, block: _Block, linears: dict[str, _Linear], stream: BlockStream) -> None:
+        """Train the block as a whole against its parent, the masks as they are."""
+        assert block.parent is not None
+        masks = {
+            f"{short}.weight": linear.solved.pruned.keep
+            for short, linear in linears.items()
+            if linear.solved is not None
+        }
+        activations = Activations(stream.hidden, stream.outputs(block.parent), self.held_out)
+        tuning = BlockTuning(self._recipe.block_epochs, self._recipe.seed + block.index)
+        tune_block(block.module, masks, activations, stream.run, tuning)
+        for name, parameter in block.module.named_parameters():
+            short = name.removesuffix(".weight")
+            full = block.prefix + name
+            if short not in linears:
+                block.tensors[full] = parameter.data.to(block.tensors[full].dtype)
+            elif (solved := linears[short].solved) is not None:
+                pruned = replace(solved.pruned, weight=parameter.data.clone())
+                linears[short].solved = replace(solved, pruned=pruned)
+
+    def _quantize_all(
+        self, block: _Block, linears: dict[str, _Linear], stream: BlockStream
+    ) -> None:
+        """Round the tuned weights, stage by stage, each on the inputs that it will really have."""
+        for stages in self._passes():
+            for short, observation in stream.observe(block.module, stages).items():
+                linear, target = linears[short], self._planned[block.prefix + short].target
+                if linear.solved is None or target is None or target.bits != 4:
+                    continue
+                tuned = linear.solved.pruned
+                pruned = admm.quantize(tuned.weight, tuned.keep, observation.fit, target)
+                linear.target, linear.hessian = target, observation.fit.hessian
+                linear.solved = replace(linear.solved, pruned=pruned)
+                self._put(block, short, linear)
+        for short, linear in linears.items():
+            self._tell(block, short, linear, time.perf_counter())
+
+    def _put(self, block: _Block, short: str, linear: _Linear) -> None:
+        """Pack a solved linear, and fill the module with it, for the stages behind it."""
+        assert linear.target is not None and linear.solved is not None
+        name, dtype = block.prefix + short, block.original(short).dtype
+        linear.packed = pack(linear.solved.pruned, linear.target, dtype, name)
+        block.module.get_parameter(f"{short}.weight").copy_(linear.packed.unpack())
+
+    def _tell(self, block: _Block, short: str, linear: _Linear, started: float) -> None:
+        name = block.prefix + short
+        self._report(name, self._record(block, short, linear), time.perf_counter() - started)
+
+    def _record(self, block: _Block, short: str, linear: _Linear) -> LinearRecord:
+        packed, original = linear.packed, block.original(short)
+        solved, group = linear.solved, self._planned[block.prefix + short].group
+        if solved is None:
+            return LinearRecord(packed.kind, packed.shape, None, "none", None, linear.reason or "")
+        error = relative_error(original.float(), packed.unpack(), linear.hessian)
+        compared = (solved.held_out_error, solved.baseline_error)
+        note = solved.pruned.note
+        return LinearRecord(packed.kind, packed.shape, group, solved.method, error, note, *compared)
+
+    def _stored(
+        self, block: _Block, linears: dict[str, _Linear]
+    ) -> tuple[dict[str, Tensor], dict[str, LinearRecord]]:
+        stored = dict(block.tensors)
+        records = {}
+        for short, linear in linears.items():
+            name = block.prefix + short
+            del stored[f"{name}.weight"]
+            stored.update({f"{name}.{suffix}": t for suffix, t in linear.packed.tensors().items()})
+            records[name] = self._record(block, short, linear)
+        return stored, records

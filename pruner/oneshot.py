@@ -1,0 +1,197 @@
+"""One pass: block by block observe, prune, save, advance.
+
+Every finished block is on the disk and in the journal before the next begins, and the activations
+that go on come from the weights as saved. A resumed run therefore walks the very same path.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import __version__
+from ..errors import CheckpointError
+from ..files import read_json
+from ..kernels.formats import FORMATS, from_tensors
+from ..kernels.schema import JOURNAL_FILE, MANIFEST_FILE
+from ..kernels.shards import read_shard
+from .block import BlockPruner
+from .calibrate import CalibrationText, sample_windows
+from .journal import Journal, LinearRecord
+from .plan import Plan
+from .recipe import Recipe
+from .save import finish, shard_name, write_shard
+from .source import Source
+from .stream import BlockStream
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Told after each linear: what came of it, how far the run is, and the time still to go."""
+
+    name: str
+    record: LinearRecord
+    done: int
+    total: int
+    seconds: float
+    eta_seconds: float
+
+
+@dataclass(frozen=True)
+class OneShotResult:
+    """What happened to each linear, in the model's order, and the blocks that were there before."""
+
+    linears: Mapping[str, LinearRecord]
+    resumed_blocks: int
+
+
+class OneShot:
+    """One pass over the blocks of one model, resumable, into one directory."""
+
+    def __init__(
+        self,
+        source: Source,
+        directory: Path,
+        recipe: Recipe,
+        plan: Plan,
+        text: CalibrationText,
+        progress: Callable[[Progress], None] | None,
+    ) -> None:
+        self._source, self._directory, self._recipe, self._plan = source, directory, recipe, plan
+        self._text, self._progress = text, progress
+        self._blocks = BlockPruner(source, recipe, plan, self._report)
+        self._count = source.block_count + 1
+        self._done = self._resumed = 0
+        self._started = time.perf_counter()
+
+    @cached_property
+    def windows(self) -> Tensor:
+        """Calibration windows [n, length]."""
+        return sample(self._source, self._text, self._recipe)
+
+    @cached_property
+    def key(self) -> dict[str, Any]:
+        """All that decides the output; a run is only ever resumed under the same key."""
+        return {"recipe": self._recipe.to_json(), **self._provenance()}
+
+    def finished(self) -> OneShotResult | None:
+        """What an earlier, complete pass into the directory did; None if there was none."""
+        path = self._directory / MANIFEST_FILE
+        if not path.exists():
+            return None
+        entries = read_json(path)["linears"]
+        linears = {name: LinearRecord.from_json(entry) for name, entry in entries.items()}
+        return OneShotResult(linears, self._source.block_count)
+
+    def go(self, resume: bool) -> OneShotResult:
+        """Prune what is not yet pruned, and write the manifest.
+
+        Raises:
+            RefusedError: the journal in the directory belongs to another run.
+            CheckpointError, CapacityError: as `prune`.
+        """
+        again = resume and (self._directory / JOURNAL_FILE).exists()
+        journal = (Journal.resume if again else Journal.begin)(self._directory, self.key)
+        if not journal.shards:
+            name = shard_name(0, self._count)
+            others = self._source.other_tensors()
+            self._blocks.check(others, frozenset())
+            journal.add(write_shard(self._directory, name, others, {}))
+        stream = BlockStream(
+            self._source, self.windows, self._blocks.held_out, self._blocks.needs_parent
+        )
+        for index in range(self._source.block_count):
+            self._one_block(index, stream, journal)
+        provenance = {name: value for name, value in self.key.items() if name != "recipe"}
+        finish(self._source, self._directory, journal.shards, self._recipe.to_json(), provenance)
+        journal.remove()
+        linears = {n: record for shard in journal.shards for n, record in shard.linears.items()}
+        return OneShotResult(linears, self._resumed)
+
+    def _one_block(self, index: int, stream: BlockStream, journal: Journal) -> None:
+        if index + 1 < len(journal.shards):
+            shard = journal.shards[index + 1]
+            stored = read_shard(self._directory / shard.file, shard.sha256)
+            self._resumed += 1
+            self._done += len(shard.linears)
+        else:
+            stored, linears = self._blocks.prune(index, stream)
+            name = shard_name(index + 1, self._count)
+            shard = write_shard(self._directory, name, stored, linears)
+            journal.add(shard)
+        if index + 1 < self._source.block_count:
+            block = stream.load_block(index, _unpacked(stored, shard.linears))
+            stream.advance(block, self._blocks.parent(index, stream))
+        stream.drop_block(index)
+
+    def _provenance(self) -> dict[str, Any]:
+        import transformers
+
+        recipe = self._recipe
+        return {
+            "halfweave": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "threads": torch.get_num_threads(),
+            "base": {"name": self._source.path.resolve().name, "sha256": self._source.hashes},
+            "calibration": {
+                "origin": self._text.origin,
+                "text_sha256": self._text.sha256,
+                "windows": recipe.calib_windows,
+                "length": recipe.calib_length,
+                "seed": recipe.seed,
+            },
+        }
+
+    def _report(self, name: str, record: LinearRecord, seconds: float) -> None:
+        self._done += 1
+        if self._progress is None:
+            return
+        elapsed = time.perf_counter() - self._started
+        left = len(self._plan.linears) - self._done
+        per_block = len(self._source.family.linears)
+        fresh = self._done - self._resumed * per_block
+        # The first block's time is mostly what comes before its first linear: ask the plan.
+        eta = elapsed / fresh * left if fresh >= per_block else self._plan.seconds - elapsed
+        eta = max(eta, 0.0)
+        self._progress(Progress(name, record, self._done, len(self._plan.linears), seconds, eta))
+
+
+def _unpacked(
+    stored: Mapping[str, Tensor], linears: Mapping[str, LinearRecord]
+) -> dict[str, Tensor]:
+    """A block's tensors with every packed linear as a dense fp32 weight."""
+    dense = dict(stored)
+    for name, record in linears.items():
+        suffixes = FORMATS[record.format].suffixes
+        parts = {suffix: dense.pop(f"{name}.{suffix}") for suffix in suffixes}
+        packed = from_tensors(record.format, parts, record.shape, record.group, name)
+        dense[f"{name}.weight"] = packed.unpack()
+    return dense
+
+
+def sample(source: Source, text: CalibrationText, recipe: Recipe) -> Tensor:
+    """The recipe's calibration windows [n, length] of the text, by the model's own tokenizer.
+
+    Raises:
+        CheckpointError: the model has no usable tokenizer.
+        UsageError: the text is too short.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.path, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{source.path}: no usable tokenizer: {error}") from error
+    ids = tokenizer(text.text, add_special_tokens=False, verbose=False)["input_ids"]
+    windows: Tensor = sample_windows(ids, recipe.calib_windows, recipe.calib_length, recipe.seed)
+    return windows

@@ -1,0 +1,178 @@
+"""Whole-model recovery: a pruned checkpoint is trained towards its dense parent's outputs.
+
+The loss is taken over the model's whole output, the masks stay, and what is written has the very
+formats of what was given. Same inputs, settings, number of tokens, library versions and thread
+count: same bytes, interrupted or not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import __version__
+from ...errors import CheckpointError, RefusedError, UsageError
+from ...files import sha256_file
+from ...kernels.schema import MANIFEST_FILE
+from ...runtime.checkpoint import Checkpoint
+from ..save import is_leftover
+from ..source import Source
+from .latents import Latent
+from .memory import check_memory, needed_bytes
+from .network import Network, evenly_spaced
+from .run import Job, Run
+from .settings import Distillation, DistillResult, ProgressCallback
+from .state import STATE_FILE, load_state
+from .targets import Targets
+from .trainer import Trainer
+from .windows import Windows
+
+# What the parent's outputs may take in memory; windows beyond it are computed in every epoch.
+_TARGETS_BYTES = 4 * 2**30
+
+
+def distill(
+    student: Path,
+    parent: Path,
+    out: Path,
+    text: str,
+    settings: Distillation | None = None,
+    *,
+    resume: bool = False,
+    progress: ProgressCallback | None = None,
+) -> DistillResult:
+    """Train the checkpoint in `student` towards its dense `parent` and write it into `out`.
+
+    `out` is there, is the caller's to fill, and is not `student`. It is complete when its manifest
+    is there. Killed at any instant, the same call with `resume=True` yields the same bytes.
+
+    Raises:
+        UsageError: bad settings, or a text that is too short for them.
+        RefusedError: `student` was not pruned from `parent`, or the state in `out` belongs to
+            another run.
+        CheckpointError: a file is damaged.
+        CapacityError: the run does not fit in memory or on the disk.
+        HalfweaveError: the loss is not finite any more.
+    """
+    settings = settings or Distillation()
+    source, checkpoint = Source.open(parent), Checkpoint.open(student)
+    _check_pair(source, checkpoint, out)
+    windows = Windows.cut(_token_ids(source, text, settings), settings.length, settings.held_out)
+    targets_bytes = min(_TARGETS_BYTES, _targets_bytes(source, windows, settings))
+    check_memory(needed_bytes(source, settings, targets_bytes))
+    key = _key(source, student, text, settings)
+    saved = load_state(out, key) if resume else None
+    _clear(out, saved is None)
+    trainer, targets = _make_trainer(source, checkpoint, windows, settings, targets_bytes)
+    job = Job(checkpoint, out, settings, key, len(windows.train))
+    return Run(job, trainer, targets, progress).go(saved)
+
+
+def _make_trainer(
+    source: Source,
+    checkpoint: Checkpoint,
+    windows: Windows,
+    settings: Distillation,
+    targets_bytes: int,
+) -> tuple[Trainer, Targets]:
+    taps = _taps(source, settings)
+    latents: dict[str, Latent] = {}
+    linears = {name for index in range(source.block_count) for name in source.linear_names(index)}
+
+    def read(name: str) -> Tensor:
+        linear = name.removesuffix(".weight")
+        if linear not in linears or linear == name:
+            return _aligned(checkpoint.tensor(name))
+        latents[linear] = Latent.of(checkpoint.linear(linear))
+        return torch.empty_like(latents[linear].value)
+
+    network = Network(source, read, taps)
+    parent = Network(source, lambda name: _aligned(source.tensors.read(name)), taps)
+    targets = Targets(parent, windows.train, targets_bytes)
+    held_out = Targets(parent, windows.held_out, targets_bytes)
+    both = (targets, held_out)
+    return Trainer(network, latents, parent.head, windows, both, settings), targets
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """fp32, in memory of torch's own.
+
+    A file's bytes lie anywhere in memory, and the last bits of a matrix product depend on where.
+    """
+    return tensor.to(torch.float32, copy=True)
+
+
+def _taps(source: Source, settings: Distillation) -> list[int]:
+    wanted = settings.hidden_blocks if settings.hidden_weight else 0
+    return evenly_spaced(source.block_count, wanted) if wanted else []
+
+
+def _targets_bytes(source: Source, windows: Windows, settings: Distillation) -> int:
+    """Bytes of all windows' targets."""
+    hidden = source.linear_shape(source.linear_names(0)[0])[1]
+    windows_in_all = len(windows.train) + len(windows.held_out)
+    states = 1 + len(_taps(source, settings))
+    return 2 * hidden * settings.length * windows_in_all * states
+
+
+def _clear(out: Path, state_too: bool) -> None:
+    """Remove what a killed run left half-written and, to start over, its state."""
+    for entry in out.iterdir():
+        if is_leftover(entry.name) or (state_too and entry.name == STATE_FILE):
+            entry.unlink()
+
+
+def _check_pair(source: Source, checkpoint: Checkpoint, out: Path) -> None:
+    if out.resolve() in (checkpoint.path.resolve(), source.path.resolve()):
+        raise RefusedError(f"{out} is an input; inputs are never modified")
+    if checkpoint.manifest is None:
+        raise RefusedError(
+            f"{checkpoint.path} was not made by halfweave: it has no {MANIFEST_FILE}",
+            "recover what halfweave prune wrote",
+        )
+    base = checkpoint.manifest.get("provenance", {}).get("base", {}).get("sha256")
+    if base is not None and base != source.hashes:
+        raise RefusedError(
+            f"{checkpoint.path} was not pruned from {source.path}: their files' hashes differ",
+            "give the dense model that was pruned",
+        )
+    for name in (n for i in range(source.block_count) for n in source.linear_names(i)):
+        if checkpoint.linear_shape(name) != source.linear_shape(name):
+            raise CheckpointError(f"{name} has another shape in {checkpoint.path} than its parent")
+
+
+def _token_ids(source: Source, text: str, settings: Distillation) -> list[int]:
+    from transformers import AutoTokenizer
+
+    longest = source.config.get("max_position_embeddings")
+    if isinstance(longest, int) and settings.length > longest:
+        raise UsageError(
+            f"recovery: windows of {settings.length} tokens do not fit a model of {longest}",
+            f"use a length of {longest} at most",
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.path, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{source.path}: no usable tokenizer: {error}") from error
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def _key(source: Source, student: Path, text: str, settings: Distillation) -> dict[str, Any]:
+    """What a saved state must have in common with the run that goes on from it."""
+    budget = {"tokens": settings.tokens} if settings.tokens else {"minutes": settings.minutes}
+    return {
+        "settings": {**settings.to_json(), **budget},
+        "student": sha256_file(student / MANIFEST_FILE),
+        "parent": source.hashes,
+        "text": hashlib.sha256(text.encode()).hexdigest(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "halfweave": __version__,
+    }

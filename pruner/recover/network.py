@@ -1,0 +1,81 @@
+"""One causal LM in fp32, run window by window, with its blocks' outputs within reach.
+
+The modules are transformers' own, on no memory at all until the weights that the caller reads are
+put in. Knows modules and hidden states; nothing of formats, losses or steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...errors import CheckpointError
+from .. import stream
+from ..source import Source
+
+ReadTensor = Callable[[str], Tensor]
+
+
+class Network:
+    """A model of `source`'s architecture, holding whatever weights `read` gives it."""
+
+    def __init__(self, source: Source, read: ReadTensor, taps: Iterable[int] = ()) -> None:
+        """Fill the modules; `taps` are the blocks whose outputs `forward` also returns.
+
+        Raises:
+            CheckpointError: a tensor is missing or has another shape than config.json says.
+        """
+        model = _skeleton(source)
+        inner = source.family.blocks.partition(".")[0]
+        _fill(model, source, read)
+        self.parameters = dict(model.named_parameters(remove_duplicate=False))
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(False)
+        self._inner: Any = model.get_submodule(inner)
+        self._tapped: dict[int, Tensor] = {}
+        for tap in taps:
+            block = model.get_submodule(source.family.block_prefix(tap).rstrip("."))
+            block.register_forward_hook(self._tap(tap))
+        self.head = self.parameters["lm_head.weight"].detach()
+
+    def forward(self, windows: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+        """Hidden states [n, length, hidden] after the final norm, and those after each tap."""
+        output = self._inner(input_ids=windows, use_cache=False)
+        tapped, self._tapped = self._tapped, {}
+        hidden: Tensor = output.last_hidden_state
+        return hidden, tapped
+
+    def _tap(self, index: int) -> Callable[..., None]:
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            self._tapped[index] = output[0] if isinstance(output, tuple) else output
+
+        return keep
+
+
+def evenly_spaced(blocks: int, count: int) -> list[int]:
+    """Indices of at most `count` blocks, evenly spaced, the last one among them."""
+    count = min(count, blocks)
+    return [(i + 1) * blocks // count - 1 for i in range(count)]
+
+
+def _fill(model: nn.Module, source: Source, read: ReadTensor) -> None:
+    """Put weights into the modules; a tied head shares the embedding's memory."""
+    head, embedding = "lm_head.weight", f"{source.family.embedding}.weight"
+    tied = bool(source.config.get("tie_word_embeddings"))
+    state = {name: read(name) for name in model.state_dict() if not (tied and name == head)}
+    if tied and head in model.state_dict():
+        state[head] = state[embedding]
+    try:
+        model.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:
+        detail = " ".join(str(error).split())
+        raise CheckpointError(f"{source.path}: does not fit config.json: {detail[:400]}") from error
+
+
+def _skeleton(source: Source) -> nn.Module:
+    """The model without weights, as the pruner itself builds it."""
+    build = getattr(stream, "skeleton", None) or stream._skeleton
+    model: nn.Module = build(source)
+    return model

@@ -1,0 +1,107 @@
+"""The recovered checkpoint on the disk: the student's directory with other numbers in it.
+
+Shard names, formats, slots and side files stay; the manifest comes last. Knows files and tensors,
+not training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ...files import sha256_file, write_bytes, write_json, write_text
+from ...kernels.formats import PackedLinear
+from ...kernels.schema import MANIFEST_FILE
+from ...kernels.shards import INDEX_FILE, SINGLE_FILE, ShardedTensors
+from .tensors import save_tensors
+
+_CARD = "README.md"
+
+
+def stored_tensors(
+    linears: Mapping[str, PackedLinear], gains: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """What replaces the student's tensors, by full name."""
+    found = dict(gains)
+    for name, linear in linears.items():
+        found.update({f"{name}.{suffix}": t for suffix, t in linear.tensors().items()})
+    return found
+
+
+def write_checkpoint(
+    student: Path,
+    out: Path,
+    manifest: Mapping[str, Any],
+    changed: Mapping[str, Tensor],
+    recovery: Mapping[str, Any],
+) -> None:
+    """Write `student` into `out` with the tensors `changed`; whole when the manifest is there.
+
+    `manifest` is the student's; the new one says what was done under provenance, "recovery".
+
+    Raises:
+        CapacityError: the disk is full.
+        CheckpointError: a file of the student is damaged.
+    """
+    (out / MANIFEST_FILE).unlink(missing_ok=True)
+    shards = ShardedTensors.open(student)
+    for file in shards.files:
+        tensors = shards.read_file(file, manifest["files"][file.name]["sha256"])
+        replaced = {name: changed.get(name, tensor) for name, tensor in tensors.items()}
+        save_tensors(out / file.name, replaced, {"format": "pt"})
+    written = {file.name for file in shards.files}
+    others = [name for name in manifest["files"] if name not in written]
+    # The index and the config make a directory a model, so they come after all the rest.
+    for name in sorted(others, key=lambda name: (name == "config.json", name == INDEX_FILE, name)):
+        write_bytes(out / name, (student / name).read_bytes())
+    if (student / _CARD).is_file():
+        write_text(out / _CARD, (student / _CARD).read_text() + _section(recovery))
+    _drop_other_shards(out, written)
+    write_json(out / MANIFEST_FILE, _manifest(out, manifest, changed, recovery))
+
+
+def _manifest(
+    out: Path,
+    manifest: Mapping[str, Any],
+    changed: Mapping[str, Tensor],
+    recovery: Mapping[str, Any],
+) -> dict[str, Any]:
+    trained = {name.rpartition(".")[0] for name in changed}
+    return {
+        **manifest,
+        "provenance": {**manifest["provenance"], "recovery": dict(recovery)},
+        # What pruning measured of a layer no longer holds once its weights were trained.
+        "linears": {
+            name: {**entry, "relative_error": None} if name in trained else entry
+            for name, entry in manifest["linears"].items()
+        },
+        "files": {
+            name: {"sha256": sha256_file(out / name), "bytes": (out / name).stat().st_size}
+            for name in manifest["files"]
+        },
+    }
+
+
+def _drop_other_shards(out: Path, written: set[str]) -> None:
+    """A shard that no index lists would make a reader refuse the directory."""
+    for path in (*out.glob("model-*.safetensors"), out / SINGLE_FILE):
+        if path.name not in written:
+            path.unlink(missing_ok=True)
+
+
+def _section(recovery: Mapping[str, Any]) -> str:
+    """What the model card says of the training."""
+    outcome = (
+        "It did not help, and the weights are those from before it."
+        if recovery["rolled_back"]
+        else "Masks and formats are as they were; relative layer errors above are from before."
+    )
+    return (
+        "\n## Recovery\n\n"
+        f"Trained on {recovery['tokens']} tokens towards the outputs of its dense parent; KL from "
+        f"it on held-out text: {recovery['held_out_kl']['before']:.4f} -> "
+        f"{recovery['held_out_kl']['after']:.4f} nats per token. {outcome}\n"
+    )

@@ -1,0 +1,149 @@
+"""What a recovery is asked to do, what it tells on the way, and what came of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ...errors import UsageError
+
+# Steps that are run before the number of steps is known; their rates must not depend on it.
+TIMED_STEPS = 4
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Settings of `distill`. The defaults are the best found for SmolLM2-135M at 2:4 + int4.
+
+    Attributes:
+        minutes: time for the training loop. Used once: a few steps are timed, the number of tokens
+            that fits is resolved from them, and from there on only that number matters.
+        tokens: train on exactly so many tokens (rounded down to whole steps); `minutes` is ignored.
+        length: tokens in a window; a window never crosses into a held-out one.
+        batch_tokens: tokens in an optimizer step, a multiple of `length`.
+        micro_tokens: tokens that run through the model at a time; less needs less memory.
+        learning_rate: of the weights, in units of each linear's root mean square kept weight.
+        scale_rate: of the logarithm of the 4-bit and 8-bit scales; 0 keeps the scales.
+        gain_rate: of norm gains and biases.
+        hidden_weight: weight of the normalised distance of block outputs; 0 leaves them out.
+        hidden_blocks: at how many evenly spaced blocks that distance is taken.
+        ce: weight of the cross entropy of the text's own next token.
+        betas: of Adam.
+        warmup_steps: steps over which the rates rise; they then fall as a cosine.
+        final_rate: share of the rates that is left at the end.
+        held_out: windows that are measured and never trained on.
+        curve_points: how often the held-out windows are measured during training.
+        save_minutes: at least so long passes between two saves of the state; 0 saves at each step.
+        seed: of the order of windows.
+    """
+
+    minutes: float = 30.0
+    tokens: int = 0
+    length: int = 512
+    batch_tokens: int = 1024
+    micro_tokens: int = 1024
+    learning_rate: float = 8e-3
+    scale_rate: float = 1e-3
+    gain_rate: float = 1e-3
+    hidden_weight: float = 0.0
+    hidden_blocks: int = 6
+    ce: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    warmup_steps: int = 8
+    final_rate: float = 0.05
+    held_out: int = 8
+    curve_points: int = 4
+    save_minutes: float = 5.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for settings that mean nothing."""
+        positive = ("length", "batch_tokens", "micro_tokens", "held_out", "hidden_blocks")
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise UsageError(f"recovery: {name} must be at least 1")
+        if self.length < 2:
+            raise UsageError(
+                "recovery: a window of 1 token predicts nothing; length 2 is the least"
+            )
+        if self.batch_tokens % self.length:
+            raise UsageError(
+                f"recovery: batch_tokens {self.batch_tokens} is no multiple of length {self.length}"
+            )
+        rates = (self.learning_rate, self.scale_rate, self.gain_rate, self.hidden_weight, self.ce)
+        if not all(math.isfinite(rate) and rate >= 0 for rate in rates) or not self.learning_rate:
+            raise UsageError("recovery: rates and weights must be finite and not below 0")
+        if self.warmup_steps < TIMED_STEPS:
+            raise UsageError(f"recovery: warmup_steps must be at least {TIMED_STEPS}")
+        if self.tokens < 0 or (not self.tokens and not 0 < self.minutes < math.inf):
+            raise UsageError("recovery: give minutes above 0, or a number of tokens")
+        if self.tokens and self.tokens < self.batch_tokens:
+            raise UsageError(
+                f"recovery: {self.tokens} tokens are less than one step of {self.batch_tokens}"
+            )
+
+    @property
+    def windows_per_step(self) -> int:
+        """Windows in an optimizer step."""
+        return self.batch_tokens // self.length
+
+    @property
+    def windows_per_pass(self) -> int:
+        """Windows that run through the model at a time."""
+        return max(1, min(self.micro_tokens, self.batch_tokens) // self.length)
+
+    def to_json(self) -> dict[str, Any]:
+        """What decides the resulting bytes: no times in it, and `tokens` only once resolved."""
+        values = asdict(self)
+        for name in ("minutes", "tokens", "save_minutes"):
+            del values[name]
+        return {**values, "betas": list(self.betas)}
+
+
+@dataclass(frozen=True)
+class DistillProgress:
+    """Told after each step.
+
+    `minutes` are those of the training loop so far, of all runs that had a part in it;
+    `loss` is the training KL of the step in nats per token; `held_out` the KL on the held-out
+    windows where it was measured just now, else None.
+    """
+
+    tokens: int
+    total_tokens: int
+    minutes: float
+    loss: float
+    held_out: float | None
+
+
+ProgressCallback = Callable[[DistillProgress], None]
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """KL(dense || student) on the held-out windows, in nats per token, after some training."""
+
+    tokens: int
+    minutes: float
+    kl: float
+
+
+@dataclass(frozen=True)
+class DistillResult:
+    """A complete checkpoint in `path`.
+
+    `before` and `after` are held-out KL of what was given and of what was written; when training
+    did not lower it, the student's own weights were written and `rolled_back` is true.
+    """
+
+    path: Path
+    tokens: int
+    steps: int
+    before: float
+    after: float
+    rolled_back: bool
+    curve: tuple[CurvePoint, ...]
+    minutes: float

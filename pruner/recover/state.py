@@ -1,0 +1,77 @@
+"""The state of an unfinished training run: one file, replaced as a whole, so a kill loses little.
+
+It holds numbers and named tensors, no code, and says which run it belongs to. Knows files; not what
+the tensors mean.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+from torch import Tensor
+
+from ...errors import CheckpointError, RefusedError
+from ...kernels.shards import read_shard
+from .settings import CurvePoint
+from .tensors import save_tensors
+
+STATE_FILE = ".halfweave-distill.safetensors"
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run is: the resolved number of steps, how many are done, and what was measured."""
+
+    total_steps: int
+    done: int
+    before: float
+    minutes: float
+    curve: tuple[CurvePoint, ...]
+
+
+def save_state(
+    directory: Path, key: Mapping[str, Any], position: Position, tensors: Mapping[str, Tensor]
+) -> None:
+    """Put the state in place of the one before.
+
+    Raises:
+        CapacityError: the disk is full; the state before is still there.
+    """
+    document = json.dumps({"key": dict(key), "position": asdict(position)})
+    save_tensors(directory / STATE_FILE, tensors, {"state": document})
+
+
+def load_state(
+    directory: Path, key: Mapping[str, Any]
+) -> tuple[Position, dict[str, Tensor]] | None:
+    """The saved state, or None where there is none.
+
+    Raises:
+        RefusedError: it belongs to a run with other settings or inputs; the first is named.
+        CheckpointError: the file is damaged.
+    """
+    path = directory / STATE_FILE
+    if not path.exists():
+        return None
+    tensors = read_shard(path)
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            document = json.loads(file.metadata()["state"])
+        began, saved = document["key"], document["position"]
+        curve = tuple(CurvePoint(**point) for point in saved.pop("curve"))
+        position = Position(**saved, curve=curve)
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged", "start over without resuming") from error
+    wanted = json.loads(json.dumps(key))
+    for name in sorted(began.keys() | wanted.keys()):
+        if began.get(name) != wanted.get(name):
+            raise RefusedError(
+                f"cannot resume the recovery in {directory}: {name} changed since it began",
+                "run with the same settings and inputs, or start over without resuming",
+            )
+    return position, tensors

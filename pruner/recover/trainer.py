@@ -1,0 +1,213 @@
+"""Gradient steps on the weights that a pruned model kept, towards its dense parent's outputs.
+
+Per position the loss is KL(dense || student) over the vocabulary, plus, at some blocks, the squared
+distance of the block's output from the parent's in units of its squared length: SquareHead (Kurtic
+et al., 2310.06927) with the mean taken over positions, since a few positions of huge norm would
+otherwise be all that it sees. Knows one step; not how many, nor files.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ...errors import HalfweaveError
+from .fused_kl import fused_kl
+from .latents import Latent
+from .network import Network
+from .settings import Distillation
+from .targets import Target, Targets
+from .windows import Windows, next_tokens
+
+# Far below the gradient of any weight that matters, also where a small layer's are tiny.
+_EPSILON = 1e-10
+
+
+class Trainer:
+    """The student, its latents and Adam's moments.
+
+    `gains` are the norm gains and biases by full name, `latents` the linears by full name.
+    """
+
+    def __init__(
+        self,
+        student: Network,
+        latents: dict[str, Latent],
+        parent_head: Tensor,
+        windows: Windows,
+        targets: tuple[Targets, Targets],
+        settings: Distillation,
+    ) -> None:
+        """`targets` are those of the training and of the held-out windows."""
+        self._student, self.latents, self._settings = student, latents, settings
+        self._heads = (student.head, parent_head)
+        self._windows = windows
+        self._targets, self._held_out_targets = targets
+        self.gains = {
+            name: parameter
+            for name, parameter in student.parameters.items()
+            if parameter.dim() == 1
+        }
+        self._weights = {name: student.parameters[f"{name}.weight"] for name in latents}
+        for parameter in (*self.gains.values(), *self._weights.values()):
+            parameter.requires_grad_(True)
+        self._optimizer = torch.optim.Adam(
+            self._groups(), betas=settings.betas, eps=_EPSILON, fused=True
+        )
+        self.write_weights()
+
+    def step(self, index: int, total: int) -> float:
+        """Do step `index` of `total`; the mean training KL of its positions, before the step.
+
+        The rates of the first `warmup_steps` do not depend on `total`.
+
+        Raises:
+            HalfweaveError: the loss is not finite; the weights are then as before.
+        """
+        chosen = self._windows.of_step(index, self._settings.windows_per_step, self._settings.seed)
+        total_kl = 0.0
+        for start in range(0, len(chosen), self._settings.windows_per_pass):
+            total_kl += self._accumulate(chosen[start : start + self._settings.windows_per_pass])
+        loss = total_kl / self._settings.batch_tokens
+        if not math.isfinite(loss):
+            raise HalfweaveError(
+                f"the loss of step {index + 1} is not finite",
+                f"train with a learning rate below {self._settings.learning_rate:g}",
+            )
+        self._update(schedule(index, total, self._settings))
+        self.write_weights()
+        return loss
+
+    @torch.no_grad()
+    def held_out_kl(self) -> float:
+        """Mean KL on the held-out windows, nats per token, with the weights in the model now."""
+        total, positions = 0.0, 0
+        for index, window in enumerate(self._windows.held_out):
+            hidden, _ = self._student.forward(window[None])
+            target = self._held_out_targets.of([index])
+            kl, _ = fused_kl(hidden[0], target.final, self._heads, next_tokens(window[None])[0])
+            total += float(kl)
+            positions += len(window)
+        return total / positions
+
+    @torch.no_grad()
+    def write_weights(self) -> None:
+        """Put the weights that the latents stand for into the model."""
+        for name, latent in self.latents.items():
+            latent.write_weight(self._weights[name])
+
+    @torch.no_grad()
+    def put(self, weights: dict[str, Tensor]) -> None:
+        """Put other weights and gains into the model, by full tensor name, to measure them."""
+        for name, tensor in weights.items():
+            self._student.parameters[name].copy_(tensor)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that training changes, and Adam's moments, by name; of masked weights the kept."""
+        found: dict[str, Tensor] = {}
+        for name, tensor, keep in self._trained():
+            state = self._optimizer.state.get(tensor, {})
+            found[name] = tensor.detach()
+            for moment in ("exp_avg", "exp_avg_sq"):
+                found[f"{name}.{moment}"] = state.get(moment, torch.zeros_like(tensor))
+            if keep is not None:
+                for each in (name, f"{name}.exp_avg", f"{name}.exp_avg_sq"):
+                    found[each] = found[each][keep]
+        return found
+
+    @torch.no_grad()
+    def restore(self, tensors: dict[str, Tensor], done: int) -> None:
+        """Go on from what `tensors` gave after `done` steps."""
+        for name, tensor, keep in self._trained():
+            moments = {"step": torch.tensor(float(done))}
+            _fill(tensor, tensors[name], keep)
+            for moment in ("exp_avg", "exp_avg_sq"):
+                moments[moment] = torch.zeros_like(tensor)
+                _fill(moments[moment], tensors[f"{name}.{moment}"], keep)
+            self._optimizer.state[tensor] = moments
+        self.write_weights()
+
+    def _accumulate(self, chosen: list[int]) -> float:
+        """Add the gradients of a few windows; the sum of their positions' KL."""
+        settings = self._settings
+        windows = self._windows.train[chosen]
+        target = self._targets.of(chosen)
+        hidden, tapped = self._student.forward(windows)
+        flat = hidden.flatten(0, 1)
+        loss, nll = fused_kl(
+            flat, target.final, self._heads, next_tokens(windows).flatten(), settings.ce
+        )
+        kl = float(loss.detach()) - settings.ce * float(nll)
+        if settings.hidden_weight:
+            distance = _hidden_distance(tapped, target)
+            loss = loss + settings.hidden_weight * distance
+        (loss / settings.batch_tokens).backward()
+        return kl
+
+    @torch.no_grad()
+    def _update(self, rate: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["base"] * rate
+        for name, weight in self._weights.items():
+            assert weight.grad is not None
+            self.latents[name].take_gradient(weight.grad, weight)
+            weight.grad = None
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def _groups(self) -> list[dict[str, object]]:
+        settings = self._settings
+        groups: list[dict[str, object]] = [
+            {"params": list(self.gains.values()), "base": settings.gain_rate}
+        ]
+        for latent in self.latents.values():
+            rate = settings.learning_rate * _kept_rms(latent)
+            groups.append({"params": [latent.value], "base": rate})
+            if latent.grid is not None:
+                groups.append({"params": [latent.grid.log_factor], "base": settings.scale_rate})
+        return groups
+
+    def _trained(self) -> list[tuple[str, Tensor, Tensor | None]]:
+        """Name, tensor and mask of everything that Adam changes."""
+        found: list[tuple[str, Tensor, Tensor | None]] = [
+            (name, gain, None) for name, gain in self.gains.items()
+        ]
+        for name, latent in self.latents.items():
+            found.append((f"{name}.latent", latent.value, latent.keep))
+            if latent.grid is not None:
+                found.append((f"{name}.log_factor", latent.grid.log_factor, None))
+        return found
+
+
+def schedule(index: int, total: int, settings: Distillation) -> float:
+    """Share of the rates in step `index` of `total`: a linear rise, then a cosine's fall."""
+    warmup = settings.warmup_steps
+    if index < warmup:
+        return (index + 1) / (warmup + 1)
+    passed = (index - warmup) / max(1, total - warmup)
+    return settings.final_rate + (1 - settings.final_rate) * (1 + math.cos(math.pi * passed)) / 2
+
+
+def _hidden_distance(tapped: dict[int, Tensor], target: Target) -> Tensor:
+    """Sum over positions of the mean over taps of |student - dense|^2 / |dense|^2."""
+    total = torch.zeros(())
+    for tap, hidden in tapped.items():
+        dense = target.tapped[tap]
+        squared = (hidden.flatten(0, 1) - dense).square().sum(dim=-1)
+        total = total + (squared / dense.square().sum(dim=-1).clamp_min(1e-12)).sum()
+    return total / len(tapped)
+
+
+def _kept_rms(latent: Latent) -> float:
+    """Root mean square of the weights that are kept; 1 where all are zero."""
+    kept = latent.value.numel() if latent.keep is None else int(latent.keep.sum())
+    return math.sqrt(float(latent.value.square().sum(dtype=torch.float64)) / max(1, kept)) or 1.0
+
+
+def _fill(tensor: Tensor, saved: Tensor, keep: Tensor | None) -> None:
+    if keep is None:
+        tensor.copy_(saved)
+    else:
+        tensor[keep] = saved
