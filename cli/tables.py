@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from textwrap import fill
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING, Protocol
 from .console import WIDTH, duration, size
 
 if TYPE_CHECKING:
+    from ..pruner.budget.check import BudgetCheck
+    from ..pruner.budget.choose import BudgetPlan
     from ..pruner.plan import Plan
     from ..runtime.bench import BenchResult, ModelBench, Spread
     from ..runtime.eval import EvalResult
@@ -81,6 +84,27 @@ def plan(plan: Plan) -> list[str]:
 
 
 EVAL_HEADER = ("model", "perplexity", "KL nats/token", "same top token", "tokens")
+
+
+def formats(plan: BudgetPlan) -> list[str]:
+    """What a budget chose, by kind of linear."""
+    counts = Counter(
+        (choice.name.rpartition(".")[2], choice.chosen.format) for choice in plan.linears
+    )
+    chosen = [f"  {kind}: {count} x {form}" for (kind, form), count in sorted(counts.items())]
+    first = (
+        f"budget: {plan.share_of_bytes:.3f} of the bytes, "
+        f"{plan.measured.value:.3f}x the dense perplexity with these candidates"
+    )
+    return [first, *chosen]
+
+
+def budget(check: BudgetCheck) -> str:
+    """Whether the finished model keeps to its budget."""
+    return (
+        f"budget {'met' if check.met else 'NOT met'}: {check.ratio:.3f}x the dense perplexity on "
+        f"text that nothing was fitted to, {check.share_of_bytes:.3f} of the bytes"
+    )
 
 
 def evaluation(name: str, against: str | None, result: EvalResult) -> list[Row]:

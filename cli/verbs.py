@@ -31,7 +31,7 @@ from .flags import (
 if TYPE_CHECKING:
     from ..pruner.oneshot import Progress as PruneProgress
     from ..pruner.recipe import Recipe
-    from ..pruner.recover.settings import DistillProgress
+    from ..pruner.steps import ProgressEvent as PruneEvent
     from ..runtime.model import Model
 
 app = Typer(
@@ -100,13 +100,15 @@ def prune(model: ModelDir, out: OutDir, pruning: Pruning, run: Run, output: Outp
                 recipe,
                 resume=run.resume,
                 overwrite=run.overwrite,
-                progress=lambda step: _tell_progress(bar, step),
+                progress=lambda step: _tell_progress(console, bar, step),
             )
     except KeyboardInterrupt:
         console.tell("next: the same command with --resume goes on from the last finished block")
         raise
     console.table(tables.LINEARS_HEADER, tables.linears(result.linears))
     console.say(f"{result.path} is complete, {result.seconds:.1f} s")
+    if result.budget is not None:
+        console.say(tables.budget(result.budget))
     console.say(f"next: halfweave eval {out} --against {model}")
     console.document({"verb": "prune", "recipe": recipe, "result": result})
 
@@ -120,18 +122,25 @@ def _recipe(pruning: Pruning, file: Path | None) -> Recipe:
     return Recipe(**{**vars(base), **given})
 
 
-def _tell_progress(bar: Progress, step: PruneProgress | DistillProgress) -> None:
-    from ..pruner.recover.settings import DistillProgress
+def _tell_progress(console: Console, bar: Progress, step: PruneEvent) -> None:
+    """One line for whatever a pruning run has to say."""
+    from ..pruner.budget.choose import BudgetPlan, BudgetProgress
+    from ..pruner.oneshot import Progress as PruneProgress
 
-    if not isinstance(step, DistillProgress):
+    if isinstance(step, PruneProgress):
         bar.line(step.done, step.total, _pruned(step), step.seconds, step.eta_seconds)
-        return
-    bar.phase("token")
-    held_out = "" if step.held_out is None else f", {step.held_out:.3f} on held-out text"
-    seconds = 60 * step.minutes
-    left = seconds / step.tokens * (step.total_tokens - step.tokens)
-    what = f"recovered, KL {step.loss:.3f}{held_out}"
-    bar.line(step.tokens, step.total_tokens, what, seconds, max(left, 0.0))
+    elif isinstance(step, BudgetProgress):
+        console.tell(f"budget: {step.step} {step.done} {step.note}".rstrip())
+    elif isinstance(step, BudgetPlan):
+        for line in tables.formats(step):
+            console.tell(line)
+    else:
+        held_out = "" if step.held_out is None else f", {step.held_out:.3f} on held-out text"
+        seconds = 60 * step.minutes
+        left = max(seconds / step.tokens * (step.total_tokens - step.tokens), 0.0)
+        bar.phase("token")
+        what = f"recovered, KL {step.loss:.3f}{held_out}"
+        bar.line(step.tokens, step.total_tokens, what, seconds, left)
 
 
 def _pruned(step: PruneProgress) -> str:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from .. import __version__
-from ..errors import CheckpointError
 from ..files import read_json
 from ..kernels.formats import FORMATS, from_tensors
 from ..kernels.schema import JOURNAL_FILE, MANIFEST_FILE
@@ -28,7 +27,7 @@ from .journal import Journal, LinearRecord
 from .plan import Plan
 from .recipe import Recipe
 from .save import finish, shard_name, write_shard
-from .source import Source
+from .source import Source, token_ids
 from .stream import BlockStream
 
 
@@ -42,6 +41,14 @@ class Progress:
     total: int
     seconds: float
     eta_seconds: float
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Calibration windows [n, length], and the text they were drawn from."""
+
+    text: CalibrationText
+    windows: Tensor
 
 
 @dataclass(frozen=True)
@@ -61,20 +68,15 @@ class OneShot:
         directory: Path,
         recipe: Recipe,
         plan: Plan,
-        text: CalibrationText,
+        sample: Sample,
         progress: Callable[[Progress], None] | None,
     ) -> None:
         self._source, self._directory, self._recipe, self._plan = source, directory, recipe, plan
-        self._text, self._progress = text, progress
+        self._sample, self._progress = sample, progress
         self._blocks = BlockPruner(source, recipe, plan, self._report)
         self._count = source.block_count + 1
         self._done = self._resumed = 0
         self._started = time.perf_counter()
-
-    @cached_property
-    def windows(self) -> Tensor:
-        """Calibration windows [n, length]."""
-        return sample(self._source, self._text, self._recipe)
 
     @cached_property
     def key(self) -> dict[str, Any]:
@@ -105,7 +107,7 @@ class OneShot:
             self._blocks.check(others, frozenset())
             journal.add(write_shard(self._directory, name, others, {}))
         stream = BlockStream(
-            self._source, self.windows, self._blocks.held_out, self._blocks.needs_parent
+            self._source, self._sample.windows, self._blocks.held_out, self._blocks.needs_parent
         )
         for index in range(self._source.block_count):
             self._one_block(index, stream, journal)
@@ -142,8 +144,8 @@ class OneShot:
             "threads": torch.get_num_threads(),
             "base": {"name": self._source.path.resolve().name, "sha256": self._source.hashes},
             "calibration": {
-                "origin": self._text.origin,
-                "text_sha256": self._text.sha256,
+                "origin": self._sample.text.origin,
+                "text_sha256": self._sample.text.sha256,
                 "windows": recipe.calib_windows,
                 "length": recipe.calib_length,
                 "seed": recipe.seed,
@@ -177,21 +179,12 @@ def _unpacked(
     return dense
 
 
-def sample(source: Source, text: CalibrationText, recipe: Recipe) -> Tensor:
-    """The recipe's calibration windows [n, length] of the text, by the model's own tokenizer.
+def draw_sample(source: Source, text: CalibrationText, recipe: Recipe) -> Sample:
+    """The recipe's windows, drawn from the text by its seed.
 
     Raises:
         CheckpointError: the model has no usable tokenizer.
         UsageError: the text is too short.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            source.path, local_files_only=True, trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{source.path}: no usable tokenizer: {error}") from error
-    ids = tokenizer(text.text, add_special_tokens=False, verbose=False)["input_ids"]
-    windows: Tensor = sample_windows(ids, recipe.calib_windows, recipe.calib_length, recipe.seed)
-    return windows
+    ids = token_ids(source, text.text)
+    return Sample(text, sample_windows(ids, recipe.calib_windows, recipe.calib_length, recipe.seed))

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from ..errors import RefusedError
+from ..files import sync_directory
 from ..kernels.schema import JOURNAL_FILE, MANIFEST_FILE
 from .save import is_leftover, is_ours
 from .source import Source
@@ -53,3 +54,14 @@ def settle(directory: Path, overwrite: bool) -> None:
         stale = is_leftover(entry.name) or (overwrite and is_ours(entry.name))
         if stale and entry.name != JOURNAL_FILE:
             entry.unlink()
+
+
+def publish(inner: Path) -> None:
+    """Move the complete model in `inner` two directories up, its manifest last.
+
+    Killed on the way, the same call goes on: what has been moved is simply no longer there.
+    """
+    entries = sorted(inner.iterdir(), key=lambda entry: entry.name == MANIFEST_FILE)
+    for entry in entries:
+        entry.replace(inner.parent.parent / entry.name)
+    sync_directory(inner.parent.parent)

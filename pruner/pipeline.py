@@ -1,33 +1,31 @@
-"""The whole job, from a recipe to a complete directory: one pass, then recovery if asked for."""
+"""The whole job, from a recipe to a complete directory."""
 
 from __future__ import annotations
 
-import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..kernels.schema import JOURNAL_FILE, MANIFEST_FILE
-from .calibrate import CalibrationText, load_text
-from .journal import Journal, LinearRecord, locked
-from .oneshot import OneShot, OneShotResult, Progress
-from .outdir import STEPS_DIRECTORY, prepare_directory, settle
+from .budget.check import BudgetCheck
+from .budget.choose import check_reachable
+from .calibrate import load_text
+from .journal import LinearRecord, locked
+from .oneshot import OneShot, draw_sample
+from .outdir import prepare_directory, settle
 from .plan import Plan, check_capacity, make_plan
 from .recipe import Recipe
-from .recover.distill import distill
-from .recover.memory import check_memory, needed_bytes
-from .recover.settings import Distillation, DistillProgress, DistillResult
+from .recover.settings import DistillResult
 from .source import Source
-
-ProgressCallback = Callable[[Progress | DistillProgress], None]
+from .steps import InSteps, ProgressCallback, StepsResult
 
 
 @dataclass(frozen=True)
 class PruneResult:
     """A complete output directory and what it took. `linears` is in the model's order.
 
-    `recovery` is what whole-model distillation did, where the recipe asked for it.
+    `recovery` is what whole-model distillation did, and `budget` what the finished checkpoint
+    measures on text that nothing was fitted to, each where the recipe asked for it.
     """
 
     path: Path
@@ -36,6 +34,7 @@ class PruneResult:
     seconds: float
     resumed_blocks: int
     recovery: DistillResult | None = None
+    budget: BudgetCheck | None = None
 
 
 def plan_prune(model: str | Path, recipe: Recipe) -> Plan:
@@ -66,72 +65,25 @@ def prune(
     started = time.perf_counter()
     recipe = recipe or Recipe()
     source = Source.open(model)
-    job = _Job(source, recipe, make_plan(source, recipe), load_text(recipe.calib), progress)
+    plan = make_plan(source, recipe)
+    check_reachable(source, recipe)
+    text = load_text(recipe.calib)
     directory = prepare_directory(source, Path(out), resume, overwrite)
     with locked(directory):
         settle(directory, overwrite)
-        check_capacity(job.plan, directory)
-        distills = recipe.recover == "distill"
-        result, recovery = (
-            _prune_and_distill(job, directory, resume)
-            if distills
-            else (job.one_shot(directory).go(resume), None)
-        )
-    seconds = time.perf_counter() - started
+        check_capacity(plan, directory)
+        if recipe.has_budget or recipe.recover == "distill":
+            result = InSteps(source, directory, recipe, text, progress).go(resume)
+        else:
+            sample = draw_sample(source, text, recipe)
+            one_shot = OneShot(source, directory, recipe, plan, sample, progress)
+            result = StepsResult(plan, one_shot.go(resume))
     return PruneResult(
-        directory, job.plan, result.linears, seconds, result.resumed_blocks, recovery
-    )
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What is asked for, and of what."""
-
-    source: Source
-    recipe: Recipe
-    plan: Plan
-    text: CalibrationText
-    progress: ProgressCallback | None
-
-    def one_shot(self, directory: Path) -> OneShot:
-        """The pass over the blocks, into `directory`."""
-        return OneShot(self.source, directory, self.recipe, self.plan, self.text, self.progress)
-
-
-def _prune_and_distill(
-    job: _Job, directory: Path, resume: bool
-) -> tuple[OneShotResult, DistillResult | None]:
-    """One pass into a directory inside, then distillation from there into `directory`.
-
-    The outer journal says that the directory is unfinished, and under which key.
-    """
-    steps = directory / STEPS_DIRECTORY
-    one_shot, settings = job.one_shot(steps / "pruned"), _distillation(job.recipe)
-    check_memory(needed_bytes(job.source, settings, 0))
-    again = resume and (directory / JOURNAL_FILE).exists()
-    journal = (Journal.resume if again else Journal.begin)(directory, one_shot.key)
-    recovery = None
-    if again and (directory / MANIFEST_FILE).exists():  # killed while tidying up
-        pruned = job.one_shot(directory).finished()
-    else:
-        (steps / "pruned").mkdir(parents=True, exist_ok=True)
-        pruned = one_shot.finished() or one_shot.go(resume=True)
-        recovery = distill(
-            steps / "pruned",
-            job.source.path,
-            directory,
-            job.text.text,
-            settings,
-            resume=True,
-            progress=job.progress,
-        )
-    assert pruned is not None
-    shutil.rmtree(steps, ignore_errors=True)
-    journal.remove()
-    return pruned, recovery
-
-
-def _distillation(recipe: Recipe) -> Distillation:
-    return Distillation(
-        minutes=recipe.recover_minutes, tokens=recipe.recover_tokens, seed=recipe.seed
+        path=directory,
+        plan=result.plan,
+        linears=result.pruned.linears,
+        seconds=time.perf_counter() - started,
+        resumed_blocks=result.pruned.resumed_blocks,
+        recovery=result.recovery,
+        budget=result.budget,
     )

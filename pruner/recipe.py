@@ -136,8 +136,17 @@ class Recipe:
             not (self.max_ppl_ratio and self.target_bytes),
             "max_ppl_ratio and target_bytes are two budgets; give one",
         )
+        _require(
+            not (self.has_budget and self.recover == "distill"),
+            "a budget is judged on text that distillation would train on; give one of the two",
+        )
         unknown = sorted(set(self.choices.values()) - CHOICES.keys())
         _require(not unknown, f"choices: {unknown} are none of {', '.join(CHOICES)}")
+
+    @property
+    def has_budget(self) -> bool:
+        """Formats are still to be chosen."""
+        return bool(self.max_ppl_ratio or self.target_bytes) and not self.choices
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as written into the manifest."""

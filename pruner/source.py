@@ -116,3 +116,21 @@ def first_nonfinite(tensor: Tensor) -> list[int] | None:
         return None
     where: list[int] = torch.nonzero(~torch.isfinite(tensor))[0].tolist()
     return where
+
+
+def token_ids(source: Source, text: str) -> list[int]:
+    """The text by the model's own tokenizer, without special tokens.
+
+    Raises:
+        CheckpointError: the model has no usable tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.path, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{source.path}: no usable tokenizer: {error}") from error
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids

@@ -20,7 +20,7 @@ from ...files import sha256_file
 from ...kernels.schema import MANIFEST_FILE
 from ...runtime.checkpoint import Checkpoint
 from ..save import is_leftover
-from ..source import Source
+from ..source import Source, token_ids
 from .latents import Latent
 from .memory import check_memory, needed_bytes
 from .network import Network, evenly_spaced
@@ -61,7 +61,8 @@ def distill(
     settings = settings or Distillation()
     source, checkpoint = Source.open(parent), Checkpoint.open(student)
     _check_pair(source, checkpoint, out)
-    windows = Windows.cut(_token_ids(source, text, settings), settings.length, settings.held_out)
+    _check_length(source, settings)
+    windows = Windows.cut(token_ids(source, text), settings.length, settings.held_out)
     targets_bytes = min(_TARGETS_BYTES, _targets_bytes(source, windows, settings))
     check_memory(needed_bytes(source, settings, targets_bytes))
     key = _key(source, student, text, settings)
@@ -145,23 +146,13 @@ def _check_pair(source: Source, checkpoint: Checkpoint, out: Path) -> None:
             raise CheckpointError(f"{name} has another shape in {checkpoint.path} than its parent")
 
 
-def _token_ids(source: Source, text: str, settings: Distillation) -> list[int]:
-    from transformers import AutoTokenizer
-
+def _check_length(source: Source, settings: Distillation) -> None:
     longest = source.config.get("max_position_embeddings")
     if isinstance(longest, int) and settings.length > longest:
         raise UsageError(
             f"recovery: windows of {settings.length} tokens do not fit a model of {longest}",
             f"use a length of {longest} at most",
         )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            source.path, local_files_only=True, trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{source.path}: no usable tokenizer: {error}") from error
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
 
 
 def _key(source: Source, student: Path, text: str, settings: Distillation) -> dict[str, Any]:

@@ -1,0 +1,143 @@
+"""A run of several steps: formats under a budget, the pass over the blocks, distillation.
+
+What one step leaves for the next lies in a directory inside the output; the journal of the output
+itself says that it is unfinished, and under which key. Each step is resumable in its own right.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from ..files import read_json, write_json
+from ..kernels.schema import JOURNAL_FILE, MANIFEST_FILE
+from .budget.check import BudgetCheck, check_budget
+from .budget.choose import BudgetPlan, BudgetProgress, choose_formats
+from .budget.windows import BudgetWindows, cut_windows
+from .calibrate import CalibrationText
+from .journal import Journal
+from .oneshot import OneShot, OneShotResult, Progress, Sample, draw_sample
+from .outdir import STEPS_DIRECTORY, publish
+from .plan import Plan, make_plan
+from .recipe import Recipe
+from .recover.distill import distill
+from .recover.memory import check_memory, needed_bytes
+from .recover.settings import Distillation, DistillProgress, DistillResult
+from .source import Source, token_ids
+
+# What a run tells: a budget's plan once, when it is made, and progress of every step.
+ProgressEvent = Progress | BudgetProgress | BudgetPlan | DistillProgress
+ProgressCallback = Callable[[ProgressEvent], None]
+
+
+@dataclass(frozen=True)
+class StepsResult:
+    """What each step did; `recovery` and `budget` are None where there was no such step."""
+
+    plan: Plan
+    pruned: OneShotResult
+    recovery: DistillResult | None = None
+    budget: BudgetCheck | None = None
+
+
+class InSteps:
+    """One run with a budget, or with distillation."""
+
+    def __init__(
+        self,
+        source: Source,
+        directory: Path,
+        recipe: Recipe,
+        text: CalibrationText,
+        progress: ProgressCallback | None,
+    ) -> None:
+        self._source, self._directory, self._recipe = source, directory, recipe
+        self._text, self._progress = text, progress
+        self._steps = directory / STEPS_DIRECTORY
+
+    def go(self, resume: bool) -> StepsResult:
+        """Do what is left to do.
+
+        Raises:
+            RefusedError: the directory belongs to another run.
+            UsageError, CheckpointError, CapacityError, HalfweaveError: as `prune`.
+        """
+        distills = self._recipe.recover == "distill"
+        if distills:
+            check_memory(needed_bytes(self._source, self._distillation, 0))
+        key = self._one_shot(self._recipe, self._directory).key
+        again = resume and (self._directory / JOURNAL_FILE).exists()
+        journal = (Journal.resume if again else Journal.begin)(self._directory, key)
+        (self._steps / "pruned").mkdir(parents=True, exist_ok=True)
+        formats = self._formats() if self._recipe.has_budget else None
+        recipe = replace(self._recipe, choices=formats.choices) if formats else self._recipe
+        # Complete already, if the run was killed while it tidied up.
+        pruned = self._one_shot(recipe, self._directory).finished()
+        recovery = None
+        if pruned is None:
+            one_shot = self._one_shot(recipe, self._steps / "pruned")
+            pruned = one_shot.finished() or one_shot.go(resume=True)
+            if distills:
+                recovery = self._distill()
+            else:
+                publish(self._steps / "pruned")
+        budget = self._check(formats) if formats else None
+        shutil.rmtree(self._steps)
+        journal.remove()
+        return StepsResult(make_plan(self._source, recipe), pruned, recovery, budget)
+
+    @cached_property
+    def _windows(self) -> BudgetWindows:
+        return cut_windows(token_ids(self._source, self._text.text), self._recipe)
+
+    @cached_property
+    def _sample(self) -> Sample:
+        """A budget's model is fitted to the budget's own windows, to keep the judging ones out."""
+        if self._recipe.has_budget:
+            return Sample(self._text, self._windows.fit)
+        return draw_sample(self._source, self._text, self._recipe)
+
+    @property
+    def _distillation(self) -> Distillation:
+        recipe = self._recipe
+        return Distillation(
+            minutes=recipe.recover_minutes, tokens=recipe.recover_tokens, seed=recipe.seed
+        )
+
+    def _one_shot(self, recipe: Recipe, directory: Path) -> OneShot:
+        plan = make_plan(self._source, recipe)
+        return OneShot(self._source, directory, recipe, plan, self._sample, self._progress)
+
+    def _formats(self) -> BudgetPlan:
+        scratch = self._steps / "budget"
+        scratch.mkdir(exist_ok=True)
+        plan = choose_formats(self._source, self._recipe, self._windows, scratch, self._progress)
+        if self._progress is not None:
+            self._progress(plan)
+        return plan
+
+    def _distill(self) -> DistillResult:
+        return distill(
+            self._steps / "pruned",
+            self._source.path,
+            self._directory,
+            self._text.text,
+            self._distillation,
+            resume=True,
+            progress=self._progress,
+        )
+
+    def _check(self, formats: BudgetPlan) -> BudgetCheck:
+        """Measure the finished model, and write the outcome into its manifest."""
+        losses = list(formats.dense_losses)
+        found = check_budget(
+            self._directory, self._source, self._recipe, self._windows.judge, losses
+        )
+        path = self._directory / MANIFEST_FILE
+        manifest = read_json(path)
+        manifest["provenance"]["budget"] = asdict(found)
+        write_json(path, manifest)
+        return found
