@@ -9,11 +9,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "Recipe", "SamplingParams", "__version__", "prune"]
+__all__ = ["LLM", "Recipe", "SamplingParams", "__version__", "prune", "recover"]
 
 if TYPE_CHECKING:
     from .pruner.pipeline import prune
     from .pruner.recipe import Recipe
+    from .pruner.recovery import recover
     from .runtime.llm import LLM
     from .runtime.request import SamplingParams
 
@@ -22,6 +23,7 @@ _HOME = {
     "SamplingParams": "runtime.request",
     "Recipe": "pruner.recipe",
     "prune": "pruner.pipeline",
+    "recover": "pruner.recovery",
 }
 
 

@@ -110,6 +110,18 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Recovering:
+    """How a pruned checkpoint is trained."""
+
+    calib: Annotated[str, Flag(help="Text to train on, or a file of one.")] = "builtin"
+    minutes: Annotated[float, Flag(help="Time to train for.")] = 30.0
+    tokens: Annotated[int, Flag(help="Instead of a time: so many tokens.")] = 0
+    seed: Annotated[int, Flag(help="Draws the order of the windows.")] = 0
+    resume: Annotated[bool, Flag("--resume", help="Go on with a killed run.")] = False
+    overwrite: Annotated[bool, Flag("--overwrite", help="Replace a model in OUT.")] = False
+
+
+@dataclass(frozen=True)
 class Measuring:
     """What quality is measured on."""
 

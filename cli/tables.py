@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ..pruner.budget.check import BudgetCheck
     from ..pruner.budget.choose import BudgetPlan
     from ..pruner.plan import Plan
+    from ..pruner.recover.settings import DistillResult
     from ..runtime.bench import BenchResult, ModelBench, Spread
     from ..runtime.eval import EvalResult
     from ..runtime.inspection import Inspection
@@ -104,6 +105,18 @@ def budget(check: BudgetCheck) -> str:
     return (
         f"budget {'met' if check.met else 'NOT met'}: {check.ratio:.3f}x the dense perplexity on "
         f"text that nothing was fitted to, {check.share_of_bytes:.3f} of the bytes"
+    )
+
+
+def recovery(result: DistillResult) -> str:
+    """What training did."""
+    outcome = (
+        "it did not help, the weights are those from before it"
+        if result.rolled_back
+        else f"KL from the dense model on held-out text {result.before:.3f} -> {result.after:.3f}"
+    )
+    return (
+        f"{result.path} is complete: {result.tokens} tokens in {result.minutes:.1f} min, {outcome}"
     )
 
 

@@ -21,6 +21,7 @@ from .flags import (
     OutDir,
     Output,
     Pruning,
+    Recovering,
     Run,
     Sampling,
     Serving,
@@ -31,6 +32,7 @@ from .flags import (
 if TYPE_CHECKING:
     from ..pruner.oneshot import Progress as PruneProgress
     from ..pruner.recipe import Recipe
+    from ..pruner.recover.settings import DistillProgress
     from ..pruner.steps import ProgressEvent as PruneEvent
     from ..runtime.model import Model
 
@@ -135,18 +137,57 @@ def _tell_progress(console: Console, bar: Progress, step: PruneEvent) -> None:
         for line in tables.formats(step):
             console.tell(line)
     else:
-        held_out = "" if step.held_out is None else f", {step.held_out:.3f} on held-out text"
-        seconds = 60 * step.minutes
-        left = max(seconds / step.tokens * (step.total_tokens - step.tokens), 0.0)
         bar.phase("token")
-        what = f"recovered, KL {step.loss:.3f}{held_out}"
-        bar.line(step.tokens, step.total_tokens, what, seconds, left)
+        _tell_training(bar, step)
+
+
+def _tell_training(bar: Progress, step: DistillProgress) -> None:
+    held_out = "" if step.held_out is None else f", {step.held_out:.3f} on held-out text"
+    seconds = 60 * step.minutes
+    left = max(seconds / step.tokens * (step.total_tokens - step.tokens), 0.0)
+    what = f"recovered, KL {step.loss:.3f}{held_out}"
+    bar.line(step.tokens, step.total_tokens, what, seconds, left)
 
 
 def _pruned(step: PruneProgress) -> str:
     error = step.record.relative_error
     note = f" ({step.record.note})" if step.record.note else ""
     return f"{step.name} {'kept dense' if error is None else f'err {error:.3f}'}{note}"
+
+
+@verb(app)
+def recover(
+    model: ModelDir,
+    out: OutDir,
+    parent: Annotated[str, Flag(metavar="DENSE", help="Its dense parent.")],
+    recovering: Recovering,
+    output: Output,
+) -> None:
+    """Train a pruned model directory towards its dense parent, into a new one."""
+    from ..pruner.recover.settings import Distillation
+    from ..pruner.recovery import recover as recover_model
+
+    console = Console(output.json)
+    given = vars(recovering)
+    settings = Distillation(**{name: given[name] for name in ("minutes", "tokens", "seed")})
+    try:
+        with console.progress("token") as bar:
+            result = recover_model(
+                model,
+                parent,
+                out,
+                settings,
+                calib=recovering.calib,
+                resume=recovering.resume,
+                overwrite=recovering.overwrite,
+                progress=lambda step: _tell_training(bar, step),
+            )
+    except KeyboardInterrupt:
+        console.tell("next: the same command with --resume goes on from the last saved state")
+        raise
+    console.say(tables.recovery(result))
+    console.say(f"next: halfweave eval {out} --against {parent}")
+    console.document({"verb": "recover", "settings": settings, "result": result})
 
 
 @verb(app)

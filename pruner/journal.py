@@ -17,7 +17,7 @@ from typing import Any
 
 from ..errors import CheckpointError, RefusedError
 from ..files import disk_full_as_error, sync_directory
-from ..kernels.schema import JOURNAL_FILE
+from ..kernels.schema import JOURNAL_FILE, MANIFEST_FILE
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,13 @@ class Journal:
 
     @classmethod
     def begin(cls, directory: Path, key: Mapping[str, Any]) -> Journal:
-        """Start a new journal for a run that `key` identifies."""
+        """Start a new journal for a run that `key` identifies, and unmake a model that is there.
+
+        Its manifest goes before the key comes: a manifest beside a key belongs to that run.
+        """
         journal = cls(directory, [])
-        journal._path.unlink(missing_ok=True)
+        journal._path.write_bytes(b"")
+        (directory / MANIFEST_FILE).unlink(missing_ok=True)
         journal._append({"key": key})
         journal._append({"process": os.getpid()})
         sync_directory(directory)

@@ -83,12 +83,9 @@ class OneShot:
         """All that decides the output; a run is only ever resumed under the same key."""
         return {"recipe": self._recipe.to_json(), **self._provenance()}
 
-    def finished(self) -> OneShotResult | None:
-        """What an earlier, complete pass into the directory did; None if there was none."""
-        path = self._directory / MANIFEST_FILE
-        if not path.exists():
-            return None
-        entries = read_json(path)["linears"]
+    def result(self) -> OneShotResult:
+        """What an earlier, complete pass into the directory did."""
+        entries = read_json(self._directory / MANIFEST_FILE)["linears"]
         linears = {name: LinearRecord.from_json(entry) for name, entry in entries.items()}
         return OneShotResult(linears, self._source.block_count)
 
@@ -101,6 +98,9 @@ class OneShot:
         """
         again = resume and (self._directory / JOURNAL_FILE).exists()
         journal = (Journal.resume if again else Journal.begin)(self._directory, self.key)
+        if len(journal.shards) == self._count and (self._directory / MANIFEST_FILE).exists():
+            journal.remove()  # a kill came between the manifest and this
+            return self.result()
         if not journal.shards:
             name = shard_name(0, self._count)
             others = self._source.other_tensors()

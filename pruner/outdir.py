@@ -59,9 +59,10 @@ def settle(directory: Path, overwrite: bool) -> None:
 def publish(inner: Path) -> None:
     """Move the complete model in `inner` two directories up, its manifest last.
 
-    Killed on the way, the same call goes on: what has been moved is simply no longer there.
+    Killed on the way, the same call goes on: what has been moved is simply no longer there. What
+    a killed writer left half-written stays behind.
     """
-    entries = sorted(inner.iterdir(), key=lambda entry: entry.name == MANIFEST_FILE)
-    for entry in entries:
+    whole = [entry for entry in inner.iterdir() if not is_leftover(entry.name)]
+    for entry in sorted(whole, key=lambda entry: entry.name == MANIFEST_FILE):
         entry.replace(inner.parent.parent / entry.name)
     sync_directory(inner.parent.parent)

@@ -23,8 +23,8 @@ from .oneshot import OneShot, OneShotResult, Progress, Sample, draw_sample
 from .outdir import STEPS_DIRECTORY, publish
 from .plan import Plan, make_plan
 from .recipe import Recipe
+from .recover.distill import check as check_distillation
 from .recover.distill import distill
-from .recover.memory import check_memory, needed_bytes
 from .recover.settings import Distillation, DistillProgress, DistillResult
 from .source import Source, token_ids
 
@@ -57,6 +57,7 @@ class InSteps:
         self._source, self._directory, self._recipe = source, directory, recipe
         self._text, self._progress = text, progress
         self._steps = directory / STEPS_DIRECTORY
+        self._pruned = self._steps / "pruned"
 
     def go(self, resume: bool) -> StepsResult:
         """Do what is left to do.
@@ -67,27 +68,38 @@ class InSteps:
         """
         distills = self._recipe.recover == "distill"
         if distills:
-            check_memory(needed_bytes(self._source, self._distillation, 0))
+            check_distillation(self._source, self._text.text, self._distillation)
         key = self._one_shot(self._recipe, self._directory).key
         again = resume and (self._directory / JOURNAL_FILE).exists()
         journal = (Journal.resume if again else Journal.begin)(self._directory, key)
-        (self._steps / "pruned").mkdir(parents=True, exist_ok=True)
-        formats = self._formats() if self._recipe.has_budget else None
-        recipe = replace(self._recipe, choices=formats.choices) if formats else self._recipe
-        # Complete already, if the run was killed while it tidied up.
-        pruned = self._one_shot(recipe, self._directory).finished()
+        self._steps.mkdir(exist_ok=True)
+        manifest = self._directory / MANIFEST_FILE
         recovery = None
-        if pruned is None:
-            one_shot = self._one_shot(recipe, self._steps / "pruned")
-            pruned = one_shot.finished() or one_shot.go(resume=True)
+        if manifest.exists():  # complete already, if the run was killed while it tidied up
+            recipe = Recipe.read(manifest)
+            pruned = self._one_shot(recipe, self._directory).result()
+        else:
+            formats = self._formats() if self._recipe.has_budget else None
+            recipe = replace(self._recipe, choices=formats.choices) if formats else self._recipe
+            pruned = self._prune(recipe)
+            if formats:
+                self._check(formats)
             if distills:
                 recovery = self._distill()
             else:
-                publish(self._steps / "pruned")
-        budget = self._check(formats) if formats else None
-        shutil.rmtree(self._steps)
+                publish(self._pruned)
+        shutil.rmtree(self._steps, ignore_errors=True)
         journal.remove()
-        return StepsResult(make_plan(self._source, recipe), pruned, recovery, budget)
+        plan = make_plan(self._source, recipe)
+        return StepsResult(plan, pruned, recovery, _outcome(self._directory))
+
+    def _prune(self, recipe: Recipe) -> OneShotResult:
+        self._pruned.mkdir(exist_ok=True)
+        one_shot = self._one_shot(recipe, self._pruned)
+        unfinished = (self._pruned / JOURNAL_FILE).exists()
+        if (self._pruned / MANIFEST_FILE).exists() and not unfinished:
+            return one_shot.result()
+        return one_shot.go(resume=True)
 
     @cached_property
     def _windows(self) -> BudgetWindows:
@@ -121,7 +133,7 @@ class InSteps:
 
     def _distill(self) -> DistillResult:
         return distill(
-            self._steps / "pruned",
+            self._pruned,
             self._source.path,
             self._directory,
             self._text.text,
@@ -130,14 +142,18 @@ class InSteps:
             progress=self._progress,
         )
 
-    def _check(self, formats: BudgetPlan) -> BudgetCheck:
-        """Measure the finished model, and write the outcome into its manifest."""
+    def _check(self, formats: BudgetPlan) -> None:
+        """Measure the finished model, and write the outcome into its manifest, once."""
+        if _outcome(self._pruned) is not None:
+            return  # and some of its files may have been moved
         losses = list(formats.dense_losses)
-        found = check_budget(
-            self._directory, self._source, self._recipe, self._windows.judge, losses
-        )
-        path = self._directory / MANIFEST_FILE
-        manifest = read_json(path)
+        found = check_budget(self._pruned, self._source, self._recipe, self._windows.judge, losses)
+        manifest = read_json(self._pruned / MANIFEST_FILE)
         manifest["provenance"]["budget"] = asdict(found)
-        write_json(path, manifest)
-        return found
+        write_json(self._pruned / MANIFEST_FILE, manifest)
+
+
+def _outcome(directory: Path) -> BudgetCheck | None:
+    """What a finished model's manifest says of its budget."""
+    found = read_json(directory / MANIFEST_FILE)["provenance"].get("budget")
+    return None if found is None else BudgetCheck(**found)

@@ -28,7 +28,7 @@ from halfweave.cli.flags import Pruning
 from halfweave.files import sha256_file
 from support.tiny import Tiny, edit_json, save_tiny
 
-VERBS = ("prune", "inspect", "eval", "bench", "generate", "chat", "serve", "import")
+VERBS = ("prune", "recover", "inspect", "eval", "bench", "generate", "chat", "serve", "import")
 TEXT = "Two foxes keep every fourth weight; nobody minds the lazy zero. " * 60
 QUICK = ("--method", "magnitude", "--calib-windows", "2", "--calib-length", "16")
 ENTRY = (sys.executable, "-c", "from halfweave.cli import main; main()")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ... import __version__
-from ...errors import CheckpointError, RefusedError, UsageError
+from ...errors import CheckpointError, RefusedError
 from ...files import sha256_file
 from ...kernels.schema import MANIFEST_FILE
 from ...runtime.checkpoint import Checkpoint
@@ -61,16 +61,29 @@ def distill(
     settings = settings or Distillation()
     source, checkpoint = Source.open(parent), Checkpoint.open(student)
     _check_pair(source, checkpoint, out)
-    _check_length(source, settings)
-    windows = Windows.cut(token_ids(source, text), settings.length, settings.held_out)
-    targets_bytes = min(_TARGETS_BYTES, _targets_bytes(source, windows, settings))
-    check_memory(needed_bytes(source, settings, targets_bytes))
+    settings, windows, targets_bytes = _prepare(source, text, settings)
     key = _key(source, student, text, settings)
     saved = load_state(out, key) if resume else None
     _clear(out, saved is None)
     trainer, targets = _make_trainer(source, checkpoint, windows, settings, targets_bytes)
     job = Job(checkpoint, out, settings, key, len(windows.train))
     return Run(job, trainer, targets, progress).go(saved)
+
+
+def check(source: Source, text: str, settings: Distillation) -> None:
+    """What can be told before there is a student; raises as `distill` does."""
+    _prepare(source, text, settings)
+
+
+def _prepare(
+    source: Source, text: str, settings: Distillation
+) -> tuple[Distillation, Windows, int]:
+    """Settings that fit the model, the windows, and bytes for the parent's outputs."""
+    settings = settings.fitted(source.config.get("max_position_embeddings"))
+    windows = Windows.cut(token_ids(source, text), settings.length, settings.held_out)
+    targets_bytes = min(_TARGETS_BYTES, _targets_bytes(source, windows, settings))
+    check_memory(needed_bytes(source, settings, targets_bytes))
+    return settings, windows, targets_bytes
 
 
 def _make_trainer(
@@ -144,15 +157,6 @@ def _check_pair(source: Source, checkpoint: Checkpoint, out: Path) -> None:
     for name in (n for i in range(source.block_count) for n in source.linear_names(i)):
         if checkpoint.linear_shape(name) != source.linear_shape(name):
             raise CheckpointError(f"{name} has another shape in {checkpoint.path} than its parent")
-
-
-def _check_length(source: Source, settings: Distillation) -> None:
-    longest = source.config.get("max_position_embeddings")
-    if isinstance(longest, int) and settings.length > longest:
-        raise UsageError(
-            f"recovery: windows of {settings.length} tokens do not fit a model of {longest}",
-            f"use a length of {longest} at most",
-        )
 
 
 def _key(source: Source, student: Path, text: str, settings: Distillation) -> dict[str, Any]:

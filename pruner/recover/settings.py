@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ class Distillation:
         minutes: time for the training loop. Used once: a few steps are timed, the number of tokens
             that fits is resolved from them, and from there on only that number matters.
         tokens: train on exactly so many tokens (rounded down to whole steps); `minutes` is ignored.
-        length: tokens in a window; a window never crosses into a held-out one.
+        length: tokens in a window, fewer where the model's context is shorter; a window never
+            crosses into a held-out one.
         batch_tokens: tokens in an optimizer step, a multiple of `length`.
         micro_tokens: tokens that run through the model at a time; less needs less memory.
         learning_rate: of the weights, in units of each linear's root mean square kept weight.
@@ -94,6 +95,13 @@ class Distillation:
     def windows_per_pass(self) -> int:
         """Windows that run through the model at a time."""
         return max(1, min(self.micro_tokens, self.batch_tokens) // self.length)
+
+    def fitted(self, context: object) -> Distillation:
+        """The same for a model of `context` positions, if that is a number: no longer windows."""
+        if not isinstance(context, int) or context >= self.length:
+            return self
+        tokens = max(1, self.batch_tokens // context) * context
+        return replace(self, length=context, batch_tokens=tokens)
 
     def to_json(self) -> dict[str, Any]:
         """What decides the resulting bytes: no times in it, and `tokens` only once resolved."""

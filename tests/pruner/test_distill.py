@@ -396,14 +396,18 @@ def test_what_cannot_work_is_refused_before_anything_is_trained(
 ) -> None:
     with pytest.raises(UsageError, match="8 tokens; 4 held-out"):
         distill(packed_model, tiny_model, out, "too short", settings())
-    with pytest.raises(UsageError, match="do not fit a model of 256"):
-        long = settings(length=512, batch_tokens=512)
-        distill(packed_model, tiny_model, out, WORDS, long)
     with pytest.raises(RefusedError, match="is an input"):
         distill(packed_model, tiny_model, packed_model, WORDS, settings())
     with pytest.raises(RefusedError, match="was not made by halfweave"):
         distill(tiny_model, tiny_model, out, WORDS, settings())
     assert not list(out.iterdir())
+
+
+def test_windows_are_no_longer_than_the_model_s_context() -> None:
+    fitted = Distillation(length=512, batch_tokens=1024).fitted(300)
+    assert (fitted.length, fitted.batch_tokens) == (300, 900)
+    for context in (512, 4096, None):
+        assert Distillation(length=512).fitted(context) == Distillation(length=512)
 
 
 def test_a_parent_that_is_not_the_one_is_refused(

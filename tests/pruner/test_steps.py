@@ -1,0 +1,170 @@
+"""Runs of several steps, through `prune`: a budget, distillation, and recovery on its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from halfweave.errors import CheckpointError, RefusedError, UsageError
+from halfweave.files import read_json
+from halfweave.pruner.budget.choose import BudgetPlan
+from halfweave.pruner.oneshot import Progress
+from halfweave.pruner.pipeline import prune
+from halfweave.pruner.recover.settings import Distillation, DistillProgress
+from halfweave.pruner.recovery import recover
+from halfweave.pruner.steps import ProgressEvent
+from halfweave.runtime.checkpoint import Checkpoint
+from halfweave.runtime.eval import evaluate
+from halfweave.runtime.model import load_model
+from support.pruning import TEXT, everything, recipe
+from support.tiny import Tiny, save_tiny
+
+TOKENS = 4096
+HELPER = Path(__file__).parents[1] / "support" / "kill_every_write.py"
+DISTILL = {"recover": "distill", "recover_tokens": TOKENS}
+BUDGET = {"calib_windows": 16, "max_ppl_ratio": 1.5}
+
+
+@pytest.fixture(scope="module")
+def distilled(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("distilled") / "out"
+    prune(tiny_model, out, recipe(bits=4, group=32, **DISTILL))
+    return out
+
+
+def nats(model: Path, parent: Path) -> float:
+    result = evaluate(load_model(model), TEXT.read_text(), window=64, against=load_model(parent))
+    assert result.kl is not None
+    return result.kl
+
+
+def test_distillation_brings_the_model_nearer_to_its_parent_and_keeps_its_form(
+    tiny_model: Path, distilled: Path, tmp_path: Path
+) -> None:
+    prune(tiny_model, tmp_path / "plain", recipe(bits=4, group=32))
+    assert nats(distilled, tiny_model) < nats(tmp_path / "plain", tiny_model)
+    trained, plain = Checkpoint.open(distilled), Checkpoint.open(tmp_path / "plain")
+    assert trained.linears == plain.linears
+    manifest = read_json(distilled / "halfweave.json")
+    assert manifest["provenance"]["recovery"]["tokens"] == TOKENS
+    assert manifest["recipe"]["recover"] == "distill"
+    names = {path.name for path in distilled.iterdir()}
+    assert not [name for name in names if name.startswith(".")]
+
+
+def test_recovery_on_its_own_gives_the_same_weights(
+    tiny_model: Path, distilled: Path, tmp_path: Path
+) -> None:
+    prune(tiny_model, tmp_path / "plain", recipe(bits=4, group=32))
+    settings = Distillation(tokens=TOKENS)
+    result = recover(tmp_path / "plain", tiny_model, tmp_path / "out", settings, calib=TEXT)
+    assert result.path == tmp_path / "out"
+    assert not result.rolled_back
+    for shard in distilled.glob("*.safetensors"):
+        assert shard.read_bytes() == (tmp_path / "out" / shard.name).read_bytes()
+
+
+def test_recovery_goes_on_after_an_interrupt_and_only_if_asked_to(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    prune(tiny_model, tmp_path / "plain", recipe())
+    out, settings = tmp_path / "out", Distillation(tokens=TOKENS, save_minutes=0)
+
+    def stop(step: DistillProgress) -> None:
+        if step.tokens == TOKENS // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        recover(tmp_path / "plain", tiny_model, out, settings, calib=TEXT, progress=stop)
+    with pytest.raises(CheckpointError, match="incomplete"):
+        Checkpoint.open(out)
+    with pytest.raises(RefusedError, match="an unfinished run"):
+        recover(tmp_path / "plain", tiny_model, out, settings, calib=TEXT)
+    with pytest.raises(RefusedError, match="cannot resume"):
+        recover(tmp_path / "plain", tiny_model, out, Distillation(tokens=2048), resume=True)
+    seen: list[int] = []
+    recover(
+        tmp_path / "plain",
+        tiny_model,
+        out,
+        settings,
+        calib=TEXT,
+        resume=True,
+        progress=lambda step: seen.append(step.tokens),
+    )
+    assert min(seen) > TOKENS // 2
+    recover(tmp_path / "plain", tiny_model, tmp_path / "whole", settings, calib=TEXT)
+    assert everything(out) == everything(tmp_path / "whole")
+
+
+def test_recovery_refuses_what_is_no_pruned_model_or_is_its_own_input(
+    tiny_model: Path, distilled: Path, tmp_path: Path
+) -> None:
+    before = everything(distilled)
+    with pytest.raises(RefusedError, match="the input is never modified"):
+        recover(distilled, tiny_model, distilled, calib=TEXT, overwrite=True)
+    with pytest.raises(RefusedError, match="the input is never modified"):
+        recover(distilled, tiny_model, tiny_model, calib=TEXT, overwrite=True)
+    with pytest.raises(RefusedError, match="not made by halfweave"):
+        recover(tiny_model, tiny_model, tmp_path / "out", calib=TEXT)
+    assert everything(distilled) == before
+
+
+def test_a_budget_tells_its_plan_first_and_its_outcome_is_in_the_manifest(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    events: list[ProgressEvent] = []
+    chosen = recipe(**BUDGET)
+    result = prune(tiny_model, tmp_path / "out", chosen, progress=events.append)
+    kinds = [type(event) for event in events]
+    assert kinds.index(BudgetPlan) < kinds.index(Progress)
+    assert result.budget is not None
+    assert result.budget.met == (result.budget.ratio <= chosen.max_ppl_ratio)
+    manifest = read_json(tmp_path / "out" / "halfweave.json")
+    assert manifest["provenance"]["budget"]["ratio"] == result.budget.ratio
+    plan = next(event for event in events if isinstance(event, BudgetPlan))
+    assert manifest["recipe"]["choices"] == dict(plan.choices)
+    assert load_model(tmp_path / "out").name == "out"
+
+
+def test_a_budget_of_bytes_is_kept(tiny_model: Path, tmp_path: Path) -> None:
+    result = prune(tiny_model, tmp_path / "out", recipe(calib_windows=16, target_bytes=0.9))
+    assert result.budget is not None
+    assert result.budget.share_of_bytes <= 0.9
+
+
+def test_a_budget_together_with_distillation_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="budget"):
+        prune(tiny_model, tmp_path / "out", recipe(**BUDGET, **DISTILL))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_text_too_short_to_distill_on_is_refused_before_anything_is_pruned(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT.read_text()[:600])
+    seen: list[ProgressEvent] = []
+    short = recipe(**DISTILL, calib=str(text))
+    with pytest.raises(UsageError, match="held-out windows"):
+        prune(tiny_model, tmp_path / "out", short, progress=seen.append)
+    assert not seen
+
+
+@pytest.mark.parametrize("which", ["distill", "budget"])
+def test_a_kill_before_any_write_of_any_step_resumes_to_the_same_bytes(
+    tmp_path: Path, which: str
+) -> None:
+    tiny = Tiny(layers=1, hidden=16, intermediate=32, heads=2)
+    model = save_tiny(tmp_path / "model", tiny)
+    result = subprocess.run(
+        [sys.executable, str(HELPER), str(model), str(tmp_path), which],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert int(result.stdout.split()[-1]) >= 20
