@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..kernels.formats import Dense, PackedLinear
+from .cost import looks_back
 from .guard import Solved, held_out_windows, solve_guarded
 from .journal import LinearRecord
 from .masks import is_n_of_m
@@ -69,8 +70,7 @@ class BlockPruner:
     @property
     def needs_parent(self) -> bool:
         """Whether the dense model's own activations have to go along."""
-        looks_back = self._recipe.mix > 0 and self._recipe.method == "admm"
-        return looks_back or self._tunes
+        return looks_back(self._recipe)
 
     def parent(self, index: int, stream: BlockStream) -> nn.Module | None:
         """A second copy of the block, as it was, if it is needed."""

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import shutil
-import time
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-import torch
-
 from ..errors import CapacityError, UsageError
 from ..kernels.formats import Dense, expected_tensors, needs_group
+from .cost import estimate_memory, estimate_scratch, estimate_seconds
 from .methods.base import Target
 from .pack import stored_format, why_not
 from .recipe import CHOICES, Pattern, Recipe
 from .source import Source
-
-_INTERPRETER_BYTES = 700 * 2**20  # torch and transformers, imported
-_SWEEP_SECONDS_PER_WEIGHT = 2.2e-7  # column sweep, measured on two cores; scales with N * K
 
 
 @dataclass(frozen=True)
@@ -45,6 +40,7 @@ class Plan:
     calibration_tokens: int
     input_bytes: int
     output_bytes: int
+    scratch_bytes: int  # on the same disk, while the run lasts
     peak_memory_bytes: int
     seconds: float
 
@@ -83,14 +79,16 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
             "drop --strict to keep such layers dense",
         )
     tokens = recipe.calib_windows * recipe.calib_length
+    output = _output_bytes(source, linears)
     return Plan(
         linears=linears,
         blocks=source.block_count,
         calibration_tokens=tokens,
         input_bytes=sum(_stored_bytes(source, name) for name in source.tensors.names()),
-        output_bytes=_output_bytes(source, linears),
-        peak_memory_bytes=_peak_memory(source, linears, tokens),
-        seconds=_seconds(source, linears, tokens, recipe),
+        output_bytes=output,
+        scratch_bytes=estimate_scratch(source, linears, recipe, output),
+        peak_memory_bytes=estimate_memory(source, linears, recipe),
+        seconds=estimate_seconds(source, linears, recipe),
     )
 
 
@@ -108,10 +106,9 @@ def check_capacity(plan: Plan, out: Path) -> None:
             "use fewer or shorter calibration windows (--calib-windows, --calib-length)",
         )
     free = shutil.disk_usage(out).free
-    if plan.output_bytes > free:
-        raise CapacityError(
-            f"the output needs {plan.output_bytes} bytes, {free} are free on the disk of {out}"
-        )
+    needed = plan.output_bytes + plan.scratch_bytes
+    if needed > free:
+        raise CapacityError(f"the run needs {needed} bytes, {free} are free on the disk of {out}")
 
 
 def available_memory_bytes() -> int | None:
@@ -147,50 +144,3 @@ def _output_bytes(source: Source, linears: tuple[PlannedLinear, ...]) -> int:
             wide = suffix == "weight" or (suffix == "values" and linear.format == "sparse24")
             total += prod(shape) * (size if wide else 2 if suffix == "scale" else 1)
     return total
-
-
-def _peak_memory(source: Source, linears: tuple[PlannedLinear, ...], tokens: int) -> int:
-    """One block, its activations and Hessians, and the widest matrix's working copies."""
-    count = len(source.family.linears)
-    block = sum(prod(linear.shape) for linear in linears[:count])
-    widest = max(linear.shape[1] for linear in linears)
-    largest = max(prod(linear.shape) for linear in linears)
-    columns = {stage[0]: stage for stage in source.family.stages}
-    hessians = sum(
-        linear.shape[1] ** 2
-        for linear in linears[:count]
-        if any(linear.name.endswith("." + first) for first in columns)
-    )
-    hidden = source.linear_shape(linears[0].name)[1]
-    embedding = prod(source.tensors.shape(f"{source.family.embedding}.weight"))
-    elements = 2 * block + hessians + 4 * widest**2 + 6 * largest + 2 * tokens * hidden
-    return _INTERPRETER_BYTES + 4 * max(elements, 2 * embedding + tokens * hidden)
-
-
-def _seconds(
-    source: Source, linears: tuple[PlannedLinear, ...], tokens: int, recipe: Recipe
-) -> float:
-    """Two forward passes, one Hessian per stage, and for SparseGPT the factor and the sweep."""
-    firsts = tuple("." + stage[0] for stage in source.family.stages)
-    flops = sweep = 0.0
-    for linear in linears:
-        rows, columns = linear.shape
-        flops += 2 * 2 * tokens * rows * columns
-        if linear.name.endswith(firsts):
-            flops += 2 * tokens * columns**2
-        if recipe.method == "sparsegpt":
-            flops += 2 * columns**3
-            sweep += rows * columns
-    return flops / _flops_per_second() + sweep * _SWEEP_SECONDS_PER_WEIGHT
-
-
-def _flops_per_second() -> float:
-    """What this machine's matrix product does right now, from a few hundredths of a second."""
-    side = 512
-    a = torch.ones(side, side)
-    a @ a
-    start, rounds = time.perf_counter(), 0
-    while time.perf_counter() - start < 0.03:
-        a @ a
-        rounds += 1
-    return rounds * 2 * side**3 / (time.perf_counter() - start)

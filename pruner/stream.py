@@ -19,7 +19,7 @@ from .families import Family
 from .methods.base import InputStatistics
 from .source import Source
 
-_TOKENS_PER_BATCH = 4096
+TOKENS_PER_BATCH = 4096
 
 
 class _FirstBlockReached(Exception):  # noqa: N818 - a signal, not an error
@@ -69,7 +69,7 @@ class BlockStream:
         self._skeleton = _skeleton(source)
         self._blocks = list(self._skeleton.get_submodule(self._family.blocks).children())
         self.hidden, self._arguments = self._embed(windows)
-        self._batch = max(1, _TOKENS_PER_BATCH // windows.shape[1])
+        self._batch = max(1, TOKENS_PER_BATCH // windows.shape[1])
         self._fitted = len(windows) - held_out
         self._dense = self.hidden.clone() if parallel else None
 

@@ -1,0 +1,172 @@
+"""What a run takes in time, memory and disk, from shapes alone: an estimate for this machine.
+
+Products of matrices are counted and divided by the rate that this machine reaches; the passes over
+single weights, and the counts of the iterative solvers, are measured constants.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from math import prod
+from typing import Protocol
+
+import torch
+
+from ..kernels.formats import Dense, Int8
+from .budget.sizes import stored_bytes
+from .guard import held_out_windows
+from .methods.base import Target
+from .recipe import CHOICES, Recipe
+from .source import Source
+from .stream import TOKENS_PER_BATCH
+
+_INTERPRETER_BYTES = 700 * 2**20  # torch and transformers, imported
+_HEAP_SLACK = 1.25  # what an allocator holds beyond what is asked of it, measured
+# A pass through a block does more than its linears: norms, activations, copies of its inputs.
+_FORWARD_SLOWDOWN = 1.25
+_BACKWARD = 2  # in forward passes
+# Our method, per linear [N, K]: products of N x K x K it takes, and K x K x K for the spectrum;
+# seconds for each weight and each linear besides. The second figures are those that codes add.
+_PRODUCTS, _CUBES, _CODES_PRODUCTS = 140, 17, 200
+_WEIGHT_SECONDS, _CODES_WEIGHT_SECONDS = 4.4e-7, 8e-7
+_LINEAR_SECONDS, _CODES_LINEAR_SECONDS = 0.05, 0.1
+_SWEEP_SECONDS_PER_WEIGHT = 2.2e-7  # SparseGPT's columns, measured on two cores
+
+
+class Linear(Protocol):
+    """What a plan says of a linear."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    @property
+    def target(self) -> Target | None: ...
+
+
+def estimate_seconds(source: Source, linears: Sequence[Linear], recipe: Recipe) -> float:
+    """Wall time of a run without a budget; a budget's search comes on top."""
+    flops = source.block_count * _block_flops(source, linears[: len(source.family.linears)], recipe)
+    seconds = 0.0
+    for linear in linears:
+        if linear.target is not None:
+            more, passes = _solver(linear, linear.target, recipe.method)
+            flops, seconds = flops + more, seconds + passes
+    return flops / _flops_per_second() + seconds + _distillation_seconds(source, recipe)
+
+
+def _block_flops(source: Source, block: Sequence[Linear], recipe: Recipe) -> float:
+    """Of the passes through one block and of its Hessians."""
+    tokens = recipe.calib_windows * recipe.calib_length
+    weights = {linear.name.removeprefix(source.family.block_prefix(0)): linear for linear in block}
+    whole = sum(2 * prod(linear.shape) for linear in block)
+    # Half of the scores are above the diagonal and are never computed; q's rows are all heads.
+    attention = 2 * recipe.calib_length * block[0].shape[0]
+    staged = recipe.method == "admm" and not recipe.fast
+    copies = 2 if looks_back(recipe) else 1
+    passes, before, hessians = 0.0, 0.0, 0.0
+    for stage in source.family.stages:
+        passes += before if staged else 0.0
+        hessians += copies * 2 * weights[stage[0]].shape[1] ** 2
+        before += sum(2 * prod(weights[short].shape) for short in stage)
+        before += attention if stage is source.family.stages[0] else 0.0
+    forward = whole + attention
+    passes += forward * (1 if staged else 2)
+    if recipe.recover == "blocks":
+        share = 1 - held_out_windows(recipe) / recipe.calib_windows
+        passes += recipe.block_epochs * (1 + _BACKWARD) * forward * share / copies
+        passes += forward if recipe.bits == 4 else 0.0
+    return tokens * (_FORWARD_SLOWDOWN * passes * copies + hessians)
+
+
+def _solver(linear: Linear, target: Target, method: str) -> tuple[float, float]:
+    """Floating-point operations, and seconds of work that is none, to prune one linear."""
+    rows, columns = linear.shape
+    square, weights = 2.0 * columns**2, rows * columns
+    if method == "sparsegpt":
+        return square * columns, weights * _SWEEP_SECONDS_PER_WEIGHT
+    if method != "admm" or (target.pattern.is_dense and target.bits > 4):
+        return 0.0, 0.0
+    flops, seconds = square * columns * _CUBES, _LINEAR_SECONDS
+    if not target.pattern.is_dense:
+        flops += square * rows * _PRODUCTS
+        seconds += weights * _WEIGHT_SECONDS
+    if target.bits == 4:
+        flops += square * rows * _CODES_PRODUCTS
+        seconds += weights * _CODES_WEIGHT_SECONDS + _CODES_LINEAR_SECONDS
+    return flops, seconds
+
+
+def _distillation_seconds(source: Source, recipe: Recipe) -> float:
+    if recipe.recover != "distill":
+        return 0.0
+    if not recipe.recover_tokens:
+        return 60 * recipe.recover_minutes
+    weights = sum(prod(source.tensors.shape(name)) for name in source.tensors.names())
+    # The student there and back, the parent there.
+    flops = 2 * weights * recipe.recover_tokens * (2 + _BACKWARD)
+    return _FORWARD_SLOWDOWN * flops / _flops_per_second()
+
+
+def estimate_memory(source: Source, linears: Sequence[Linear], recipe: Recipe) -> int:
+    """Bytes: one block, its activations and Hessians, and the widest matrix's working copies."""
+    tokens = recipe.calib_windows * recipe.calib_length
+    copies = 2 if looks_back(recipe) else 1
+    block = sum(prod(linear.shape) for linear in linears[: len(source.family.linears)])
+    widest = max(linear.shape[1] for linear in linears)
+    largest = max(prod(linear.shape) for linear in linears)
+    firsts = tuple("." + stage[0] for stage in source.family.stages)
+    together = [
+        linear.shape[1] ** 2
+        for linear in linears[: len(source.family.linears)]
+        if linear.name.endswith(firsts)
+    ]
+    # Of fit and check: the Hessian, and where the dense model goes along its drift and shift.
+    staged = recipe.method == "admm" and not recipe.fast
+    hessians = (max(together) if staged else sum(together)) * (2 if copies == 1 else 5)
+    working = (8 if recipe.method == "admm" else 4) * widest**2 + 6 * largest
+    hidden = source.linear_shape(linears[0].name)[1]
+    embedding = prod(source.tensors.shape(f"{source.family.embedding}.weight"))
+    streams = copies * tokens * hidden
+    if recipe.recover == "blocks":
+        streams += tokens * hidden
+    widths = 4 * (hidden + max(linear.shape[0] for linear in linears))
+    passing = min(tokens, TOKENS_PER_BATCH) * widths
+    elements = (1 + copies) * block + hessians + working + streams + passing
+    return _INTERPRETER_BYTES + int(4 * _HEAP_SLACK * max(elements, 2 * embedding + streams))
+
+
+def estimate_scratch(source: Source, linears: Sequence[Linear], recipe: Recipe, output: int) -> int:
+    """Bytes on the disk that only an unfinished run holds, beside its `output`."""
+    if recipe.has_budget:
+        solved = [kind for kind in CHOICES if kind not in (Dense.kind, Int8.kind)]
+        names = [linear.name for linear in linears]
+        return output + sum(
+            stored_bytes(source, name, kind, recipe.group) for name in names for kind in solved
+        )
+    if recipe.recover != "distill":
+        return 0
+    kept = sum(
+        prod(linear.shape) * (1 - linear.target.pattern.fraction if linear.target else 1)
+        for linear in linears
+    )
+    # Latents and two moments, fp32, and the state before while the next one is being written.
+    return output + int(2 * 3 * 4 * kept)
+
+
+def looks_back(recipe: Recipe) -> bool:
+    """Whether the dense model's own activations go along with the pruned one's."""
+    return (recipe.mix > 0 and recipe.method == "admm") or recipe.recover == "blocks"
+
+
+def _flops_per_second() -> float:
+    """What this machine's matrix product does right now, from a few hundredths of a second."""
+    side = 768
+    a = torch.ones(side, side)
+    a @ a
+    start, rounds = time.perf_counter(), 0
+    while time.perf_counter() - start < 0.05:
+        a @ a
+        rounds += 1
+    return rounds * 2 * side**3 / (time.perf_counter() - start)
