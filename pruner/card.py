@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
+from .budget.check import BudgetCheck
 from .journal import LinearRecord, ShardRecord
 from .source import Source
+
+BUDGET_HEADING = "\n## Budget\n\n"
 
 
 def model_card(
@@ -21,25 +25,26 @@ def model_card(
     before = sum(file.stat().st_size for file in source.tensors.files)
     after = sum(shard.bytes for shard in shards)
     errors = [r.relative_error for r in linears.values() if r.relative_error is not None]
-    dense = [name for name, record in linears.items() if record.format == "dense"]
+    title = (
+        "mixed formats" if recipe["choices"] else f"{recipe['pattern']} at {recipe['bits']} bits"
+    )
     text = provenance["calibration"]
     spread = f"{median(errors):.4f} (worst {max(errors):.4f})" if errors else "not measured"
     return f"""---
 base_model: {source.path.name}
 library_name: halfweave
-tags: [halfweave, pruned, "{recipe["pattern"]}"]
+tags: [halfweave, pruned, "{title}"]
 ---
-# {source.path.name}, {recipe["pattern"]} at {recipe["bits"]} bits
+# {source.path.name}, {title}
 
 Made by halfweave {provenance["halfweave"]} from `{source.path.name}`; its licence carries over.
 
 | | |
 |---|---|
-| method | {recipe["method"]}, one shot, no training |
-| pattern, bits | {recipe["pattern"]}, {_bits(recipe)} |
+| method | {recipe["method"]}, {_training(recipe)} |
+| linears by format | {_formats(linears, recipe)} |
 | weight files | {before} -> {after} bytes ({after / before:.3f}) |
 | relative layer error on the calibration tokens, median | {spread} |
-| linears kept dense | {len(dense)} of {len(linears)} |
 | calibration tokens | {text["windows"]} x {text["length"]}, seed {text["seed"]} |
 | calibration text | {text["origin"]} |
 | calibration text, SHA-256 | {text["text_sha256"]} |
@@ -50,5 +55,25 @@ Measure it against its parent: `halfweave eval DIR --against PARENT --text FILE`
 """
 
 
-def _bits(recipe: Mapping[str, Any]) -> str:
-    return "16 bits" if recipe["bits"] == 16 else f"4 bits in groups of {recipe['group']}"
+def budget_section(found: BudgetCheck) -> str:
+    """What the card says of a quality budget."""
+    outcome = "met" if found.met else "NOT met"
+    return (
+        f"{BUDGET_HEADING}"
+        f"{found.ratio:.3f} x the dense perplexity (standard error {found.error:.3f} of its "
+        "logarithm) on windows of the calibration text that nothing was fitted to, with "
+        f"{found.share_of_bytes:.3f} of the bytes. The budget is {outcome}.\n"
+    )
+
+
+def _training(recipe: Mapping[str, Any]) -> str:
+    if recipe["recover"] == "blocks":
+        return f"each block tuned for {recipe['block_epochs']} epochs of the calibration tokens"
+    return "one shot"
+
+
+def _formats(linears: Mapping[str, LinearRecord], recipe: Mapping[str, Any]) -> str:
+    counts = Counter(record.format for record in linears.values())
+    shown = [f"{count} x {kind}" for kind, count in sorted(counts.items())]
+    groups = any(record.group for record in linears.values())
+    return ", ".join(shown) + (f", groups of {recipe['group']}" if groups else "")

@@ -12,12 +12,13 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from ..files import read_json, write_json
+from ..files import read_json, write_json, write_text
 from ..kernels.schema import JOURNAL_FILE, MANIFEST_FILE
 from .budget.check import BudgetCheck, check_budget
 from .budget.choose import BudgetPlan, BudgetProgress, choose_formats
 from .budget.windows import BudgetWindows, cut_windows
 from .calibrate import CalibrationText
+from .card import BUDGET_HEADING, budget_section
 from .journal import Journal
 from .oneshot import OneShot, OneShotResult, Progress, Sample, draw_sample
 from .outdir import STEPS_DIRECTORY, publish
@@ -148,6 +149,8 @@ class InSteps:
             return  # and some of its files may have been moved
         losses = list(formats.dense_losses)
         found = check_budget(self._pruned, self._source, self._recipe, self._windows.judge, losses)
+        card = self._pruned / "README.md"
+        write_text(card, card.read_text().partition(BUDGET_HEADING)[0] + budget_section(found))
         manifest = read_json(self._pruned / MANIFEST_FILE)
         manifest["provenance"]["budget"] = asdict(found)
         write_json(self._pruned / MANIFEST_FILE, manifest)

@@ -70,8 +70,12 @@ def _manifest(
     recovery: Mapping[str, Any],
 ) -> dict[str, Any]:
     trained = {name.rpartition(".")[0] for name in changed}
+    recipe = manifest["recipe"]
+    if recipe.get("recover") == "distill":  # minutes were turned into tokens; those give the bytes
+        recipe = {**recipe, "recover_tokens": recovery["tokens"]}
     return {
         **manifest,
+        "recipe": recipe,
         "provenance": {**manifest["provenance"], "recovery": dict(recovery)},
         # What pruning measured of a layer no longer holds once its weights were trained.
         "linears": {

@@ -12,6 +12,7 @@ from halfweave.files import read_json
 from halfweave.pruner.budget.choose import BudgetPlan
 from halfweave.pruner.oneshot import Progress
 from halfweave.pruner.pipeline import prune
+from halfweave.pruner.recipe import Recipe
 from halfweave.pruner.recover.settings import Distillation, DistillProgress
 from halfweave.pruner.recovery import recover
 from halfweave.pruner.steps import ProgressEvent
@@ -64,6 +65,17 @@ def test_recovery_on_its_own_gives_the_same_weights(
     assert not result.rolled_back
     for shard in distilled.glob("*.safetensors"):
         assert shard.read_bytes() == (tmp_path / "out" / shard.name).read_bytes()
+
+
+def test_the_recipe_of_a_timed_run_gives_its_bytes_again(tiny_model: Path, tmp_path: Path) -> None:
+    timed = recipe(bits=4, group=32, recover="distill", recover_minutes=0.02)
+    result = prune(tiny_model, tmp_path / "timed", timed)
+    assert result.recovery is not None
+    again = Recipe.read(tmp_path / "timed" / "halfweave.json")
+    assert again.recover_tokens == result.recovery.tokens
+    prune(tiny_model, tmp_path / "again", again)
+    for shard in (tmp_path / "timed").glob("*.safetensors"):
+        assert shard.read_bytes() == (tmp_path / "again" / shard.name).read_bytes()
 
 
 def test_recovery_goes_on_after_an_interrupt_and_only_if_asked_to(
@@ -126,6 +138,9 @@ def test_a_budget_tells_its_plan_first_and_its_outcome_is_in_the_manifest(
     assert manifest["provenance"]["budget"]["ratio"] == result.budget.ratio
     plan = next(event for event in events if isinstance(event, BudgetPlan))
     assert manifest["recipe"]["choices"] == dict(plan.choices)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"{result.budget.ratio:.3f} x the dense perplexity" in card
+    assert "mixed formats" in card
     assert load_model(tmp_path / "out").name == "out"
 
 
