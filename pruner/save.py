@@ -7,11 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..files import sha256_file, write_atomically, write_bytes, write_json, write_text
+from ..files import sha256_file, write_bytes, write_json, write_text
 from ..kernels.formats import Dense
 from ..kernels.schema import (
     FORMAT_VERSION,
@@ -24,6 +23,7 @@ from ..kernels.shards import INDEX_FILE, read_shard
 from .card import model_card
 from .journal import LinearRecord, ShardRecord
 from .source import SIDE_FILES, Source
+from .tensors import save_tensors
 
 
 def is_ours(name: str) -> bool:
@@ -52,12 +52,7 @@ def write_shard(
         CapacityError: the disk is full.
     """
     path = directory / name
-    contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
-
-    def write(temporary: Path) -> None:
-        safetensors.torch.save_file(contiguous, temporary, metadata={"format": "pt"})
-
-    write_atomically(path, write)
+    save_tensors(path, tensors, {"format": "pt"})
     return ShardRecord(name, sha256_file(path), path.stat().st_size, dict(linears))
 
 

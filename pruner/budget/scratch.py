@@ -24,9 +24,9 @@ from ...files import read_json, write_json
 from ...kernels.formats import FORMATS, PackedLinear, from_tensors, needs_group
 from ...kernels.shards import read_shard
 from ..recipe import Recipe
-from ..recover.tensors import save_tensors
 from ..save import is_leftover
 from ..source import Source
+from ..tensors import save_tensors
 from .knapsack import Option
 from .windows import BudgetWindows
 

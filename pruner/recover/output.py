@@ -16,7 +16,7 @@ from ...files import sha256_file, write_bytes, write_json, write_text
 from ...kernels.formats import PackedLinear
 from ...kernels.schema import MANIFEST_FILE
 from ...kernels.shards import INDEX_FILE, SINGLE_FILE, ShardedTensors
-from .tensors import save_tensors
+from ..tensors import save_tensors
 
 _CARD = "README.md"
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ...errors import CheckpointError, RefusedError
 from ...kernels.shards import read_shard
+from ..tensors import save_tensors
 from .settings import CurvePoint
-from .tensors import save_tensors
 
 STATE_FILE = ".halfweave-distill.safetensors"
 

@@ -380,7 +380,7 @@ def test_a_full_disk_loses_nothing(
             raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("halfweave.pruner.recover.tensors.write_atomically", full)
+        patched.setattr("halfweave.pruner.tensors.write_atomically", full)
         with pytest.raises(CapacityError, match="disk is full"):
             distill(packed_model, tiny_model, out, WORDS, settings(), resume=True)
     assert (out / STATE_FILE).read_bytes() == state

@@ -243,7 +243,7 @@ def test_a_full_disk_is_told_apart_from_other_faults(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import safetensors
-    from halfweave.pruner.recover.tensors import save_tensors
+    from halfweave.pruner.tensors import save_tensors
 
     def fail(message: str) -> None:
         def save(*args: object, **kwargs: object) -> None:

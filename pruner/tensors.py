@@ -10,7 +10,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from ...files import write_atomically
+from ..files import write_atomically
 
 _DISK_FULL = (f"os error {errno.ENOSPC})", f"os error {errno.EDQUOT})")
 
