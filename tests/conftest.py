@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.smollm2 import import_smollm2
 from support.tiny import pack_directory, save_tiny
 
 
@@ -30,6 +31,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def packed_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same model with its linears as 2:4 + int4; `packed-dense` beside it. Read-only."""
     return pack_directory(tiny_model, tmp_path_factory.mktemp("packed") / "packed", "sparse24_int4")
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct, dense. Read-only; skips where its package is not installed."""
+    return import_smollm2(tmp_path_factory.mktemp("smollm2") / "dense")
 
 
 @pytest.fixture

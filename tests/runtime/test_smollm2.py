@@ -1,9 +1,7 @@
-"""A real model, where one is at hand: HALFWEAVE_SMOLLM2 names the directory of
-SmolLM2-135M-Instruct."""
+"""The runtime on a real model, SmolLM2-135M-Instruct."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,11 +10,6 @@ import torch
 from halfweave import LLM, SamplingParams
 from support.tiny import dense_model
 
-PLACE = os.environ.get("HALFWEAVE_SMOLLM2", "")
-pytestmark = pytest.mark.skipif(
-    not (PLACE and Path(PLACE).is_dir()),
-    reason="HALFWEAVE_SMOLLM2 does not name a directory with SmolLM2-135M-Instruct",
-)
 TEXT = (
     "The Moon is Earth's only natural satellite. It orbits at an average distance of about "
     "384,400 kilometres, and its gravity raises the tides. " * 3
@@ -24,15 +17,15 @@ TEXT = (
 
 
 @pytest.fixture(scope="module")
-def llm() -> Iterator[LLM]:
-    with LLM(PLACE) as llm:
+def llm(smollm2: Path) -> Iterator[LLM]:
+    with LLM(smollm2) as llm:
         yield llm
 
 
-def test_logits_equal_transformers(llm: LLM) -> None:
+def test_logits_equal_transformers(llm: LLM, smollm2: Path) -> None:
     ids = torch.tensor(llm.model.tokenizer.encode(TEXT))
     with torch.inference_mode():
-        wanted = dense_model(Path(PLACE))(ids[None]).logits[0]
+        wanted = dense_model(smollm2)(ids[None]).logits[0]
     decoder = llm.model.decoder
     cache = decoder.new_cache()
     pieces = ids.split([len(ids) - 8, *[1] * 8])
