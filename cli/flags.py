@@ -111,12 +111,20 @@ class Run:
 
 @dataclass(frozen=True)
 class Recovering:
-    """How a pruned checkpoint is trained."""
+    """How a pruned checkpoint is trained; the fields of `Recovery`."""
 
     calib: Annotated[str, Flag(help="Text to train on, or a file of one.")] = "builtin"
     minutes: Annotated[float, Flag(help="Time to train for.")] = 30.0
     tokens: Annotated[int, Flag(help="Instead of a time: so many tokens.")] = 0
+    bits: Annotated[int, Flag(help="4 rounds a 2:4 model of 16 bits in the end.")] = 16
+    group: Annotated[int, Flag(help="128, 64 or 32 weights a scale of those codes.")] = 128
     seed: Annotated[int, Flag(help="Draws the order of the windows.")] = 0
+
+
+@dataclass(frozen=True)
+class Restart:
+    """How a run treats what is there."""
+
     resume: Annotated[bool, Flag("--resume", help="Go on with a killed run.")] = False
     overwrite: Annotated[bool, Flag("--overwrite", help="Replace a model in OUT.")] = False
 

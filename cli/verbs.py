@@ -22,6 +22,7 @@ from .flags import (
     Output,
     Pruning,
     Recovering,
+    Restart,
     Run,
     Sampling,
     Serving,
@@ -130,6 +131,7 @@ def _tell_progress(console: Console, bar: Progress, step: PruneEvent) -> None:
     from ..pruner.oneshot import Progress as PruneProgress
 
     if isinstance(step, PruneProgress):
+        bar.phase("layer")
         bar.line(step.done, step.total, _pruned(step), step.seconds, step.eta_seconds)
     elif isinstance(step, BudgetProgress):
         console.tell(f"budget: {step.step} {step.done} {step.note}".rstrip())
@@ -161,33 +163,32 @@ def recover(
     out: OutDir,
     parent: Annotated[str, Flag(metavar="DENSE", help="Its dense parent.")],
     recovering: Recovering,
+    restart: Restart,
     output: Output,
 ) -> None:
     """Train a pruned model directory towards its dense parent, into a new one."""
-    from ..pruner.recover.settings import Distillation
+    from ..pruner.recovery import Recovery
     from ..pruner.recovery import recover as recover_model
 
     console = Console(output.json)
-    given = vars(recovering)
-    settings = Distillation(**{name: given[name] for name in ("minutes", "tokens", "seed")})
+    recovery = Recovery(**vars(recovering))
     try:
         with console.progress("token") as bar:
             result = recover_model(
                 model,
                 parent,
                 out,
-                settings,
-                calib=recovering.calib,
-                resume=recovering.resume,
-                overwrite=recovering.overwrite,
-                progress=lambda step: _tell_training(bar, step),
+                recovery,
+                resume=restart.resume,
+                overwrite=restart.overwrite,
+                progress=lambda step: _tell_progress(console, bar, step),
             )
     except KeyboardInterrupt:
         console.tell("next: the same command with --resume goes on from the last saved state")
         raise
     console.say(tables.recovery(result))
     console.say(f"next: halfweave eval {out} --against {parent}")
-    console.document({"verb": "recover", "settings": settings, "result": result})
+    console.document({"verb": "recover", "recovery": recovery, "result": result})
 
 
 @verb(app)

@@ -156,10 +156,14 @@ class BlockPruner:
         if pattern.is_dense and target.bits > 4:
             everything = torch.ones_like(weight, dtype=torch.bool)
             return Solved(Pruned(weight, everything), "round to nearest")
-        if pattern.of and target.bits == 16 and is_n_of_m(weight, pattern.kept, pattern.of):
-            note = f"is {pattern.text} already: nothing to do, repacked"
-            return Solved(Pruned(weight, weight != 0, note=note), "repack")
         method = self._recipe.method
+        if pattern.of and is_n_of_m(weight, pattern.kept, pattern.of):
+            if target.bits == 16:
+                note = f"is {pattern.text} already: nothing to do, repacked"
+                return Solved(Pruned(weight, weight != 0, note=note), "repack")
+            if method == "admm":
+                rounded = admm.quantize(weight, weight != 0, observation.fit, target)
+                return Solved(replace(rounded, note=f"was {pattern.text} already"), "admm")
         return solve_guarded(method, weight, observation.fit, observation.check, target)
 
     def _tune(self, block: _Block, linears: dict[str, _Linear], stream: BlockStream) -> None:

@@ -89,6 +89,14 @@ class OneShot:
         linears = {name: LinearRecord.from_json(entry) for name, entry in entries.items()}
         return OneShotResult(linears, self._source.block_count)
 
+    def ensure(self) -> OneShotResult:
+        """`go`, unless an earlier process did it all; for a directory that only this run knows."""
+        self._directory.mkdir(exist_ok=True)
+        unfinished = (self._directory / JOURNAL_FILE).exists()
+        if (self._directory / MANIFEST_FILE).exists() and not unfinished:
+            return self.result()
+        return self.go(resume=True)
+
     def go(self, resume: bool) -> OneShotResult:
         """Prune what is not yet pruned, and write the manifest.
 

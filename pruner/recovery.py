@@ -2,67 +2,166 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from ..errors import RefusedError
-from ..files import find_directory, sha256_file
+from ..errors import CheckpointError, RefusedError
+from ..files import find_directory, read_json, sha256_file
+from ..kernels.formats import Sparse24
 from ..kernels.schema import JOURNAL_FILE, MANIFEST_FILE
-from .calibrate import BUILTIN, load_text
+from ..runtime.checkpoint import Checkpoint
+from .calibrate import BUILTIN, CalibrationText, load_text
 from .journal import Journal, locked
-from .outdir import prepare_directory, settle
-from .recover.distill import distill
-from .recover.settings import Distillation, DistillResult, ProgressCallback
+from .oneshot import Progress, draw_sample
+from .outdir import STEPS_DIRECTORY, prepare_directory, settle
+from .recipe import Recipe
+from .recover.distill import check, distill
+from .recover.settings import CurvePoint, Distillation, DistillProgress, DistillResult
 from .source import Source
+from .staged import StagedRecovery
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """How to recover a checkpoint.
+
+    Attributes:
+        calib: text to train on: "builtin" or a UTF-8 file.
+        minutes: time for the training.
+        tokens: instead of a time, so many tokens; 0 for the time.
+        bits: 4 rounds a 2:4 checkpoint of 16 bits after most of the training and goes on with the
+            codes (staged.py); 16 leaves every format as it is.
+        group: weights a scale of those codes.
+        seed: of the order of windows, and of the windows that calibrate the rounding.
+    """
+
+    calib: str = BUILTIN
+    minutes: float = 30.0
+    tokens: int = 0
+    bits: int = 16
+    group: int = 128
+    seed: int = 0
+
+    @property
+    def settings(self) -> Distillation:
+        """Those of the training."""
+        return Distillation(minutes=self.minutes, tokens=self.tokens, seed=self.seed)
 
 
 def recover(
     pruned: str | Path,
     parent: str | Path,
     out: str | Path,
-    settings: Distillation | None = None,
+    recovery: Recovery | None = None,
     *,
-    calib: str | Path = BUILTIN,
     resume: bool = False,
     overwrite: bool = False,
-    progress: ProgressCallback | None = None,
+    progress: Callable[[Progress | DistillProgress], None] | None = None,
 ) -> DistillResult:
     """Train the checkpoint in `pruned` towards its dense `parent`, and write it into `out`.
 
-    Masks and formats stay (recover/distill.py). The bytes are those of `prune` with
-    `recover="distill"`, if text, seed and tokens are the same. Killed at any instant, the same call
-    with `resume=True` goes on from the last saved state.
+    The bytes of the weights are those of `prune` with `recover="distill"`, if text, seed, tokens
+    and the recipe of `pruned` are the same. Killed at any instant, the same call with `resume=True`
+    goes on from the last saved state.
 
     Raises:
         UsageError: bad paths, settings, or text.
-        RefusedError: `out` is taken, locked, an input, or belongs to another run; or `pruned` was
-            not pruned from `parent`.
+        RefusedError: `out` is taken, locked, an input, or belongs to another run; `pruned` was not
+            pruned from `parent`; or it is to be rounded and is not 2:4 with 16 bits.
         CheckpointError: a file is damaged.
         CapacityError: the run does not fit in memory or on the disk.
         HalfweaveError: the loss is not finite any more.
     """
-    settings = settings or Distillation()
+    recovery = recovery or Recovery()
     source, student = Source.open(parent), find_directory(pruned)
     if Path(out).resolve() == student.resolve():
         raise RefusedError(f"{out} is the input; the input is never modified")
-    if not (student / MANIFEST_FILE).is_file():
-        raise RefusedError(
-            f"{student} was not made by halfweave, or is not complete: it has no {MANIFEST_FILE}",
-            "recover what halfweave prune wrote",
-        )
-    text = load_text(calib)
+    recipe = _recipe_of(student, recovery)
+    text = load_text(recovery.calib)
+    check(source, text.text, recovery.settings)
     directory = prepare_directory(source, Path(out), resume, overwrite)
     with locked(directory):
         settle(directory, overwrite)
         again = resume and (directory / JOURNAL_FILE).exists()
         key = {
-            "recovery": settings.to_json(),
+            "recovery": {k: v for k, v in asdict(recovery).items() if k != "calib"},
             "student": sha256_file(student / MANIFEST_FILE),
             "text": text.sha256,
         }
         journal = (Journal.resume if again else Journal.begin)(directory, key)
-        result = distill(
-            student, source.path, directory, text.text, settings, resume=again, progress=progress
-        )
+        if (directory / MANIFEST_FILE).exists():  # a kill came while the run tidied up
+            result = _result_of(directory)
+        elif recovery.bits == 4:
+            result = _in_stages(source, student, directory, recipe, text, recovery, progress)
+        else:
+            result = distill(
+                student,
+                source.path,
+                directory,
+                text.text,
+                recovery.settings,
+                resume=again,
+                progress=progress,
+            )
+        shutil.rmtree(directory / STEPS_DIRECTORY, ignore_errors=True)
         journal.remove()
-    return replace(result, path=directory)
+    return result
+
+
+def _in_stages(
+    source: Source,
+    student: Path,
+    directory: Path,
+    recipe: Recipe,
+    text: CalibrationText,
+    recovery: Recovery,
+    progress: Callable[[Progress | DistillProgress], None] | None,
+) -> DistillResult:
+    work = directory / STEPS_DIRECTORY
+    work.mkdir(exist_ok=True)
+    sample = draw_sample(source, text, recipe)
+    staged = StagedRecovery(
+        source, student, directory, work, recipe, recovery.settings, sample, progress
+    )
+    return staged.go()
+
+
+def _result_of(directory: Path) -> DistillResult:
+    """What an earlier process did, which had no time left to say so."""
+    record = read_json(directory / MANIFEST_FILE)["provenance"]["recovery"]
+    return DistillResult(
+        path=directory,
+        tokens=record["tokens"],
+        steps=record["steps"],
+        before=record["held_out_kl"]["before"],
+        after=record["held_out_kl"]["after"],
+        rolled_back=record["rolled_back"],
+        curve=tuple(CurvePoint(minutes=0.0, **point) for point in record["curve"]),
+        minutes=0.0,
+    )
+
+
+def _recipe_of(student: Path, recovery: Recovery) -> Recipe:
+    """What the student was pruned by, ending in the bits that are asked for."""
+    path = student / MANIFEST_FILE
+    if not path.is_file():
+        raise RefusedError(
+            f"{student} was not made by halfweave, or is not complete: it has no {MANIFEST_FILE}",
+            "recover what halfweave prune wrote",
+        )
+    try:
+        recipe = Recipe.from_json(read_json(path)["recipe"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged: it holds no recipe") from error
+    if recovery.bits == 16:
+        return recipe
+    formats = {entry.format for entry in Checkpoint.open(student, verify=False).linears.values()}
+    if formats != {Sparse24.kind}:
+        raise RefusedError(
+            f"{student} cannot be rounded to {recovery.bits} bits after training: "
+            f"its linears are {', '.join(sorted(formats)) or 'dense'}",
+            "prune with --pattern 2:4 --bits 16, or leave --bits out",
+        )
+    return replace(recipe, bits=recovery.bits, group=recovery.group, seed=recovery.seed)

@@ -14,6 +14,7 @@ from ..errors import CheckpointError, RefusedError
 from ..files import find_directory, read_json, sha256_file
 from ..kernels.formats import FLOAT_DTYPES
 from ..kernels.shards import ShardedTensors
+from ..runtime.checkpoint import Checkpoint
 from .families import Family, family_of
 
 # What a model directory carries beside its weights, copied as it is.
@@ -108,6 +109,35 @@ class Source:
         inside = self.family.blocks + "."
         names = [name for name in self.tensors.names() if not name.startswith(inside)]
         return {name: self.tensors.read(name) for name in names}
+
+
+@dataclass(frozen=True)
+class Trained(Source):
+    """A dense model whose blocks' weights are those of a checkpoint that was made from it.
+
+    All that describes it (path, config, shapes, hashes) is the dense model's own.
+    """
+
+    checkpoint: Checkpoint
+
+    @classmethod
+    def of(cls, parent: Source, checkpoint: Checkpoint) -> Trained:
+        """`parent` with the weights of `checkpoint`."""
+        return cls(parent.path, parent.config, parent.family, parent.tensors, checkpoint)
+
+    def block_tensors(self, index: int) -> dict[str, Tensor]:
+        """All tensors of a block; packed linears as fp32 weights, what they are served as."""
+        prefix, tensors = self.family.block_prefix(index), {}
+        for name in (n for n in self.tensors.names() if n.startswith(prefix)):
+            if name in self.checkpoint:
+                tensors[name] = self.checkpoint.tensor(name)
+            else:
+                tensors[name] = self.checkpoint.linear(name.removesuffix(".weight")).unpack()
+        return tensors
+
+    def other_tensors(self) -> dict[str, Tensor]:
+        """Everything that belongs to no block, as trained."""
+        return {name: self.checkpoint.tensor(name) for name in super().other_tensors()}
 
 
 def first_nonfinite(tensor: Tensor) -> list[int] | None:

@@ -23,11 +23,12 @@ from .journal import Journal
 from .oneshot import OneShot, OneShotResult, Progress, Sample, draw_sample
 from .outdir import STEPS_DIRECTORY, publish
 from .plan import Plan, make_plan
-from .recipe import Recipe
+from .recipe import Pattern, Recipe
 from .recover.distill import check as check_distillation
 from .recover.distill import distill
 from .recover.settings import Distillation, DistillProgress, DistillResult
 from .source import Source, token_ids
+from .staged import StagedRecovery
 
 # What a run tells: a budget's plan once, when it is made, and progress of every step.
 ProgressEvent = Progress | BudgetProgress | BudgetPlan | DistillProgress
@@ -82,7 +83,9 @@ class InSteps:
         else:
             formats = self._formats() if self._recipe.has_budget else None
             recipe = replace(self._recipe, choices=formats.choices) if formats else self._recipe
-            pruned = self._prune(recipe)
+            # Codes come after the training, from weights that were trained as floats.
+            first = replace(recipe, bits=16) if distills and self._ends_in_codes else recipe
+            pruned = self._prune(first)
             if formats:
                 self._check(formats)
             if distills:
@@ -91,16 +94,13 @@ class InSteps:
                 publish(self._pruned)
         shutil.rmtree(self._steps, ignore_errors=True)
         journal.remove()
+        made = self._one_shot(recipe, self._directory).result()
+        pruned = replace(made, resumed_blocks=pruned.resumed_blocks)
         plan = make_plan(self._source, recipe)
         return StepsResult(plan, pruned, recovery, _outcome(self._directory))
 
     def _prune(self, recipe: Recipe) -> OneShotResult:
-        self._pruned.mkdir(exist_ok=True)
-        one_shot = self._one_shot(recipe, self._pruned)
-        unfinished = (self._pruned / JOURNAL_FILE).exists()
-        if (self._pruned / MANIFEST_FILE).exists() and not unfinished:
-            return one_shot.result()
-        return one_shot.go(resume=True)
+        return self._one_shot(recipe, self._pruned).ensure()
 
     @cached_property
     def _windows(self) -> BudgetWindows:
@@ -112,6 +112,10 @@ class InSteps:
         if self._recipe.has_budget:
             return Sample(self._text, self._windows.fit)
         return draw_sample(self._source, self._text, self._recipe)
+
+    @property
+    def _ends_in_codes(self) -> bool:
+        return self._recipe.bits == 4 and not Pattern.parse(self._recipe.pattern).is_dense
 
     @property
     def _distillation(self) -> Distillation:
@@ -133,6 +137,18 @@ class InSteps:
         return plan
 
     def _distill(self) -> DistillResult:
+        if self._ends_in_codes:
+            staged = StagedRecovery(
+                source=self._source,
+                student=self._pruned,
+                out=self._directory,
+                work=self._steps,
+                recipe=self._recipe,
+                settings=self._distillation,
+                sample=self._sample,
+                progress=self._progress,
+            )
+            return staged.go()
         return distill(
             self._pruned,
             self._source.path,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from torch import Tensor
 from ...kernels.shards import ShardedTensors
 from ...runtime.checkpoint import Checkpoint
 from ..recipe import Recipe
-from ..source import Source
+from ..source import Source, Trained
 from .perplexity import Ratio, window_losses
 from .sizes import bytes_before
 
@@ -43,24 +42,9 @@ def check_budget(
     if dense is None:
         dense = window_losses(parent, judge, parent.block_tensors)
     served = replace(parent, tensors=ShardedTensors.open(out))
-    losses = window_losses(served, judge, _reader(checkpoint, parent))
+    losses = window_losses(served, judge, Trained.of(parent, checkpoint).block_tensors)
     ratio = Ratio.of(losses, dense, judge.shape[1])
     share = checkpoint.weight_bytes / bytes_before(parent)
     small = not recipe.target_bytes or share <= recipe.target_bytes
     good = not recipe.max_ppl_ratio or ratio.value <= recipe.max_ppl_ratio
     return BudgetCheck(ratio.value, ratio.error, share, small and good)
-
-
-def _reader(checkpoint: Checkpoint, parent: Source) -> Callable[[int], dict[str, Tensor]]:
-    """Reads blocks of a packed checkpoint, linears unpacked."""
-
-    def read(index: int) -> dict[str, Tensor]:
-        tensors = {}
-        linears = {f"{name}.weight": name for name in parent.linear_names(index)}
-        prefix = parent.family.block_prefix(index)
-        for name in (n for n in parent.tensors.names() if n.startswith(prefix)):
-            packed = checkpoint.linear(linears[name]) if name in linears else None
-            tensors[name] = checkpoint.tensor(name) if packed is None else packed.unpack()
-        return tensors
-
-    return read

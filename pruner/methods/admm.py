@@ -45,9 +45,11 @@ def prune(weight: Tensor, statistics: InputStatistics, target: Target) -> Pruned
 def quantize(weight: Tensor, keep: Tensor, statistics: InputStatistics, target: Target) -> Pruned:
     """Round weights [N, K] that are good as they are on their mask `keep` to 4 bits.
 
-    The rounded layer repeats the outputs of `weight`; a 2:4 mask may still move where that helps.
+    The rounded layer repeats the outputs of `weight`, with the target's mix of those on inputs that
+    nothing was rounded before; a 2:4 mask may still move where that helps.
     """
-    objective = make_objective(weight, statistics.curvature(target.damping))
+    curvature = statistics.curvature(target.damping)
+    objective = make_objective(weight, curvature, statistics.drift, target.mix)
     return _rounded(objective, weight, keep, target, "")
 
 

@@ -8,6 +8,7 @@ count: same bytes, interrupted or not.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,13 @@ def distill(
     text: str,
     settings: Distillation | None = None,
     *,
+    near: Path | None = None,
     resume: bool = False,
     progress: ProgressCallback | None = None,
 ) -> DistillResult:
     """Train the checkpoint in `student` towards its dense `parent` and write it into `out`.
+
+    `near` is the trained checkpoint of floats that `student`'s codes were rounded from, if any.
 
     `out` is there, is the caller's to fill, and is not `student`. It is complete when its manifest
     is there. Killed at any instant, the same call with `resume=True` yields the same bytes.
@@ -62,11 +66,12 @@ def distill(
     source, checkpoint = Source.open(parent), Checkpoint.open(student)
     _check_pair(source, checkpoint, out)
     settings, windows, targets_bytes = _prepare(source, text, settings)
-    key = _key(source, student, text, settings)
+    floats = None if near is None else Checkpoint.open(near)
+    key = _key(source, (student, near), text, settings)
     saved = load_state(out, key) if resume else None
     _clear(out, saved is None)
-    trainer, targets = _make_trainer(source, checkpoint, windows, settings, targets_bytes)
-    job = Job(checkpoint, out, settings, key, len(windows.train))
+    trainer, targets = _make_trainer(source, (checkpoint, floats), windows, settings, targets_bytes)
+    job = Job(checkpoint, out, settings, key, len(windows.train), _recovery_of(floats))
     return Run(job, trainer, targets, progress).go(saved)
 
 
@@ -88,11 +93,12 @@ def _prepare(
 
 def _make_trainer(
     source: Source,
-    checkpoint: Checkpoint,
+    checkpoints: tuple[Checkpoint, Checkpoint | None],
     windows: Windows,
     settings: Distillation,
     targets_bytes: int,
 ) -> tuple[Trainer, Targets]:
+    checkpoint, floats = checkpoints
     taps = _taps(source, settings)
     latents: dict[str, Latent] = {}
     linears = {name for index in range(source.block_count) for name in source.linear_names(index)}
@@ -101,7 +107,8 @@ def _make_trainer(
         linear = name.removesuffix(".weight")
         if linear not in linears or linear == name:
             return _aligned(checkpoint.tensor(name))
-        latents[linear] = Latent.of(checkpoint.linear(linear))
+        near = None if floats is None else floats.linear(linear).unpack()
+        latents[linear] = Latent.of(checkpoint.linear(linear), near)
         return torch.empty_like(latents[linear].value)
 
     network = Network(source, read, taps)
@@ -159,12 +166,21 @@ def _check_pair(source: Source, checkpoint: Checkpoint, out: Path) -> None:
             raise CheckpointError(f"{name} has another shape in {checkpoint.path} than its parent")
 
 
-def _key(source: Source, student: Path, text: str, settings: Distillation) -> dict[str, Any]:
+def _recovery_of(floats: Checkpoint | None) -> Mapping[str, Any] | None:
+    """What the manifest says of the training before the rounding."""
+    manifest = {} if floats is None else floats.manifest or {}
+    found: Mapping[str, Any] | None = manifest.get("provenance", {}).get("recovery")
+    return found
+
+
+def _key(
+    source: Source, students: tuple[Path, Path | None], text: str, settings: Distillation
+) -> dict[str, Any]:
     """What a saved state must have in common with the run that goes on from it."""
     budget = {"tokens": settings.tokens} if settings.tokens else {"minutes": settings.minutes}
     return {
         "settings": {**settings.to_json(), **budget},
-        "student": sha256_file(student / MANIFEST_FILE),
+        "student": [sha256_file(path / MANIFEST_FILE) for path in students if path],
         "parent": source.hashes,
         "text": hashlib.sha256(text.encode()).hexdigest(),
         "threads": torch.get_num_threads(),

@@ -63,11 +63,27 @@ class Latent:
     grid: Grid | None
 
     @classmethod
-    def of(cls, stored: PackedLinear) -> Latent:
-        """Start from a stored linear: `write_weight` then gives exactly what it unpacks to."""
+    def of(cls, stored: PackedLinear, near: Tensor | None = None) -> Latent:
+        """Start from a stored linear: `write_weight` then gives exactly what it unpacks to.
+
+        `near` are the weights fp32 [N, K] that its codes were rounded from. A latent then lies on
+        their side of its code, so that a weight that was close to being rounded otherwise changes
+        first; without them all latents are at the middle, where a small rate moves no code.
+        """
         grid = _grid(stored)
         value = stored.unpack(torch.float32) if grid is None else _codes(stored)
-        return cls(stored, value.clone(memory_format=torch.contiguous_format), _kept(stored), grid)
+        value = value.clone(memory_format=torch.contiguous_format)
+        if grid is not None and near is not None:
+            scale = grid.start
+            for (part, columns), (wanted, _) in zip(
+                _groups(value, grid.group), _groups(near, grid.group), strict=True
+            ):
+                aside = wanted / scale[:, columns, None] - part
+                part.add_(aside.clamp(-_WITHIN, _WITHIN))
+        keep = _kept(stored)
+        if keep is not None:
+            value.mul_(keep)
+        return cls(stored, value, keep, grid)
 
     def write_weight(self, out: Tensor) -> None:
         """Put the weight that the latent stands for into `out`, fp32 [N, K].

@@ -72,7 +72,8 @@ def _manifest(
     trained = {name.rpartition(".")[0] for name in changed}
     recipe = manifest["recipe"]
     if recipe.get("recover") == "distill":  # minutes were turned into tokens; those give the bytes
-        recipe = {**recipe, "recover_tokens": recovery["tokens"]}
+        before = recovery.get("before_rounding", {"tokens": 0})
+        recipe = {**recipe, "recover_tokens": before["tokens"] + recovery["tokens"]}
     return {
         **manifest,
         "recipe": recipe,

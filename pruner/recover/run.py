@@ -41,6 +41,7 @@ class Job:
     settings: Distillation
     key: Mapping[str, Any]
     train_windows: int
+    earlier: Mapping[str, Any] | None = None  # record of a training before the codes were rounded
 
 
 class Run:
@@ -183,7 +184,9 @@ def _measured_steps(total: int, points: int) -> set[int]:
 
 def _recovery(job: Job, position: Position, after: float, rolled_back: bool) -> dict[str, Any]:
     """The manifest's entry. Without times: the same run yields the same bytes."""
+    earlier = {} if job.earlier is None else {"before_rounding": dict(job.earlier)}
     return {
+        **earlier,
         "method": "distill",
         "settings": job.settings.to_json(),
         "tokens": position.total_steps * job.settings.batch_tokens,

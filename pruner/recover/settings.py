@@ -46,7 +46,7 @@ class Distillation:
     length: int = 512
     batch_tokens: int = 1024
     micro_tokens: int = 1024
-    learning_rate: float = 8e-3
+    learning_rate: float = 1e-3
     scale_rate: float = 1e-3
     gain_rate: float = 1e-3
     hidden_weight: float = 0.0

@@ -12,8 +12,7 @@ from halfweave.files import read_json
 from halfweave.pruner.calibrate import BUILTIN_EVAL, load_text
 from halfweave.pruner.pipeline import prune
 from halfweave.pruner.recipe import Recipe
-from halfweave.pruner.recover.settings import Distillation
-from halfweave.pruner.recovery import recover
+from halfweave.pruner.recovery import Recovery, recover
 from halfweave.runtime.eval import evaluate
 from halfweave.runtime.model import load_model
 from support.smollm2 import cut
@@ -39,7 +38,8 @@ def made(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
     place = tmp_path_factory.mktemp("pruned")
     for name, changes in WAYS.items():
         prune(dense, place / name, Recipe(calib_windows=16, calib_length=256, group=64, **changes))
-    recover(place / "ours-int4", dense, place / "distilled", Distillation(tokens=10240))
+    recovery = Recovery(tokens=12288, bits=4, group=64)
+    recover(place / "ours", dense, place / "distilled", recovery)
     torch.set_num_threads(1)
     return {name: place / name for name in (*WAYS, "distilled")}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,8 @@ from halfweave.pruner.budget.choose import BudgetPlan
 from halfweave.pruner.oneshot import Progress
 from halfweave.pruner.pipeline import prune
 from halfweave.pruner.recipe import Recipe
-from halfweave.pruner.recover.settings import Distillation, DistillProgress
-from halfweave.pruner.recovery import recover
+from halfweave.pruner.recover.settings import DistillProgress
+from halfweave.pruner.recovery import Recovery, recover
 from halfweave.pruner.steps import ProgressEvent
 from halfweave.runtime.checkpoint import Checkpoint
 from halfweave.runtime.eval import evaluate
@@ -49,22 +50,28 @@ def test_distillation_brings_the_model_nearer_to_its_parent_and_keeps_its_form(
     trained, plain = Checkpoint.open(distilled), Checkpoint.open(tmp_path / "plain")
     assert trained.linears == plain.linears
     manifest = read_json(distilled / "halfweave.json")
-    assert manifest["provenance"]["recovery"]["tokens"] == TOKENS
+    record = manifest["provenance"]["recovery"]
+    assert record["before_rounding"]["tokens"] + record["tokens"] == TOKENS
+    assert manifest["recipe"]["recover_tokens"] == TOKENS
     assert manifest["recipe"]["recover"] == "distill"
     names = {path.name for path in distilled.iterdir()}
     assert not [name for name in names if name.startswith(".")]
 
 
+@pytest.mark.parametrize("bits", [16, 4])
 def test_recovery_on_its_own_gives_the_same_weights(
-    tiny_model: Path, distilled: Path, tmp_path: Path
+    tiny_model: Path, tmp_path: Path, bits: int
 ) -> None:
-    prune(tiny_model, tmp_path / "plain", recipe(bits=4, group=32))
-    settings = Distillation(tokens=TOKENS)
-    result = recover(tmp_path / "plain", tiny_model, tmp_path / "out", settings, calib=TEXT)
+    whole = recipe(bits=bits, group=32, **DISTILL)
+    prune(tiny_model, tmp_path / "whole", whole)
+    prune(tiny_model, tmp_path / "first", recipe())
+    recovery = Recovery(calib=str(TEXT), tokens=TOKENS, bits=bits, group=32)
+    result = recover(tmp_path / "first", tiny_model, tmp_path / "out", recovery)
     assert result.path == tmp_path / "out"
     assert not result.rolled_back
-    for shard in distilled.glob("*.safetensors"):
+    for shard in (tmp_path / "whole").glob("*.safetensors"):
         assert shard.read_bytes() == (tmp_path / "out" / shard.name).read_bytes()
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
 
 
 def test_the_recipe_of_a_timed_run_gives_its_bytes_again(tiny_model: Path, tmp_path: Path) -> None:
@@ -72,7 +79,7 @@ def test_the_recipe_of_a_timed_run_gives_its_bytes_again(tiny_model: Path, tmp_p
     result = prune(tiny_model, tmp_path / "timed", timed)
     assert result.recovery is not None
     again = Recipe.read(tmp_path / "timed" / "halfweave.json")
-    assert again.recover_tokens == result.recovery.tokens
+    assert again.recover_tokens > result.recovery.tokens > 0
     prune(tiny_model, tmp_path / "again", again)
     for shard in (tmp_path / "timed").glob("*.safetensors"):
         assert shard.read_bytes() == (tmp_path / "again" / shard.name).read_bytes()
@@ -82,46 +89,42 @@ def test_recovery_goes_on_after_an_interrupt_and_only_if_asked_to(
     tiny_model: Path, tmp_path: Path
 ) -> None:
     prune(tiny_model, tmp_path / "plain", recipe())
-    out, settings = tmp_path / "out", Distillation(tokens=TOKENS, save_minutes=0)
+    arguments = (tmp_path / "plain", tiny_model, tmp_path / "out")
+    chosen = Recovery(calib=str(TEXT), tokens=TOKENS, bits=4, group=32)
 
-    def stop(step: DistillProgress) -> None:
-        if step.tokens == TOKENS // 2:
+    def stop(step: Progress | DistillProgress) -> None:
+        if isinstance(step, Progress) and step.done == 9:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        recover(tmp_path / "plain", tiny_model, out, settings, calib=TEXT, progress=stop)
+        recover(*arguments, chosen, progress=stop)
     with pytest.raises(CheckpointError, match="incomplete"):
-        Checkpoint.open(out)
+        Checkpoint.open(tmp_path / "out")
     with pytest.raises(RefusedError, match="an unfinished run"):
-        recover(tmp_path / "plain", tiny_model, out, settings, calib=TEXT)
+        recover(*arguments, chosen)
     with pytest.raises(RefusedError, match="cannot resume"):
-        recover(tmp_path / "plain", tiny_model, out, Distillation(tokens=2048), resume=True)
-    seen: list[int] = []
-    recover(
-        tmp_path / "plain",
-        tiny_model,
-        out,
-        settings,
-        calib=TEXT,
-        resume=True,
-        progress=lambda step: seen.append(step.tokens),
-    )
-    assert min(seen) > TOKENS // 2
-    recover(tmp_path / "plain", tiny_model, tmp_path / "whole", settings, calib=TEXT)
-    assert everything(out) == everything(tmp_path / "whole")
+        recover(*arguments, replace(chosen, tokens=2048), resume=True)
+    seen: list[Progress | DistillProgress] = []
+    recover(*arguments, chosen, resume=True, progress=seen.append)
+    assert isinstance(seen[0], Progress)  # the training before the rounding was done
+    recover(*arguments[:2], tmp_path / "whole", chosen)
+    assert everything(tmp_path / "out") == everything(tmp_path / "whole")
 
 
 def test_recovery_refuses_what_is_no_pruned_model_or_is_its_own_input(
     tiny_model: Path, distilled: Path, tmp_path: Path
 ) -> None:
-    before = everything(distilled)
+    chosen, before = Recovery(calib=str(TEXT)), everything(distilled)
     with pytest.raises(RefusedError, match="the input is never modified"):
-        recover(distilled, tiny_model, distilled, calib=TEXT, overwrite=True)
+        recover(distilled, tiny_model, distilled, chosen, overwrite=True)
     with pytest.raises(RefusedError, match="the input is never modified"):
-        recover(distilled, tiny_model, tiny_model, calib=TEXT, overwrite=True)
+        recover(distilled, tiny_model, tiny_model, chosen, overwrite=True)
     with pytest.raises(RefusedError, match="not made by halfweave"):
-        recover(tiny_model, tiny_model, tmp_path / "out", calib=TEXT)
+        recover(tiny_model, tiny_model, tmp_path / "out", chosen)
+    with pytest.raises(RefusedError, match="its linears are sparse24_int4"):
+        recover(distilled, tiny_model, tmp_path / "out", replace(chosen, bits=4))
     assert everything(distilled) == before
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_budget_tells_its_plan_first_and_its_outcome_is_in_the_manifest(
