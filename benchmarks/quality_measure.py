@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 from halfweave.files import sha256_file
 from halfweave.kernels.schema import JOURNAL_FILE, MANIFEST_FILE
 from quality_cache import Entry, digest, entry
-from quality_rows import GROUP, Row
+from quality_rows import GROUP, Row, start_of
 
 LAST_WORD = Path(__file__).with_name("last_word.py")
 
@@ -178,18 +178,20 @@ def prune(row: Row, files: Files, settings: Settings) -> dict[str, Any]:
 
 
 def recover(row: Row, files: Files, settings: Settings) -> dict[str, Any]:
-    """Make a distilled row's checkpoint from that of the row without distillation.
+    """Make a distilled row's checkpoint from that of the row that it starts from.
 
     `halfweave prune --recover distill` gives the same bytes; this way a model is pruned once for
     all that is measured of it. Minutes are those of both together.
     """
-    one_shot = replace(row, recover="none", minutes=0.0)
-    before = files_of(one_shot, settings)
+    first = start_of(row)
+    before = files_of(first, settings)
     if before.pruned.read() is None or not before.complete:
-        before.pruned.write(prune(one_shot, before, settings))
+        before.pruned.write(prune(first, before, settings))
     command = ["recover", before.checkpoint, files.checkpoint, "--parent", settings.model]
     command += ["--calib", settings.text / "calib.wiki.txt"]
     command += ["--minutes", row.minutes, "--seed", row.seed]
+    if first.column != row.column:
+        command += ["--bits", row.column.bits, "--group", GROUP]
     figures, pruned = make(files, command), before.pruned.read() or {}
     for name, both in (("minutes", sum), ("peak_rss_gib", max)):
         known = [figures[name], pruned[name]]

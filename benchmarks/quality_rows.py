@@ -109,6 +109,14 @@ def curve_rows(label: str, minutes: Sequence[float]) -> list[Row]:
     return [replace(row, minutes=m) if m else unrecovered for m in minutes]
 
 
+def start_of(row: Row) -> Row:
+    """The row whose checkpoint a distilled one starts from: codes come after the training."""
+    column = row.column
+    if column.bits == 4 and column.pattern != "dense":
+        column = replace(column, bits=16)
+    return replace(row, column=column, recover="none", minutes=0.0)
+
+
 def _one_shot(columns: Sequence[Column], methods: Sequence[str]) -> Iterator[Row]:
     for column in columns:
         for method in methods:

@@ -21,7 +21,7 @@ from .pack import pack
 from .plan import Plan
 from .recipe import Recipe
 from .recover.blocks import Activations, BlockTuning, tune_block
-from .source import Source, first_nonfinite
+from .source import Source, Trained, first_nonfinite
 from .stream import BlockStream, Observation
 
 Report = Callable[[str, LinearRecord, float], None]
@@ -161,9 +161,9 @@ class BlockPruner:
             if target.bits == 16:
                 note = f"is {pattern.text} already: nothing to do, repacked"
                 return Solved(Pruned(weight, weight != 0, note=note), "repack")
-            if method == "admm":
+            if method == "admm" or isinstance(self._source, Trained):
                 rounded = admm.quantize(weight, weight != 0, observation.fit, target)
-                return Solved(replace(rounded, note=f"was {pattern.text} already"), "admm")
+                return Solved(replace(rounded, note=f"was {pattern.text} already"), "round")
         return solve_guarded(method, weight, observation.fit, observation.check, target)
 
     def _tune(self, block: _Block, linears: dict[str, _Linear], stream: BlockStream) -> None:
