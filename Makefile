@@ -25,7 +25,7 @@ $(VENV)/.model-ready: $(VENV)/.ready
 demo: $(VENV)/.model-ready
 	$(BIN)/python benchmarks/demo.py --transcript
 
-# The texts come from a package's test data; see benchmarks/make_text.py. All rows take more than a day
+# The texts come from a package's test data; see benchmarks/make_text.py. All rows take about a day
 # on two cores; it goes on where it was stopped, and writes the page after every row.
 $(VENV)/.text-ready: $(VENV)/.ready
 	$(BIN)/python -m pip install -q mwparserfromhell

@@ -327,6 +327,31 @@ def test_row_13_ctrl_c_exits_130_and_resume_goes_on(halfweave: Command, tmp_path
     assert ran.document["result"]["resumed_blocks"] >= 1
 
 
+# ---- recover
+
+
+def test_recover_shows_its_steps_what_it_did_and_the_next_command(
+    halfweave: Command, tiny_model: Path, pruned: Path, tmp_path: Path
+) -> None:
+    out, license_ = tmp_path / "recovered", Path(__file__).parents[1] / "LICENSE"
+    flags = ("--parent", tiny_model, "--calib", license_, "--tokens", 5120)
+    ran = halfweave("recover", pruned, out, *flags, "--bits", 4, "--group", 32)
+    assert ran.code == 0, ran.err
+    assert re.search(r"^token 4096/4096 recovered, KL \d\.\d{3} \d+\.\d s eta 0s", ran.err, re.M)
+    assert re.search(r"^layer 14/14 model\.layers\.1\.mlp\.down_proj err ", ran.err, re.M)
+    assert re.search(
+        r"1024 tokens in \d+\.\d min, (KL from the dense model on|it did not)", ran.out
+    )
+    assert ran.out.splitlines()[-1] == f"next: halfweave eval {out} --against {tiny_model}"
+    again = halfweave("recover", pruned, out, *flags, "--bits", 4, "--group", 32)
+    assert_error(again, 3, f"{out} holds a finished model", "--overwrite")
+    assert_error(
+        halfweave("recover", pruned, out), 2, "Missing option '--parent'", "recover --help"
+    )
+    ran = halfweave("recover", pruned, tmp_path / "plain", *flags, "--json")
+    assert ran.document["result"]["tokens"] == 5120
+
+
 # ---- inspect, eval, bench
 
 

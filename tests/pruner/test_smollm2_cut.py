@@ -17,6 +17,7 @@ from halfweave.runtime.eval import evaluate
 from halfweave.runtime.model import load_model
 from support.smollm2 import cut
 
+pytestmark = pytest.mark.timeout(900)  # two minutes on two quiet cores
 WAYS: dict[str, dict[str, Any]] = {
     "magnitude": {"method": "magnitude"},
     "sparsegpt": {"method": "sparsegpt"},
