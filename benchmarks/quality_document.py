@@ -47,7 +47,7 @@ def identity(row: Row, settings: Settings) -> dict[str, Any]:
         "model": settings.model.name,
         "method": row.method,
         "pattern": row.column.pattern,
-        "bits": row.column.bits,
+        "bits": row.column.bits or None,
         "group": GROUP if row.column.bits == 4 else None,
         "recover": row.recover,
         "recover_minutes": row.minutes,

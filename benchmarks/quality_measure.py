@@ -113,6 +113,7 @@ def prune_flags(row: Row, settings: Settings) -> dict[str, Any]:
     if row.recover != "none":
         flags["recover-minutes"] = row.minutes
     if row.max_ppl_ratio is not None:
+        del flags["pattern"], flags["bits"]
         flags["max-ppl-ratio"] = row.max_ppl_ratio
     return flags
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from quality_rows import BASELINE, COLUMNS, GROUP, OURS, Column
+from quality_rows import BASELINE, COLUMNS, GROUP, MIXED, OURS, Column
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 Figures = dict[str, Any]
@@ -50,7 +50,7 @@ HEADER = (
     "agreement", "last word, %", "MiB", "minutes", "RSS, GiB",
 )  # fmt: skip
 BUDGET_HEADER = (
-    "method", "pattern", "bits", "asked", "runs", "perplexity", "to dense", "KL, nats", "MiB",
+    "method", "asked", "runs", "perplexity", "to dense", "KL, nats", "MiB",
     "of dense", "minutes",
 )  # fmt: skip
 
@@ -131,12 +131,12 @@ def lines_of(column: Column, document: Figures) -> list[Line]:
 
 
 def is_in(column: Column, run: Figures) -> bool:
-    return (run["pattern"], run["bits"]) == (column.pattern, column.bits)
+    return (run["pattern"], run["bits"] or 0) == (column.pattern, column.bits)
 
 
 def table(column: Column, dense: Figures, document: Figures) -> str:
-    """One column as a section of the page; budget lines have a section of their own."""
-    lines = [line for line in lines_of(column, document) if line.budget is None]
+    """One column as a section of the page."""
+    lines = lines_of(column, document)
     baseline = next(
         (x.middle("ppl") for x in lines if (x.method, x.recover) == (BASELINE, "none")), None
     )
@@ -193,18 +193,14 @@ def mebibytes(size: float) -> str:
 
 def budgets(dense: Figures, document: Figures) -> str:
     """The runs that were asked for a quality instead of a size."""
-    rows = []
-    for column in COLUMNS:
-        for line in lines_of(column, document):
-            if line.budget is not None:
-                rows.append(budget_cells(line, column, dense))
+    rows = [budget_cells(line, dense) for line in lines_of(MIXED, document)]
     intro = "Asked for a perplexity of so many times the dense one, as small as it gets with that."
     return f"## Quality budgets\n\n{intro}\n\n" + markdown(BUDGET_HEADER, rows)
 
 
-def budget_cells(line: Line, column: Column, dense: Figures) -> list[str]:
+def budget_cells(line: Line, dense: Figures) -> list[str]:
     """One line of the table of budgets."""
-    start = [line.method, column.pattern, str(column.bits), f"{line.budget:g}x", line.count]
+    start = [line.method, f"{line.budget:g}x", line.count]
     ppl, size = line.middle("ppl"), line.middle("bytes")
     if ppl is None or size is None:
         return [*start, "not yet measured", *[""] * (len(BUDGET_HEADER) - len(start) - 1)]

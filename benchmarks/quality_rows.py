@@ -31,6 +31,7 @@ class Column:
 HEADLINES = (Column("2:4", 16), Column("2:4", 4))
 # Dense and 4-bit leaves the choice of weights out: magnitude is then rounding to nearest, and
 # SparseGPT is GPTQ (2210.17323).
+MIXED = Column("mixed", 0)  # what a budget leads to: each linear has formats of its own
 COLUMNS = (Column("50%", 16), Column("4:8", 16), *HEADLINES, Column("dense", 4))
 
 
@@ -56,12 +57,12 @@ class Row:
 
     @property
     def label(self) -> str:
-        """What filters match: method:pattern:bits, then how it recovers or "budget" if so."""
+        """What filters match: method:pattern:bits, then how it recovers; or method:budget."""
+        if self.max_ppl_ratio is not None:
+            return f"{self.method}:budget"
         parts = [self.method, self.column.pattern, str(self.column.bits)]
         if self.recover != "none":
             parts.append(self.recover)
-        if self.max_ppl_ratio is not None:
-            parts.append("budget")
         return ":".join(parts)
 
     @property
@@ -77,7 +78,7 @@ def all_rows(minutes: float) -> list[Row]:
         *_one_shot(HEADLINES, (BASELINE, OURS)),
         *_one_shot(COLUMNS, (BASELINE, OURS, "magnitude", "wanda")),
         *_recovered(HEADLINES, minutes),
-        *_budgets(),
+        Row(OURS, MIXED, max_ppl_ratio=MAX_PPL_RATIO),
         *_more_seeds(_one_shot(HEADLINES, (BASELINE, OURS))),
         *_more_seeds(_one_shot(COLUMNS, (BASELINE, OURS))),
         *_more_seeds(_recovered(HEADLINES, minutes)),
@@ -129,11 +130,6 @@ def _recovered(columns: Sequence[Column], minutes: float) -> Iterator[Row]:
     for column in columns:
         for method, recover in ((OURS, "distill"), (OURS, "blocks"), (BASELINE, "distill")):
             yield Row(method, column, recover, minutes)
-
-
-def _budgets() -> Iterator[Row]:
-    for column in HEADLINES:
-        yield Row(OURS, column, max_ppl_ratio=MAX_PPL_RATIO)
 
 
 def _more_seeds(rows: Iterator[Row]) -> list[Row]:

@@ -327,6 +327,14 @@ def test_row_13_ctrl_c_exits_130_and_resume_goes_on(halfweave: Command, tmp_path
     assert ran.document["result"]["resumed_blocks"] >= 1
 
 
+def test_a_budget_beside_a_pattern_exits_2(
+    halfweave: Command, tiny_model: Path, tmp_path: Path
+) -> None:
+    flags = ("--max-ppl-ratio", 1.2, "--pattern", "2:4")
+    ran = halfweave("prune", tiny_model, tmp_path / "out", *flags)
+    assert_error(ran, 2, "a budget chooses pattern and bits", "leave out --pattern")
+
+
 # ---- recover
 
 

@@ -15,7 +15,16 @@ import quality
 import quality_measure
 from quality_cache import entry
 from quality_page import to_markdown
-from quality_rows import COLUMNS, HEADLINES, Row, all_rows, chosen, curve_rows
+from quality_rows import (
+    COLUMNS,
+    HEADLINES,
+    Column,
+    Row,
+    all_rows,
+    chosen,
+    curve_rows,
+    start_of,
+)
 
 # One long paragraph whose last word was there before: a thing to guess for last_word.py as well.
 TEXT = "Two foxes keep every fourth weight and nobody minds the lazy zero, or the riddles. " * 80
@@ -50,8 +59,8 @@ def test_rows_are_chosen_by_label_and_seed() -> None:
     assert {row.label for row in recovered} == {
         "admm:2:4:4:blocks",
         "admm:2:4:4:distill",
-        "admm:2:4:4:budget",
     }
+    assert [row.max_ppl_ratio for row in chosen(rows, ["*:budget"], (0,))] == [1.15]
     assert chosen(rows, [], (0, 1, 2)) == rows
 
 
@@ -155,11 +164,20 @@ def test_the_page_names_what_is_not_measured() -> None:
 
 
 def test_quality_budgets_have_a_table_of_their_own() -> None:
-    budget = figures("admm", 0, 11.0, max_ppl_ratio=1.15, bytes=2 * 2**20)
-    page = to_markdown(document([budget], [unmeasured("admm", 0, bits=16, max_ppl_ratio=1.15)]))
-    assert "| admm | 2:4 | 4 | 1.15x | 1 of 1 | 11.00 | 1.10x | 1.000 | 2.0 | 0.50x | 2.0 |" in page
-    assert "| admm | 2:4 | 16 | 1.15x | 0 of 1 | not yet measured |" in page
+    mixed = {"pattern": "mixed", "bits": None, "max_ppl_ratio": 1.15}
+    budget = figures("admm", 0, 11.0, bytes=2 * 2**20, **mixed)
+    page = to_markdown(document([budget], []))
+    assert "| admm | 1.15x | 1 of 1 | 11.00 | 1.10x | 1.000 | 2.0 | 0.50x | 2.0 |" in page
     assert "| admm |  | 1 of 1" not in page
+    missing = [unmeasured("admm", 0, **mixed)]
+    page = to_markdown(document([figures("admm", 0, 30.0)], missing))
+    assert "| admm | 1.15x | 0 of 1 | not yet measured |" in page
+
+
+def test_a_distilled_row_starts_from_floats_where_there_is_a_mask() -> None:
+    joint, rounded = (Row("admm", Column(p, 4), "distill", 5.0) for p in ("2:4", "dense"))
+    assert start_of(joint) == Row("admm", Column("2:4", 16))
+    assert start_of(rounded) == Row("admm", Column("dense", 4))
 
 
 @pytest.fixture
