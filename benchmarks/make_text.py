@@ -146,9 +146,10 @@ def clean_paragraph(line: str) -> str:
 
 
 def split(articles: list[Article]) -> dict[str, list[Article]]:
-    """Alternate between the two sides in the order of the titles' hashes."""
+    """Every fourth article, in the order of the titles' hashes, is kept to measure by."""
     ordered = sorted(articles, key=lambda a: hashlib.sha256(a.title.encode()).hexdigest())
-    return {"eval.wiki.txt": ordered[0::2], "calib.wiki.txt": ordered[1::2]}
+    rest = [article for index, article in enumerate(ordered) if index % 4]
+    return {"eval.wiki.txt": ordered[0::4], "calib.wiki.txt": rest}
 
 
 def main() -> None:

@@ -47,7 +47,10 @@ class Linear(Protocol):
 
 def estimate_seconds(source: Source, linears: Sequence[Linear], recipe: Recipe) -> float:
     """Wall time of a run without a budget; a budget's search comes on top."""
-    flops = source.block_count * _block_flops(source, linears[: len(source.family.linears)], recipe)
+    passes = _block_flops(source, linears[: len(source.family.linears)], recipe)
+    if recipe.recover == "distill" and recipe.bits == 4:
+        passes *= 2  # codes are found in a second walk through the blocks (staged.py)
+    flops = source.block_count * passes
     seconds = 0.0
     for linear in linears:
         if linear.target is not None:
