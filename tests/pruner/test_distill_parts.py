@@ -158,6 +158,21 @@ def test_grid_gradients_are_those_of_rounding_straight_through(kind: str) -> Non
     torch.testing.assert_close(grid.log_factor.grad, factor.grad, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["sparse24_int4", "int4", "int8"])
+def test_latents_lie_on_the_side_of_what_their_codes_were_rounded_from(kind: str) -> None:
+    stored = some_linear(kind)
+    alone = Latent.of(stored)
+    assert alone.grid is not None
+    grid = alone.grid
+    scale = grid.start.repeat_interleave(grid.group, 1)[:, : stored.shape[1]]
+    near = stored.unpack() + scale * 1.5 * torch.randn(stored.shape)
+    latent = Latent.of(stored, near)
+    assert torch.equal(weight_of(latent), stored.unpack())
+    keep = torch.ones_like(latent.value) if alone.keep is None else alone.keep
+    wanted = keep * (near / scale - alone.value).clamp(-0.49, 0.49)
+    torch.testing.assert_close(latent.value - alone.value, wanted, atol=1e-4, rtol=0)
+
+
 def test_a_latent_is_kept_where_it_still_rounds_to_the_last_code() -> None:
     latent = Latent.of(some_linear("int4"))
     latent.value[0, :2] = torch.tensor([1e6, -1e6])
