@@ -23,7 +23,8 @@ from .recover.distill import distill
 from .recover.settings import Distillation, DistillProgress, DistillResult
 from .source import Source, Trained
 
-_FLOAT_SHARE = 0.8  # of the time, or of the tokens
+_FLOAT_SHARE = 0.9  # of the time, or of the tokens
+_CODES_RATE = 0.1  # of the floats' rates: at the full ones codes get worse (docs/pruning.md)
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,12 @@ def _for_floats(settings: Distillation) -> Distillation:
 
 def _for_codes(settings: Distillation, float_tokens: int) -> Distillation:
     """As many steps as make the whole of which `_for_floats` takes the share that was trained."""
-    step = settings.batch_tokens
+    step, rate = settings.batch_tokens, _CODES_RATE
     steps = math.floor(float_tokens // step * (1 / _FLOAT_SHARE - 1) + 1e-9)
-    return replace(settings, tokens=max(1, steps) * step)
+    return replace(
+        settings,
+        tokens=max(1, steps) * step,
+        learning_rate=rate * settings.learning_rate,
+        scale_rate=rate * settings.scale_rate,
+        gain_rate=rate * settings.gain_rate,
+    )
