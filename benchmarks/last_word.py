@@ -1,12 +1,12 @@
-"""Last words of sentences, guessed from what stands before them: accuracy and word perplexity.
+"""Last words of clauses, guessed from what stands before them: accuracy and word perplexity.
 
     python benchmarks/last_word.py --text work/text/eval.wiki.txt MODEL... [--json]
 
-An item is a content word that ends a sentence and has stood before in its paragraph, so that the
-context can tell it; a model gets it right when every token of the word is its greedy choice. After
-LAMBADA (Paperno et al., 2016, arXiv 1606.06031), whose own passages are not at hand: the items come
-from the given text, are not filtered by human guesses, and are easier. Compare models on one text;
-do not compare with published LAMBADA figures.
+An item is a content word before a comma or the end of a sentence that has stood before in its
+paragraph, so that the context can tell it; a model gets it right when every token of the word is
+its greedy choice. After LAMBADA (Paperno et al., 2016, arXiv 1606.06031), whose own passages are
+not at hand: the items come from the given text, are not filtered by human guesses, and are easier.
+Compare models on one text; do not compare with published LAMBADA figures.
 
 Items of one paragraph are read off one forward pass, which in a causal model gives what a pass per
 item would give.
@@ -31,7 +31,7 @@ from halfweave.runtime.tokenizer import Tokenizer
 
 ITEMS = 1000
 LEAST_WORDS, MOST_WORDS = 20, 300  # before the word; more would be slow and change little
-ENDING = re.compile(r"([a-z]{3,})[.!?;:]")
+ENDING = re.compile(r"([a-z]{3,})[.,!?;:]")
 _FUNCTION_WORDS = """
     about after all also and any are been before both but can could did does down during each
     few for from had has have her here him his how into its may more most nor not now off one

@@ -38,7 +38,7 @@ PAGE = """# Quality of pruned models
   percent mean nothing. "To dense" and "to SparseGPT" divide medians; the latter takes SparseGPT
   without recovery, of the same table.
 - Recovery: at most {recover_minutes:g} minutes per run, on this machine.
-- Last word: share of the last words of sentences, seen before in their paragraph, that are guessed
+- Last word: share of the last words of clauses, seen before in their paragraph, that are guessed
   greedily, with its standard error in percent points; `benchmarks/last_word.py`, not LAMBADA.
 - MiB are all weight files, embeddings included. 50 % and 4:8 are stored dense, with their zeros.
 - Minutes are wall minutes of the whole `prune` command, loading and recovery included, with other
