@@ -110,6 +110,13 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Working:
+    """Where a model is worked on."""
+
+    device: Annotated[str, Flag(help="cpu, cuda or cuda:N.")] = "cpu"
+
+
+@dataclass(frozen=True)
 class Recovering:
     """How a pruned checkpoint is trained; the fields of `Recovery`."""
 

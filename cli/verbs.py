@@ -27,6 +27,7 @@ from .flags import (
     Sampling,
     Serving,
     Speed,
+    Working,
     verb,
 )
 
@@ -82,14 +83,16 @@ def _root(
 
 
 @verb(app)
-def prune(model: ModelDir, out: OutDir, pruning: Pruning, run: Run, output: Output) -> None:
+def prune(
+    model: ModelDir, out: OutDir, pruning: Pruning, run: Run, working: Working, output: Output
+) -> None:
     """Prune a dense model directory into a new one."""
     from ..pruner.pipeline import plan_prune
     from ..pruner.pipeline import prune as prune_model
 
     console = Console(output.json)
     recipe = _recipe(pruning, run.recipe)
-    plan = plan_prune(model, recipe)
+    plan = plan_prune(model, recipe, working.device)
     for line in tables.plan(plan):
         (console.say if run.dry_run else console.tell)(line)
     if run.dry_run:
@@ -103,6 +106,7 @@ def prune(model: ModelDir, out: OutDir, pruning: Pruning, run: Run, output: Outp
                 recipe,
                 resume=run.resume,
                 overwrite=run.overwrite,
+                device=working.device,
                 progress=lambda step: _tell_progress(console, bar, step),
             )
     except KeyboardInterrupt:
@@ -169,6 +173,7 @@ def recover(
     parent: Annotated[str, Flag(metavar="DENSE", help="Its dense parent.")],
     recovering: Recovering,
     restart: Restart,
+    working: Working,
     output: Output,
 ) -> None:
     """Train a pruned model directory towards its dense parent, into a new one."""
@@ -186,6 +191,7 @@ def recover(
                 recovery,
                 resume=restart.resume,
                 overwrite=restart.overwrite,
+                device=working.device,
                 progress=lambda step: _tell_progress(console, bar, step),
             )
     except KeyboardInterrupt:

@@ -7,8 +7,8 @@ follow torch: a weight is [N, K] = [out, in]. Knows nothing of models, files, or
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -30,6 +30,11 @@ class _Stored:
     def tensors(self) -> dict[str, Tensor]:
         """Stored tensors by suffix."""
         return {suffix: getattr(self, suffix) for suffix in self.suffixes}
+
+    def to(self, device: torch.device) -> Self:
+        """The same linear with its tensors on another device."""
+        moved: dict[str, Any] = {suffix: t.to(device) for suffix, t in self.tensors().items()}
+        return replace(self, **moved)  # type: ignore[type-var]
 
     @property
     def nbytes(self) -> int:

@@ -234,4 +234,4 @@ class BlockPruner:
             del stored[f"{name}.weight"]
             stored.update({f"{name}.{suffix}": t for suffix, t in linear.packed.tensors().items()})
             records[name] = self._record(block, short, linear)
-        return stored, records
+        return {name: tensor.cpu() for name, tensor in stored.items()}, records

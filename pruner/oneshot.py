@@ -149,6 +149,7 @@ class OneShot:
             "halfweave": __version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
+            "device": str(self._source.device),
             "threads": torch.get_num_threads(),
             "base": {"name": self._source.path.resolve().name, "sha256": self._source.hashes},
             "calibration": {

@@ -10,6 +10,7 @@ from pathlib import Path
 from .budget.check import BudgetCheck
 from .budget.choose import check_reachable
 from .calibrate import load_text
+from .device import explained_memory
 from .journal import LinearRecord, locked
 from .oneshot import OneShot, draw_sample
 from .outdir import prepare_directory, settle
@@ -37,9 +38,9 @@ class PruneResult:
     budget: BudgetCheck | None = None
 
 
-def plan_prune(model: str | Path, recipe: Recipe) -> Plan:
+def plan_prune(model: str | Path, recipe: Recipe, device: str = "cpu") -> Plan:
     """What `prune` would do, without doing it (`--dry-run`). Raises as `prune` does."""
-    return make_plan(Source.open(model), recipe)
+    return make_plan(Source.open(model, device), recipe)
 
 
 def prune(
@@ -49,27 +50,29 @@ def prune(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    device: str = "cpu",
     progress: ProgressCallback | None = None,
 ) -> PruneResult:
     """Prune the dense model in `model` into the directory `out`.
 
     `out` is complete when its manifest is there. Killed at any instant, the same call with
-    `resume=True` yields the same bytes (same recipe, library versions and thread count).
+    `resume=True` yields the same bytes (same recipe, library versions, device and thread count).
+    `device`, cpu, cuda or cuda:N, is where blocks are worked on.
 
     Raises:
-        UsageError: bad paths, recipe, or calibration text.
+        UsageError: bad paths, recipe, calibration text, or device.
         RefusedError: `out` is taken, locked, or belongs to another run; or the model is unsafe.
         CheckpointError: the model is damaged; NaN and infinity count unless allowed.
         CapacityError: the run does not fit in memory or on the disk.
     """
     started = time.perf_counter()
     recipe = recipe or Recipe()
-    source = Source.open(model)
+    source = Source.open(model, device)
     plan = make_plan(source, recipe)
     check_reachable(source, recipe)
     text = load_text(recipe.calib)
     directory = prepare_directory(source, Path(out), resume, overwrite)
-    with locked(directory):
+    with locked(directory), explained_memory():
         settle(directory, overwrite)
         check_capacity(plan, directory)
         if recipe.has_budget or recipe.recover == "distill":

@@ -13,6 +13,7 @@ from ..kernels.formats import Sparse24
 from ..kernels.schema import JOURNAL_FILE, MANIFEST_FILE
 from ..runtime.checkpoint import Checkpoint
 from .calibrate import BUILTIN, CalibrationText, load_text
+from .device import explained_memory
 from .journal import Journal, locked
 from .oneshot import Progress, draw_sample
 from .outdir import STEPS_DIRECTORY, prepare_directory, settle
@@ -58,13 +59,14 @@ def recover(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    device: str = "cpu",
     progress: Callable[[Progress | DistillProgress], None] | None = None,
 ) -> DistillResult:
     """Train the checkpoint in `pruned` towards its dense `parent`, and write it into `out`.
 
     The bytes of the weights are those of `prune` with `recover="distill"`, if text, seed, tokens
     and the recipe of `pruned` are the same. Killed at any instant, the same call with `resume=True`
-    goes on from the last saved state.
+    goes on from the last saved state. `device`, cpu, cuda or cuda:N, is where models run.
 
     Raises:
         UsageError: bad paths, settings, or text.
@@ -75,14 +77,14 @@ def recover(
         HalfweaveError: the loss is not finite any more.
     """
     recovery = recovery or Recovery()
-    source, student = Source.open(parent), find_directory(pruned)
+    source, student = Source.open(parent, device), find_directory(pruned)
     if Path(out).resolve() == student.resolve():
         raise RefusedError(f"{out} is the input; the input is never modified")
     recipe = _recipe_of(student, recovery)
     text = load_text(recovery.calib)
     check(source, text.text, recovery.settings)
     directory = prepare_directory(source, Path(out), resume, overwrite)
-    with locked(directory):
+    with locked(directory), explained_memory():
         settle(directory, overwrite)
         again = resume and (directory / JOURNAL_FILE).exists()
         key = {
@@ -103,6 +105,7 @@ def recover(
                 text.text,
                 recovery.settings,
                 resume=again,
+                device=device,
                 progress=progress,
             )
         shutil.rmtree(directory / STEPS_DIRECTORY, ignore_errors=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from ..files import find_directory, read_json, sha256_file
 from ..kernels.formats import FLOAT_DTYPES
 from ..kernels.shards import ShardedTensors
 from ..runtime.checkpoint import Checkpoint
+from .device import parse_device
 from .families import Family, family_of
 
 # What a model directory carries beside its weights, copied as it is.
@@ -38,31 +39,36 @@ SIDE_FILES = (
 
 @dataclass(frozen=True)
 class Source:
-    """A dense Hugging Face directory of a known family. Make it with `open`."""
+    """A dense Hugging Face directory of a known family. Make it with `open`.
+
+    `device` is where its blocks are worked on: `block_tensors` are there, all else is on the CPU.
+    """
 
     path: Path
     config: dict[str, Any]
     family: Family
     tensors: ShardedTensors
+    device: torch.device = field(kw_only=True, default=torch.device("cpu"))
 
     @classmethod
-    def open(cls, path: str | Path) -> Source:
+    def open(cls, path: str | Path, device: str = "cpu") -> Source:
         """Open and check everything that can be checked without reading weights.
 
         Raises:
-            UsageError: the path is missing or a file.
+            UsageError: the path is missing or a file, or there is no such device.
             RefusedError: unsafe weights, or a model that is quantized already.
             UnsupportedModel: unknown architecture.
             CheckpointError: config or shards are damaged or disagree.
         """
-        directory = find_directory(path)
+        where, directory = parse_device(device), find_directory(path)
         config = read_json(directory / "config.json")
         if "quantization_config" in config:
             raise RefusedError(
                 f"{directory} is quantized or pruned already", "start from the dense model"
             )
         family = family_of(config)
-        source = cls(directory, config, family, ShardedTensors.open(directory))
+        tensors = ShardedTensors.open(directory)
+        source = cls(directory, config, family, tensors, device=where)
         for index in range(source.block_count):
             for name in source.linear_names(index):
                 source.linear_shape(name)
@@ -99,10 +105,10 @@ class Source:
         return info.shape[0], info.shape[1]
 
     def block_tensors(self, index: int) -> dict[str, Tensor]:
-        """All tensors of a block, by full name, as stored."""
+        """All tensors of a block, by full name, as stored, on `device`."""
         prefix = self.family.block_prefix(index)
         names = [name for name in self.tensors.names() if name.startswith(prefix)]
-        return {name: self.tensors.read(name) for name in names}
+        return {name: self.tensors.read(name).to(self.device) for name in names}
 
     def other_tensors(self) -> dict[str, Tensor]:
         """Everything that belongs to no block: embeddings, final norm, head."""
@@ -123,16 +129,24 @@ class Trained(Source):
     @classmethod
     def of(cls, parent: Source, checkpoint: Checkpoint) -> Trained:
         """`parent` with the weights of `checkpoint`."""
-        return cls(parent.path, parent.config, parent.family, parent.tensors, checkpoint)
+        return cls(
+            parent.path,
+            parent.config,
+            parent.family,
+            parent.tensors,
+            checkpoint,
+            device=parent.device,
+        )
 
     def block_tensors(self, index: int) -> dict[str, Tensor]:
         """All tensors of a block; packed linears as fp32 weights, what they are served as."""
         prefix, tensors = self.family.block_prefix(index), {}
         for name in (n for n in self.tensors.names() if n.startswith(prefix)):
             if name in self.checkpoint:
-                tensors[name] = self.checkpoint.tensor(name)
+                tensors[name] = self.checkpoint.tensor(name).to(self.device)
             else:
-                tensors[name] = self.checkpoint.linear(name.removesuffix(".weight")).unpack()
+                linear = self.checkpoint.linear(name.removesuffix(".weight"))
+                tensors[name] = linear.to(self.device).unpack()
         return tensors
 
     def other_tensors(self) -> dict[str, Tensor]:

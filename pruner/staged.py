@@ -57,6 +57,7 @@ class StagedRecovery:
             _for_codes(settings, trained),
             near=floats,
             resume=True,
+            device=str(self.source.device),
             progress=self.progress,
         )
 
@@ -71,6 +72,7 @@ class StagedRecovery:
                 self.sample.text.text,
                 settings,
                 resume=True,
+                device=str(self.source.device),
                 progress=self.progress,
             )
         tokens: int = read_json(out / MANIFEST_FILE)["provenance"]["recovery"]["tokens"]

@@ -156,6 +156,7 @@ class InSteps:
             self._text.text,
             self._distillation,
             resume=True,
+            device=str(self._source.device),
             progress=self._progress,
         )
 

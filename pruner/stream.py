@@ -59,14 +59,14 @@ class BlockStream:
     def __init__(
         self, source: Source, windows: Tensor, held_out: int = 0, parallel: bool = False
     ) -> None:
-        """Embed `windows` [n, length]; reads the embedding only.
+        """Embed `windows` [n, length] on the source's device; reads the embedding only.
 
         Raises:
             CheckpointError: the embedding is missing or does not fit the config.
         """
-        self._source = source
+        self._source, self._device = source, source.device
         self._family: Family = source.family
-        self._skeleton = _skeleton(source)
+        self._skeleton = skeleton(source)
         self._blocks = list(self._skeleton.get_submodule(self._family.blocks).children())
         self.hidden, self._arguments = self._embed(windows)
         self._batch = max(1, TOKENS_PER_BATCH // windows.shape[1])
@@ -77,11 +77,11 @@ class BlockStream:
     def _embed(self, windows: Tensor) -> tuple[Tensor, dict[str, Any]]:
         name = f"{self._family.embedding}.weight"
         embedding = self._skeleton.get_submodule(self._family.embedding)
-        _load(embedding, {"weight": self._source.tensors.read(name)}, name)
+        _load(embedding, {"weight": self._source.tensors.read(name).to(self._device)}, name)
         parent, _, child = self._family.blocks.rpartition(".")
         setattr(self._skeleton.get_submodule(parent), child, nn.ModuleList([_Catcher()]))
         try:
-            self._skeleton(input_ids=windows, use_cache=False)
+            self._skeleton(input_ids=windows.to(self._device), use_cache=False)
         except _FirstBlockReached as reached:
             embedding.to_empty(device="meta")
             return reached.hidden.float(), reached.arguments
@@ -103,7 +103,7 @@ class BlockStream:
         prefix = self._family.block_prefix(index)
         finite = {
             name.removeprefix(prefix): torch.nan_to_num(tensor.float(), posinf=0.0, neginf=0.0)
-            for name, tensor in tensors.items()
+            for name, tensor in ((name, t.to(self._device)) for name, t in tensors.items())
         }
         _load(block, finite, prefix.rstrip("."))
         return block.requires_grad_(False)
@@ -248,8 +248,12 @@ class _HessianCollector:
 _Hook = _Recorder | _HessianCollector
 
 
-def _skeleton(source: Source) -> nn.Module:
-    """The model without any weights; only its rotary table, which is no weight, is real."""
+def skeleton(source: Source) -> nn.Module:
+    """The model without any weights; only its rotary table, which is no weight, is real.
+
+    Raises:
+        CheckpointError: transformers does not take its config.json.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
@@ -264,9 +268,9 @@ def _skeleton(source: Source) -> nn.Module:
         raise CheckpointError(f"{source.path / 'config.json'} is not usable: {error}") from error
     inner = model.get_submodule(source.family.blocks.partition(".")[0])
     if hasattr(inner, "rotary_emb"):
-        inner.rotary_emb = type(inner.rotary_emb)(config=config)
-    skeleton: nn.Module = model.eval()
-    return skeleton
+        inner.rotary_emb = type(inner.rotary_emb)(config=config).to(source.device)
+    built: nn.Module = model.eval()
+    return built
 
 
 def _load(module: nn.Module, tensors: dict[str, Tensor], where: str) -> None:

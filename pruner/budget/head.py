@@ -6,16 +6,16 @@ Scores of a few rows at a time, since a vocabulary is wide.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .. import stream
 from ..source import Source
+from ..stream import skeleton
 
 _ROWS = 128  # positions whose scores are held at a time
 
 
 class Head:
-    """The final norm and the output matrix of `source`, in fp32."""
+    """The final norm and the output matrix of `source`, in fp32, on its device."""
 
     def __init__(self, source: Source) -> None:
         """Read both.
@@ -24,15 +24,14 @@ class Head:
             CheckpointError: a tensor is missing.
         """
         inner = source.family.blocks.partition(".")[0]
-        build = getattr(stream, "skeleton", None) or stream._skeleton
-        skeleton: nn.Module = build(source)
-        self._norm = skeleton.get_submodule(f"{inner}.norm")
-        weight = source.tensors.read(f"{inner}.norm.weight").float()
+        device = source.device
+        self._norm = skeleton(source).get_submodule(f"{inner}.norm")
+        weight = source.tensors.read(f"{inner}.norm.weight").to(device).float()
         self._norm.load_state_dict({"weight": weight}, strict=True, assign=True)
         self._norm.requires_grad_(False)
         tied = bool(source.config.get("tie_word_embeddings"))
         name = f"{source.family.embedding}.weight" if tied else "lm_head.weight"
-        self._weight = source.tensors.read(name).float()
+        self._weight = source.tensors.read(name).to(device).float()
 
     @torch.no_grad()
     def loss(self, hidden: Tensor, tokens: Tensor) -> float:
@@ -48,7 +47,10 @@ class Head:
         return total
 
     def sampled_gradient(self, hidden: Tensor, generator: torch.Generator) -> Tensor:
-        """Gradient [length, hidden] of the summed loss at labels drawn from the model itself."""
+        """Gradient [length, hidden] of the summed loss at labels drawn from the model itself.
+
+        `generator` is on the device.
+        """
         entering = hidden.detach().requires_grad_(True)
         with torch.enable_grad():
             normed = self._norm(entering)
@@ -56,7 +58,7 @@ class Head:
         for rows in normed.detach().split(_ROWS):
             error = (rows @ self._weight.T).softmax(dim=1)
             labels = torch.multinomial(error, 1, generator=generator)
-            error.scatter_add_(1, labels, torch.full(labels.shape, -1.0))
+            error.scatter_add_(1, labels, error.new_full(labels.shape, -1.0))
             pieces.append(error @ self._weight)
         (gradient,) = torch.autograd.grad(normed, entering, torch.cat(pieces))
         return gradient

@@ -32,7 +32,7 @@ def window_losses(source: Source, windows: Tensor, read: ReadBlock) -> list[floa
         stream.advance(stream.load_block(index, read(index)))
         stream.drop_block(index)
     head = Head(source)
-    pairs = zip(stream.hidden, windows, strict=True)
+    pairs = zip(stream.hidden, windows.to(source.device), strict=True)
     losses = [head.loss(hidden, tokens) for hidden, tokens in pairs]
     if not all(math.isfinite(loss) for loss in losses):
         raise HalfweaveError("the scores of a candidate model are not finite")

@@ -134,6 +134,7 @@ def run_key(source: Source, recipe: Recipe, windows: BudgetWindows) -> dict[str,
     return {
         "halfweave": __version__,
         "torch": torch.__version__,
+        "device": str(source.device),
         "threads": torch.get_num_threads(),
         "base": source.hashes,
         "recipe": {field: asked[field] for field in fields},

@@ -33,7 +33,7 @@ def output_sensitivity(
         entering.append(stream.hidden.clone())
         stream.advance(stream.load_block(index, source.block_tensors(index)))
         stream.drop_block(index)
-    head, generator = Head(source), torch.Generator().manual_seed(seed)
+    head, generator = Head(source), torch.Generator(source.device).manual_seed(seed)
     gradient = torch.stack([head.sampled_gradient(one, generator) for one in stream.hidden])
     found: dict[str, Tensor] = {}
     for index in reversed(range(source.block_count)):
@@ -61,7 +61,7 @@ def predicted_loss(change: Tensor, hessian: Tensor, sensitivity: Tensor) -> floa
     be small and independent; compare with it, and measure what it says.
     """
     per_row = ((change @ hessian) * change).sum(dim=1).clamp_min(0)
-    return float(0.5 * (per_row.double() * sensitivity.double()).sum())
+    return float(0.5 * (per_row.double() * sensitivity.to(per_row).double()).sum())
 
 
 def _through(run: Callable[[Tensor], Tensor], entering: Tensor, gradient: Tensor) -> Tensor:
@@ -81,7 +81,8 @@ class _Squares:
         self._handles = []
         for name in names:
             linear = block.get_submodule(name)
-            self.sums[name] = torch.zeros(len(block.get_parameter(f"{name}.weight")))
+            weight = block.get_parameter(f"{name}.weight")
+            self.sums[name] = weight.new_zeros(len(weight))
             self._handles.append(linear.register_forward_hook(self._watch(name)))
 
     def _watch(self, name: str) -> Callable[..., None]:

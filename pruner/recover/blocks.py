@@ -84,7 +84,9 @@ def tune_block(
     scale = (activations.targets - activations.inputs).square().mean()
     with torch.enable_grad():
         for _ in range(tuning.epochs):
-            for chosen in torch.randperm(fitted, generator=generator).split(tuning.batch):
+            for chosen in torch.randperm(fitted, generator=generator, device="cpu").split(
+                tuning.batch
+            ):
                 output = forward(block, activations.inputs[chosen])
                 loss = (output - activations.targets[chosen]).square().mean() / scale
                 loss.backward()

@@ -1,8 +1,8 @@
 """Whole-model recovery: a pruned checkpoint is trained towards its dense parent's outputs.
 
 The loss is taken over the model's whole output, the masks stay, and what is written has the very
-formats of what was given. Same inputs, settings, number of tokens, library versions and thread
-count: same bytes, interrupted or not.
+formats of what was given. Same inputs, settings, number of tokens, library versions, device and
+thread count: same bytes, interrupted or not.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ def distill(
     *,
     near: Path | None = None,
     resume: bool = False,
+    device: str = "cpu",
     progress: ProgressCallback | None = None,
 ) -> DistillResult:
     """Train the checkpoint in `student` towards its dense `parent` and write it into `out`.
@@ -63,14 +64,17 @@ def distill(
         HalfweaveError: the loss is not finite any more.
     """
     settings = settings or Distillation()
-    source, checkpoint = Source.open(parent), Checkpoint.open(student)
+    source, checkpoint = Source.open(parent, device), Checkpoint.open(student)
     _check_pair(source, checkpoint, out)
     settings, windows, targets_bytes = _prepare(source, text, settings)
     floats = None if near is None else Checkpoint.open(near)
     key = _key(source, (student, near), text, settings)
     saved = load_state(out, key) if resume else None
     _clear(out, saved is None)
-    trainer, targets = _make_trainer(source, (checkpoint, floats), windows, settings, targets_bytes)
+    on_device = windows.to(source.device)
+    trainer, targets = make_trainer(
+        source, (checkpoint, floats), on_device, settings, targets_bytes
+    )
     job = Job(checkpoint, out, settings, key, len(windows.train), _recovery_of(floats))
     return Run(job, trainer, targets, progress).go(saved)
 
@@ -91,13 +95,21 @@ def _prepare(
     return settings, windows, targets_bytes
 
 
-def _make_trainer(
+def make_trainer(
     source: Source,
     checkpoints: tuple[Checkpoint, Checkpoint | None],
     windows: Windows,
     settings: Distillation,
     targets_bytes: int,
 ) -> tuple[Trainer, Targets]:
+    """The trainer of a student, and the targets of its training windows.
+
+    `checkpoints` are the student and the floats that its codes were rounded from, if any; `windows`
+    are on the source's device.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
     checkpoint, floats = checkpoints
     taps = _taps(source, settings)
     latents: dict[str, Latent] = {}
@@ -106,25 +118,25 @@ def _make_trainer(
     def read(name: str) -> Tensor:
         linear = name.removesuffix(".weight")
         if linear not in linears or linear == name:
-            return _aligned(checkpoint.tensor(name))
-        near = None if floats is None else floats.linear(linear).unpack()
-        latents[linear] = Latent.of(checkpoint.linear(linear), near)
+            return _aligned(checkpoint.tensor(name), source.device)
+        near = None if floats is None else floats.linear(linear).to(source.device).unpack()
+        latents[linear] = Latent.of(checkpoint.linear(linear).to(source.device), near)
         return torch.empty_like(latents[linear].value)
 
     network = Network(source, read, taps)
-    parent = Network(source, lambda name: _aligned(source.tensors.read(name)), taps)
+    parent = Network(source, lambda name: _aligned(source.tensors.read(name), source.device), taps)
     targets = Targets(parent, windows.train, targets_bytes)
     held_out = Targets(parent, windows.held_out, targets_bytes)
     both = (targets, held_out)
     return Trainer(network, latents, parent.head, windows, both, settings), targets
 
 
-def _aligned(tensor: Tensor) -> Tensor:
+def _aligned(tensor: Tensor, device: torch.device) -> Tensor:
     """fp32, in memory of torch's own.
 
     A file's bytes lie anywhere in memory, and the last bits of a matrix product depend on where.
     """
-    return tensor.to(torch.float32, copy=True)
+    return tensor.to(device, torch.float32, copy=True)
 
 
 def _taps(source: Source, settings: Distillation) -> list[int]:
@@ -183,6 +195,7 @@ def _key(
         "student": [sha256_file(path / MANIFEST_FILE) for path in students if path],
         "parent": source.hashes,
         "text": hashlib.sha256(text.encode()).hexdigest(),
+        "device": str(source.device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "halfweave": __version__,

@@ -7,7 +7,6 @@ nothing of [positions, vocabulary] outlives its chunk. Knows hidden states and h
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,16 +14,6 @@ from torch import Tensor
 
 # Logits held at a time: two fp32 matrices of about this many elements each.
 _CHUNK_ELEMENTS = 8 * 2**20
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What is minimised at each position: KL plus `ce` times the cross entropy of the next token.
-
-    Both are means over positions in nats; positions whose target is negative have no cross entropy.
-    """
-
-    ce: float = 0.0
 
 
 class _FusedKL(torch.autograd.Function):
@@ -40,8 +29,7 @@ class _FusedKL(torch.autograd.Function):
         ce: float,
     ) -> tuple[Tensor, Tensor]:
         gradient = torch.empty_like(student)
-        kl = torch.zeros((), dtype=torch.float64)
-        nll = torch.zeros((), dtype=torch.float64)
+        kl, nll = (student.new_zeros((), dtype=torch.float64) for _ in range(2))
         rows = max(1, _CHUNK_ELEMENTS // heads[0].shape[0])
         for start in range(0, len(student), rows):
             part = slice(start, start + rows)

@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...errors import CheckpointError
-from .. import stream
 from ..source import Source
+from ..stream import skeleton
 
 ReadTensor = Callable[[str], Tensor]
 
@@ -27,7 +27,7 @@ class Network:
         Raises:
             CheckpointError: a tensor is missing or has another shape than config.json says.
         """
-        model = _skeleton(source)
+        model = skeleton(source)
         inner = source.family.blocks.partition(".")[0]
         _fill(model, source, read)
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -72,10 +72,3 @@ def _fill(model: nn.Module, source: Source, read: ReadTensor) -> None:
     except RuntimeError as error:
         detail = " ".join(str(error).split())
         raise CheckpointError(f"{source.path}: does not fit config.json: {detail[:400]}") from error
-
-
-def _skeleton(source: Source) -> nn.Module:
-    """The model without weights, as the pruner itself builds it."""
-    build = getattr(stream, "skeleton", None) or stream._skeleton
-    model: nn.Module = build(source)
-    return model

@@ -1,4 +1,5 @@
-"""What the dense parent says of each window: computed once, kept in 16 bits, used in every epoch.
+"""What the dense parent says of each window: computed once, kept in 16 bits and in
+the CPU's memory, used in every epoch.
 
 Windows run one at a time, so that a window's targets are the same bits whatever ran before: a
 resumed run computes anew what it needs. Knows hidden states, not what is done with them.
@@ -36,11 +37,11 @@ class Targets:
 
     def of(self, indices: Sequence[int]) -> Target:
         """Targets of several windows in fp32, their positions one after the other."""
-        each = [self._one(index) for index in indices]
+        each, device = [self._one(index) for index in indices], self._windows.device
         return Target(
-            torch.cat([target.final for target in each]).float(),
+            torch.cat([target.final for target in each]).to(device).float(),
             {
-                tap: torch.cat([target.tapped[tap] for target in each]).float()
+                tap: torch.cat([target.tapped[tap] for target in each]).to(device).float()
                 for tap in each[0].tapped
             },
         )
@@ -53,8 +54,8 @@ class Targets:
         final, tapped = self._parent.forward(self._windows[index : index + 1])
         # A residual stream can hold values beyond fp16; the final norm's output cannot.
         target = Target(
-            final[0].clamp(-65504, 65504).half(),
-            {tap: hidden[0].bfloat16() for tap, hidden in tapped.items()},
+            final[0].clamp(-65504, 65504).half().cpu(),
+            {tap: hidden[0].bfloat16().cpu() for tap, hidden in tapped.items()},
         )
         size = 2 * target.final.numel() * (1 + len(target.tapped))
         if size <= self._left:

@@ -121,7 +121,7 @@ class Trainer:
     def restore(self, tensors: dict[str, Tensor], done: int) -> None:
         """Go on from what `tensors` gave after `done` steps."""
         for name, tensor, keep in self._trained():
-            moments = {"step": torch.tensor(float(done))}
+            moments = {"step": torch.tensor(float(done), device=tensor.device)}
             _fill(tensor, tensors[name], keep)
             for moment in ("exp_avg", "exp_avg_sq"):
                 moments[moment] = torch.zeros_like(tensor)
@@ -192,12 +192,12 @@ def schedule(index: int, total: int, settings: Distillation) -> float:
 
 def _hidden_distance(tapped: dict[int, Tensor], target: Target) -> Tensor:
     """Sum over positions of the mean over taps of |student - dense|^2 / |dense|^2."""
-    total = torch.zeros(())
+    distances = []
     for tap, hidden in tapped.items():
         dense = target.tapped[tap]
         squared = (hidden.flatten(0, 1) - dense).square().sum(dim=-1)
-        total = total + (squared / dense.square().sum(dim=-1).clamp_min(1e-12)).sum()
-    return total / len(tapped)
+        distances.append((squared / dense.square().sum(dim=-1).clamp_min(1e-12)).sum())
+    return torch.stack(distances).mean()
 
 
 def _kept_rms(latent: Latent) -> float:
@@ -210,4 +210,4 @@ def _fill(tensor: Tensor, saved: Tensor, keep: Tensor | None) -> None:
     if keep is None:
         tensor.copy_(saved)
     else:
-        tensor[keep] = saved
+        tensor[keep] = saved.to(tensor.device)

@@ -41,6 +41,10 @@ class Windows:
         aside[[(2 * i + 1) * count // (2 * held_out) for i in range(held_out)]] = True
         return cls(windows[~aside], windows[aside])
 
+    def to(self, device: torch.device) -> Windows:
+        """The same windows on another device."""
+        return Windows(self.train.to(device), self.held_out.to(device))
+
     def of_step(self, step: int, per_step: int, seed: int) -> list[int]:
         """Indices into `train` for one step: a function of its arguments alone.
 
@@ -53,7 +57,7 @@ class Windows:
             epoch, place = divmod(position, count)
             if order is None or order[0] != epoch:
                 generator = torch.Generator().manual_seed(seed * _EPOCH_STRIDE + epoch)
-                order = (epoch, torch.randperm(count, generator=generator))
+                order = (epoch, torch.randperm(count, generator=generator, device="cpu"))
             chosen.append(int(order[1][place]))
         return chosen
 
