@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # Pinned: an unpinned torch is a CUDA build of several GB. A GPU user installs torch first.
 TORCH  := torch==2.13.0
 
-.PHONY: setup test demo check lint typecheck format quality clean
+.PHONY: setup test demo check lint typecheck format quality layer-error clean
 
 setup: $(VENV)/.ready
 
@@ -25,7 +25,7 @@ $(VENV)/.model-ready: $(VENV)/.ready
 demo: $(VENV)/.model-ready
 	$(BIN)/python benchmarks/demo.py --transcript
 
-# The texts come from a package's test data; see benchmarks/make_text.py. All rows take about a day
+# The texts come from a package's test data; see benchmarks/make_text.py. All rows take about two days
 # on two cores; it goes on where it was stopped, and writes the page after every row.
 $(VENV)/.text-ready: $(VENV)/.ready
 	$(BIN)/python -m pip install -q mwparserfromhell
@@ -33,9 +33,16 @@ $(VENV)/.text-ready: $(VENV)/.ready
 	$(BIN)/python benchmarks/make_text.py work/download/gensim-4.4.0-*.whl --out work/text
 	touch $@
 
-quality: $(VENV)/.model-ready $(VENV)/.text-ready
-	$(BIN)/python benchmarks/quality.py --model work/SmolLM2-135M-Instruct --text work/text \
-	    --work work/quality
+work/SmolLM2-135M-Instruct: | $(VENV)/.model-ready
+	$(BIN)/halfweave import "$$($(BIN)/python -c 'import halfweave.pruner.gguf_file as file; \
+	    print(file.locate_smollm2())')" $@
+
+quality: work/SmolLM2-135M-Instruct $(VENV)/.text-ready
+	$(BIN)/python benchmarks/quality.py --model $< --text work/text --work work/quality
+
+# Every method on layers of several families; a quarter of an hour.
+layer-error: work/SmolLM2-135M-Instruct $(VENV)/.text-ready
+	$(BIN)/python benchmarks/layer_error.py --model $< --text work/text/calib.wiki.txt --blocks 5 14
 
 test: $(VENV)/.model-ready
 	$(BIN)/python -m pytest
