@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ..pruner.budget.check import BudgetCheck
     from ..pruner.budget.choose import BudgetPlan
     from ..pruner.plan import Plan
+    from ..pruner.recipe import Recipe
     from ..pruner.recover.settings import DistillResult
     from ..runtime.bench import BenchResult, ModelBench, Spread
     from ..runtime.eval import EvalResult
@@ -71,12 +72,14 @@ def layers(found: Inspection) -> list[Row]:
     ]
 
 
-def plan(plan: Plan) -> list[str]:
+def plan(plan: Plan, recipe: Recipe) -> list[str]:
     """What a pruning run will do and cost."""
-    formats = sorted({linear.format for linear in plan.linears})
+    formats = ", ".join(sorted({linear.format for linear in plan.linears}))
+    becoming = "formats of a budget's choice" if recipe.has_budget else formats
+    bound = "at most " if recipe.has_budget else ""
     lines = [
-        f"plan: {len(plan.linears)} linears in {plan.blocks} blocks to {', '.join(formats)}",
-        f"  weights {size(plan.input_bytes)} -> {size(plan.output_bytes)}"
+        f"plan: {len(plan.linears)} linears in {plan.blocks} blocks to {becoming}",
+        f"  weights {size(plan.input_bytes)} -> {bound}{size(plan.output_bytes)}"
         f", {plan.calibration_tokens} calibration tokens",
         f"  about {duration(plan.seconds)} and {size(plan.peak_memory_bytes)} of memory here",
     ]

@@ -93,7 +93,7 @@ def prune(
     console = Console(output.json)
     recipe = _recipe(pruning, run.recipe)
     plan = plan_prune(model, recipe, working.device)
-    for line in tables.plan(plan):
+    for line in tables.plan(plan, recipe):
         (console.say if run.dry_run else console.tell)(line)
     if run.dry_run:
         console.document({"verb": "prune", "dry_run": True, "recipe": recipe, "plan": plan})

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import Protocol
 
 import torch
 
-from ..kernels.formats import Dense, Int8
+from ..kernels.formats import Dense, Int4, Int8, Sparse24Int4
+from .budget.search import MOST_MEASUREMENTS
 from .budget.sizes import stored_bytes
+from .budget.windows import SENSED_TOKENS, checked_windows, judged_windows
 from .guard import held_out_windows
 from .methods.base import Target
-from .recipe import CHOICES, Recipe
+from .recipe import CHOICES, Pattern, Recipe
 from .source import Source
 from .stream import TOKENS_PER_BATCH
 
@@ -46,7 +49,9 @@ class Linear(Protocol):
 
 
 def estimate_seconds(source: Source, linears: Sequence[Linear], recipe: Recipe) -> float:
-    """Wall time of a run without a budget; a budget's search comes on top."""
+    """Wall time of a run."""
+    if recipe.has_budget:  # what it will choose is not known; most linears are 4 bits in the end
+        linears = [_Assumed(linear.name, linear.shape, recipe) for linear in linears]
     passes = _block_flops(source, linears[: len(source.family.linears)], recipe)
     if recipe.recover == "distill" and recipe.bits == 4:
         passes *= 2  # codes are found in a second walk through the blocks (staged.py)
@@ -56,16 +61,61 @@ def estimate_seconds(source: Source, linears: Sequence[Linear], recipe: Recipe) 
         if linear.target is not None:
             more, passes = _solver(linear, linear.target, recipe.method)
             flops, seconds = flops + more, seconds + passes
+    if recipe.has_budget:
+        more, passes = _search(source, linears, recipe)
+        flops, seconds = flops + more, seconds + passes
     return flops / _flops_per_second() + seconds + _distillation_seconds(source, recipe)
+
+
+@dataclass(frozen=True)
+class _Assumed:
+    """A linear of a run whose formats are still to be chosen."""
+
+    name: str
+    shape: tuple[int, int]
+    recipe: Recipe
+    kind: str = Int4.kind
+
+    @property
+    def target(self) -> Target:
+        pattern, bits = CHOICES[self.kind]
+        return Target(Pattern.parse(pattern), bits, self.recipe.group, self.recipe.damping)
+
+
+def _search(source: Source, linears: Sequence[Linear], recipe: Recipe) -> tuple[float, float]:
+    """Of a budget's search, as `_solver`: sensitivities, candidates, and models measured."""
+    length, family = recipe.calib_length, source.family
+    block = linears[: len(family.linears)]
+    forward = source.block_count * _forward_flops(block, length)
+    head = 2 * prod(source.tensors.shape(f"{family.embedding}.weight"))
+    first = [block[family.linears.index(stage[0])] for stage in family.stages]
+    hessians = source.block_count * sum(2 * linear.shape[1] ** 2 for linear in first)
+    fitted = length * (recipe.calib_windows + checked_windows(recipe))
+    judged = length * judged_windows(recipe)
+    flops = (2 + _BACKWARD) * SENSED_TOKENS * forward
+    flops += fitted * (2 * _FORWARD_SLOWDOWN * forward + hessians)
+    flops += MOST_MEASUREMENTS * judged * (_FORWARD_SLOWDOWN * forward + head)
+    seconds = 0.0
+    for linear in linears:
+        for kind in (Sparse24Int4.kind, Int4.kind):
+            assumed = _Assumed(linear.name, linear.shape, recipe, kind)
+            more, passes = _solver(linear, assumed.target, recipe.method)
+            flops, seconds = flops + more, seconds + passes
+    return flops, seconds
+
+
+def _forward_flops(block: Sequence[Linear], length: int) -> float:
+    """Of one block and one token."""
+    # Half of the scores are above the diagonal and are never computed; q's rows are all heads.
+    return sum(2 * prod(linear.shape) for linear in block) + 2 * length * block[0].shape[0]
 
 
 def _block_flops(source: Source, block: Sequence[Linear], recipe: Recipe) -> float:
     """Of the passes through one block and of its Hessians."""
     tokens = recipe.calib_windows * recipe.calib_length
     weights = {linear.name.removeprefix(source.family.block_prefix(0)): linear for linear in block}
-    whole = sum(2 * prod(linear.shape) for linear in block)
-    # Half of the scores are above the diagonal and are never computed; q's rows are all heads.
-    attention = 2 * recipe.calib_length * block[0].shape[0]
+    forward = _forward_flops(block, recipe.calib_length)
+    attention = forward - sum(2 * prod(linear.shape) for linear in block)
     staged = recipe.method == "admm" and not recipe.fast
     copies = 2 if looks_back(recipe) else 1
     passes, before, hessians = 0.0, 0.0, 0.0
@@ -74,7 +124,6 @@ def _block_flops(source: Source, block: Sequence[Linear], recipe: Recipe) -> flo
         hessians += copies * 2 * weights[stage[0]].shape[1] ** 2
         before += sum(2 * prod(weights[short].shape) for short in stage)
         before += attention if stage is source.family.stages[0] else 0.0
-    forward = whole + attention
     passes += forward * (1 if staged else 2)
     if recipe.recover == "blocks":
         share = 1 - held_out_windows(recipe) / recipe.calib_windows

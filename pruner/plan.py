@@ -39,7 +39,7 @@ class Plan:
     blocks: int
     calibration_tokens: int
     input_bytes: int
-    output_bytes: int
+    output_bytes: int  # at most, where a budget has yet to choose formats
     scratch_bytes: int  # on the same disk, while the run lasts
     peak_memory_bytes: int
     seconds: float
@@ -79,12 +79,15 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
             "drop --strict to keep such layers dense",
         )
     tokens = recipe.calib_windows * recipe.calib_length
+    before = sum(_stored_bytes(source, name) for name in source.tensors.names())
     output = _output_bytes(source, linears)
+    if recipe.has_budget:
+        output = int(before * (recipe.target_bytes or 1))
     return Plan(
         linears=linears,
         blocks=source.block_count,
         calibration_tokens=tokens,
-        input_bytes=sum(_stored_bytes(source, name) for name in source.tensors.names()),
+        input_bytes=before,
         output_bytes=output,
         scratch_bytes=estimate_scratch(source, linears, recipe, output),
         peak_memory_bytes=estimate_memory(source, linears, recipe),

@@ -293,6 +293,16 @@ def test_prune_json_is_one_document_with_every_linear(
     assert {entry["format"] for entry in linears.values()} == {"sparse24_int4"}
 
 
+def test_the_plan_of_a_budget_promises_no_format(halfweave: Command, tiny_model: Path) -> None:
+    dense = sum(file.stat().st_size for file in tiny_model.glob("*.safetensors"))
+    plain = halfweave("prune", tiny_model, "never", "--dry-run", "--json").document["plan"]
+    flags = ("--max-ppl-ratio", 1.2, "--dry-run")
+    assert "formats of a budget's choice" in halfweave("prune", tiny_model, "never", *flags).out
+    plan = halfweave("prune", tiny_model, "never", *flags, "--json").document["plan"]
+    assert plain["output_bytes"] < plan["output_bytes"] == plan["input_bytes"] <= dense
+    assert plan["seconds"] > plain["seconds"]
+
+
 def test_a_recipe_file_gives_the_same_bytes_and_flags_change_it(
     halfweave: Command, tiny_model: Path, pruned: Path, tmp_path: Path
 ) -> None:

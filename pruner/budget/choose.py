@@ -23,9 +23,7 @@ from .scratch import Scratch, run_key
 from .search import smallest_within
 from .sensitivity import output_sensitivity
 from .sizes import bytes_before, bytes_that_stay, stored_bytes
-from .windows import BudgetWindows
-
-_SENSED_TOKENS = 2048  # for the sensitivities; they vary by orders of magnitude between linears
+from .windows import SENSED_TOKENS, BudgetWindows
 
 
 @dataclass(frozen=True)
@@ -173,7 +171,7 @@ class _Chooser:
     def _options(self) -> Mapping[str, list[Option]]:
         source, blocks = self._source, self._source.block_count
         if self._scratch.sensitivity() is None:
-            count = max(1, _SENSED_TOKENS // self._windows.fit.shape[1])
+            count = max(1, SENSED_TOKENS // self._windows.fit.shape[1])
             found = output_sensitivity(
                 source,
                 self._windows.fit[:count],

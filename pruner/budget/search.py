@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from .knapsack import Path
 
-_MOST = 7  # measurements
+MOST_MEASUREMENTS = 7
 _CLOSE_BYTES = 0.003  # of the largest point's bytes: no more is to be gained
 _CLOSE_LOSS = 0.03  # of the limit: close enough from below
 
@@ -36,7 +36,7 @@ def smallest_within(path: Path, limit: float, measure: Callable[[int], float]) -
     last = len(path.steps)
     good, bad = _Known(0, 0.0), _Known(last + 1, math.inf)
     sides: list[bool] = []
-    while len(sides) < _MOST and not _settled(path, limit, good, bad):
+    while len(sides) < MOST_MEASUREMENTS and not _settled(path, limit, good, bad):
         one_sided = len(sides) > 1 and sides[-1] == sides[-2]
         guess = _guess(path, limit, good, bad)
         if one_sided or (good.loss <= 0 < good.point and bad.point <= last):

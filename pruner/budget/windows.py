@@ -13,7 +13,8 @@ from ...errors import UsageError
 from ..recipe import Recipe
 from ..recover.windows import Windows
 
-_JUDGED_TOKENS = 4096  # the ratio's standard error is then about a hundredth
+SENSED_TOKENS = 2048  # for the sensitivities; they vary by orders of magnitude between linears
+_JUDGED_TOKENS = 16384  # the ratio's standard error is then about half a hundredth
 _JUDGED_SHARE = 4  # at most one window in so many judges, however short the windows are
 _CHECKED_SHARE = 8  # one window for so many that are fitted
 
@@ -31,6 +32,16 @@ class BudgetWindows:
     judge: Tensor
 
 
+def checked_windows(recipe: Recipe) -> int:
+    """How many windows compare formats."""
+    return max(1, recipe.calib_windows // _CHECKED_SHARE)
+
+
+def judged_windows(recipe: Recipe) -> int:
+    """How many windows judge models, of a text that is long enough."""
+    return math.ceil(_JUDGED_TOKENS / recipe.calib_length)
+
+
 def cut_windows(token_ids: Sequence[int], recipe: Recipe) -> BudgetWindows:
     """Cut a text; as many windows to fit as the recipe asks for.
 
@@ -41,8 +52,8 @@ def cut_windows(token_ids: Sequence[int], recipe: Recipe) -> BudgetWindows:
     """
     length, fitted = recipe.calib_length, recipe.calib_windows
     count = len(token_ids) // length
-    judged = max(1, min(math.ceil(_JUDGED_TOKENS / length), count // _JUDGED_SHARE))
-    checked = max(1, fitted // _CHECKED_SHARE)
+    judged = max(1, min(judged_windows(recipe), count // _JUDGED_SHARE))
+    checked = checked_windows(recipe)
     if count < judged + checked + fitted:
         raise UsageError(
             f"the calibration text has {len(token_ids)} tokens; {fitted} windows of {length} to "
