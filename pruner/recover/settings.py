@@ -51,7 +51,7 @@ class Distillation:
     gain_rate: float = 1e-3
     hidden_weight: float = 1.0
     hidden_blocks: int = 6
-    ce: float = 0.3
+    ce: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
     warmup_steps: int = 8
     final_rate: float = 0.05
