@@ -100,12 +100,11 @@ def recover(
         else:
             result = distill(
                 student,
-                source.path,
+                source,
                 directory,
                 text.text,
                 recovery.settings,
                 resume=again,
-                device=device,
                 progress=progress,
             )
         shutil.rmtree(directory / STEPS_DIRECTORY, ignore_errors=True)

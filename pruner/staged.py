@@ -51,13 +51,12 @@ class StagedRecovery:
         self._round(floats, rounded)
         return distill(
             rounded,
-            self.source.path,
+            self.source,
             self.out,
             self.sample.text.text,
             _for_codes(settings, trained),
             near=floats,
             resume=True,
-            device=str(self.source.device),
             progress=self.progress,
         )
 
@@ -67,12 +66,11 @@ class StagedRecovery:
             out.mkdir(exist_ok=True)
             distill(
                 self.student,
-                self.source.path,
+                self.source,
                 out,
                 self.sample.text.text,
                 settings,
                 resume=True,
-                device=str(self.source.device),
                 progress=self.progress,
             )
         tokens: int = read_json(out / MANIFEST_FILE)["provenance"]["recovery"]["tokens"]

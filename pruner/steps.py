@@ -151,12 +151,11 @@ class InSteps:
             return staged.go()
         return distill(
             self._pruned,
-            self._source.path,
+            self._source,
             self._directory,
             self._text.text,
             self._distillation,
             resume=True,
-            device=str(self._source.device),
             progress=self._progress,
         )
 

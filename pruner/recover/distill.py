@@ -38,19 +38,19 @@ _TARGETS_BYTES = 4 * 2**30
 
 def distill(
     student: Path,
-    parent: Path,
+    parent: Source,
     out: Path,
     text: str,
     settings: Distillation | None = None,
     *,
     near: Path | None = None,
     resume: bool = False,
-    device: str = "cpu",
     progress: ProgressCallback | None = None,
 ) -> DistillResult:
     """Train the checkpoint in `student` towards its dense `parent` and write it into `out`.
 
-    `near` is the trained checkpoint of floats that `student`'s codes were rounded from, if any.
+    Models run on the parent's device. `near` is the trained checkpoint of floats that `student`'s
+    codes were rounded from, if any.
 
     `out` is there, is the caller's to fill, and is not `student`. It is complete when its manifest
     is there. Killed at any instant, the same call with `resume=True` yields the same bytes.
@@ -64,16 +64,16 @@ def distill(
         HalfweaveError: the loss is not finite any more.
     """
     settings = settings or Distillation()
-    source, checkpoint = Source.open(parent, device), Checkpoint.open(student)
-    _check_pair(source, checkpoint, out)
-    settings, windows, targets_bytes = _prepare(source, text, settings)
+    checkpoint = Checkpoint.open(student)
+    _check_pair(parent, checkpoint, out)
+    settings, windows, targets_bytes = _prepare(parent, text, settings)
     floats = None if near is None else Checkpoint.open(near)
-    key = _key(source, (student, near), text, settings)
+    key = _key(parent, (student, near), text, settings)
     saved = load_state(out, key) if resume else None
     _clear(out, saved is None)
-    on_device = windows.to(source.device)
+    on_device = windows.to(parent.device)
     trainer, targets = make_trainer(
-        source, (checkpoint, floats), on_device, settings, targets_bytes
+        parent, (checkpoint, floats), on_device, settings, targets_bytes
     )
     job = Job(checkpoint, out, settings, key, len(windows.train), _recovery_of(floats))
     return Run(job, trainer, targets, progress).go(saved)

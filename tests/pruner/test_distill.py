@@ -25,6 +25,7 @@ from halfweave.kernels.schema import LinearFormat, QuantizationConfig
 from halfweave.pruner.recover.distill import distill
 from halfweave.pruner.recover.settings import Distillation, DistillProgress
 from halfweave.pruner.recover.state import STATE_FILE
+from halfweave.pruner.source import Source
 from halfweave.runtime.checkpoint import Checkpoint
 from halfweave.runtime.eval import evaluate
 from halfweave.runtime.model import Model, load_model
@@ -113,7 +114,9 @@ def test_held_out_kl_falls_and_the_runtime_agrees(
 ) -> None:
     told: list[DistillProgress] = []
     chosen = settings(tokens=64 * 40)
-    result = distill(packed_model, tiny_model, out, WORDS, chosen, progress=told.append)
+    result = distill(
+        packed_model, Source.open(tiny_model), out, WORDS, chosen, progress=told.append
+    )
     assert not result.rolled_back
     assert result.after < 0.8 * result.before
     assert result.tokens == 64 * 40
@@ -130,7 +133,7 @@ def test_masks_formats_and_names_stay_and_only_numbers_change(
     tiny_model: Path, mixed_model: Path, out: Path
 ) -> None:
     """Every format at once, in one checkpoint that loads afterwards."""
-    result = distill(mixed_model, tiny_model, out, WORDS, settings())
+    result = distill(mixed_model, Source.open(tiny_model), out, WORDS, settings())
     assert not result.rolled_back
     before, after = Checkpoint.open(mixed_model), Checkpoint.open(out)
     assert after.linears == before.linears
@@ -158,17 +161,17 @@ def test_the_measured_end_is_what_was_written(
     tiny_model: Path, mixed_model: Path, out: Path, tmp_path: Path
 ) -> None:
     """Training on starts at exactly the KL where the stored model was measured."""
-    first = distill(mixed_model, tiny_model, out, WORDS, settings())
+    first = distill(mixed_model, Source.open(tiny_model), out, WORDS, settings())
     second = tmp_path / "second"
     second.mkdir()
-    again = distill(out, tiny_model, second, WORDS, settings())
+    again = distill(out, Source.open(tiny_model), second, WORDS, settings())
     assert again.before == first.after
 
 
 def test_the_manifest_tells_what_was_done_and_holds_no_times(
     tiny_model: Path, packed_model: Path, out: Path
 ) -> None:
-    result = distill(packed_model, tiny_model, out, WORDS, settings(ce=0.1))
+    result = distill(packed_model, Source.open(tiny_model), out, WORDS, settings(ce=0.1))
     document = json.loads((out / "halfweave.json").read_text())
     recovery = document["provenance"]["recovery"]
     assert recovery["held_out_kl"] == {"before": result.before, "after": result.after}
@@ -194,7 +197,7 @@ def test_layer_errors_are_forgotten_only_where_weights_changed(
     student, name = copy_of(packed_model), "model.layers.1.mlp.up_proj"
     entry = {"format": "sparse24_int4", "method": "sparsegpt", "relative_error": 0.5}
     edit_json(student / "halfweave.json", lambda d: d.update(linears={name: entry}))
-    distill(student, tiny_model, out, WORDS, settings(learning_rate=rate))
+    distill(student, Source.open(tiny_model), out, WORDS, settings(learning_rate=rate))
     manifest = json.loads((out / "halfweave.json").read_text())
     assert manifest["linears"] == {name: {**entry, "relative_error": error}}
 
@@ -205,7 +208,7 @@ def test_same_seed_same_bytes_other_seed_other_bytes(
     found = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         (tmp_path / name).mkdir()
-        distill(packed_model, tiny_model, tmp_path / name, WORDS, settings(seed=seed))
+        distill(packed_model, Source.open(tiny_model), tmp_path / name, WORDS, settings(seed=seed))
         found.append(everything(tmp_path / name))
     assert found[0] == found[1]
     assert found[0]["model.safetensors"] != found[2]["model.safetensors"]
@@ -219,7 +222,9 @@ def test_passes_of_another_size_take_the_same_steps(
         (tmp_path / str(micro)).mkdir()
         chosen = settings(micro_tokens=micro)
         results.append(
-            distill(packed_model, tiny_model, tmp_path / str(micro), WORDS, chosen).after
+            distill(
+                packed_model, Source.open(tiny_model), tmp_path / str(micro), WORDS, chosen
+            ).after
         )
     assert results[0] == pytest.approx(results[1], rel=0.02)
 
@@ -227,7 +232,9 @@ def test_passes_of_another_size_take_the_same_steps(
 def test_training_that_does_not_help_is_rolled_back(
     tiny_model: Path, packed_model: Path, out: Path
 ) -> None:
-    result = distill(packed_model, tiny_model, out, WORDS, settings(learning_rate=30.0))
+    result = distill(
+        packed_model, Source.open(tiny_model), out, WORDS, settings(learning_rate=30.0)
+    )
     assert result.rolled_back
     assert result.after == result.before < result.curve[-1].kl
     old, new = everything(packed_model), everything(out)
@@ -255,7 +262,7 @@ def interrupted(student: Path, parent: Path, out: Path, step: int, chosen: Disti
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        distill(student, parent, out, WORDS, chosen, progress=stop)
+        distill(student, Source.open(parent), out, WORDS, chosen, progress=stop)
 
 
 @pytest.mark.parametrize("step", [1, 5, STEPS])
@@ -265,14 +272,14 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir()
     broken.mkdir()
-    expected = distill(mixed_model, tiny_model, whole, WORDS, settings())
+    expected = distill(mixed_model, Source.open(tiny_model), whole, WORDS, settings())
     interrupted(mixed_model, tiny_model, broken, step, settings())
     with pytest.raises(CheckpointError):
         Checkpoint.open(broken)
     steps: list[int] = []
     result = distill(
         mixed_model,
-        tiny_model,
+        Source.open(tiny_model),
         broken,
         WORDS,
         settings(),
@@ -290,6 +297,7 @@ from pathlib import Path
 import torch
 from halfweave.pruner.recover.distill import distill
 from halfweave.pruner.recover.settings import Distillation
+from halfweave.pruner.source import Source
 
 torch.set_num_threads(1)
 student, parent, out, text = map(Path, sys.argv[1:5])
@@ -298,7 +306,8 @@ def kill(note):
     if note.tokens == 64 * 5:
         os.kill(os.getpid(), signal.SIGKILL)
 
-distill(student, parent, out, text.read_text(), Distillation(**eval(sys.argv[5])), progress=kill)
+settings = Distillation(**eval(sys.argv[5]))
+distill(student, Source.open(parent), out, text.read_text(), settings, progress=kill)
 """
 
 
@@ -311,10 +320,10 @@ def test_a_killed_process_goes_on_to_the_same_bytes(
     )
     assert ran.returncode == -signal.SIGKILL, ran.stderr[-2000:]
     (out / f".{STATE_FILE}.abc.tmp").write_bytes(b"half")  # a kill in the middle of a save
-    distill(packed_model, tiny_model, out, WORDS, settings(), resume=True)
+    distill(packed_model, Source.open(tiny_model), out, WORDS, settings(), resume=True)
     whole = tmp_path / "whole"
     whole.mkdir()
-    distill(packed_model, tiny_model, whole, WORDS, settings())
+    distill(packed_model, Source.open(tiny_model), whole, WORDS, settings())
     assert everything(out) == everything(whole)
 
 
@@ -323,14 +332,14 @@ def test_a_state_of_another_run_is_refused_and_a_damaged_one_named(
 ) -> None:
     interrupted(packed_model, tiny_model, out, 3, settings())
     with pytest.raises(RefusedError, match="settings changed"):
-        distill(packed_model, tiny_model, out, WORDS, settings(seed=9), resume=True)
+        distill(packed_model, Source.open(tiny_model), out, WORDS, settings(seed=9), resume=True)
     with pytest.raises(RefusedError, match="text changed"):
-        distill(packed_model, tiny_model, out, WORDS + "!", settings(), resume=True)
+        distill(packed_model, Source.open(tiny_model), out, WORDS + "!", settings(), resume=True)
     state = out / STATE_FILE
     state.write_bytes(state.read_bytes()[:-5])
     with pytest.raises(CheckpointError, match=r"halfweave-distill"):
-        distill(packed_model, tiny_model, out, WORDS, settings(), resume=True)
-    distill(packed_model, tiny_model, out, WORDS, settings())
+        distill(packed_model, Source.open(tiny_model), out, WORDS, settings(), resume=True)
+    distill(packed_model, Source.open(tiny_model), out, WORDS, settings())
     assert not state.exists()
 
 
@@ -338,13 +347,17 @@ def test_minutes_are_turned_into_a_number_of_steps_once(
     tiny_model: Path, packed_model: Path, out: Path, tmp_path: Path
 ) -> None:
     timed = distill(
-        packed_model, tiny_model, out, WORDS, settings(tokens=0, minutes=0.01, curve_points=0)
+        packed_model,
+        Source.open(tiny_model),
+        out,
+        WORDS,
+        settings(tokens=0, minutes=0.01, curve_points=0),
     )
     assert timed.steps >= 4
     again = tmp_path / "again"
     again.mkdir()
     counted = settings(tokens=timed.tokens, curve_points=0)
-    distill(packed_model, tiny_model, again, WORDS, counted)
+    distill(packed_model, Source.open(tiny_model), again, WORDS, counted)
     assert everything(again) == everything(out)
 
 
@@ -353,7 +366,7 @@ def test_a_loss_that_is_not_finite_names_the_step_and_leaves_no_checkpoint(
 ) -> None:
     wild = settings(learning_rate=1e30, gain_rate=1e30)
     with pytest.raises(HalfweaveError, match=r"loss of step \d+ is not finite") as caught:
-        distill(packed_model, tiny_model, out, WORDS, wild)
+        distill(packed_model, Source.open(tiny_model), out, WORDS, wild)
     assert "learning rate below 1e+30" in str(caught.value.hint)
     assert not (out / "halfweave.json").exists()
 
@@ -366,7 +379,7 @@ def test_a_student_that_is_not_finite_to_begin_with_is_named_as_such(
     (student / "halfweave.json").unlink()
     write_manifest(student)
     with pytest.raises(HalfweaveError, match="not finite even untrained"):
-        distill(student, tiny_model, out, WORDS, settings())
+        distill(student, Source.open(tiny_model), out, WORDS, settings())
 
 
 def test_a_full_disk_loses_nothing(
@@ -382,12 +395,12 @@ def test_a_full_disk_loses_nothing(
     with monkeypatch.context() as patched:
         patched.setattr("halfweave.pruner.tensors.write_atomically", full)
         with pytest.raises(CapacityError, match="disk is full"):
-            distill(packed_model, tiny_model, out, WORDS, settings(), resume=True)
+            distill(packed_model, Source.open(tiny_model), out, WORDS, settings(), resume=True)
     assert (out / STATE_FILE).read_bytes() == state
-    distill(packed_model, tiny_model, out, WORDS, settings(), resume=True)
+    distill(packed_model, Source.open(tiny_model), out, WORDS, settings(), resume=True)
     whole = tmp_path / "whole"
     whole.mkdir()
-    distill(packed_model, tiny_model, whole, WORDS, settings())
+    distill(packed_model, Source.open(tiny_model), whole, WORDS, settings())
     assert everything(out) == everything(whole)
 
 
@@ -395,11 +408,11 @@ def test_what_cannot_work_is_refused_before_anything_is_trained(
     tiny_model: Path, packed_model: Path, out: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UsageError, match="8 tokens; 4 held-out"):
-        distill(packed_model, tiny_model, out, "too short", settings())
+        distill(packed_model, Source.open(tiny_model), out, "too short", settings())
     with pytest.raises(RefusedError, match="is an input"):
-        distill(packed_model, tiny_model, packed_model, WORDS, settings())
+        distill(packed_model, Source.open(tiny_model), packed_model, WORDS, settings())
     with pytest.raises(RefusedError, match="was not made by halfweave"):
-        distill(tiny_model, tiny_model, out, WORDS, settings())
+        distill(tiny_model, Source.open(tiny_model), out, WORDS, settings())
     assert not list(out.iterdir())
 
 
@@ -417,7 +430,7 @@ def test_a_parent_that_is_not_the_one_is_refused(
     base = {"base": {"sha256": {"config.json": "0" * 64}}}
     edit_json(student / "halfweave.json", lambda document: document.update(provenance=base))
     with pytest.raises(RefusedError, match="was not pruned from"):
-        distill(student, tiny_model, out, WORDS, settings())
+        distill(student, Source.open(tiny_model), out, WORDS, settings())
 
 
 def test_an_untied_head_is_used_and_stays(tmp_path: Path, out: Path) -> None:
@@ -425,7 +438,7 @@ def test_an_untied_head_is_used_and_stays(tmp_path: Path, out: Path) -> None:
 
     parent = save_tiny(tmp_path / "untied", Tiny(tied=False))
     student = pack_directory(parent, tmp_path / "packed-untied", "sparse24")
-    result = distill(student, parent, out, WORDS, settings())
+    result = distill(student, Source.open(parent), out, WORDS, settings())
     assert result.after < result.before
     before, after = Checkpoint.open(student), Checkpoint.open(out)
     assert torch.equal(before.tensor("lm_head.weight"), after.tensor("lm_head.weight"))
