@@ -33,7 +33,7 @@ from .trainer import Trainer
 from .windows import Windows
 
 # What the parent's outputs may take in memory; windows beyond it are computed in every epoch.
-_TARGETS_BYTES = 4 * 2**30
+_TARGETS_BYTES = 2**30
 
 
 def distill(
