@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..kernels.formats import Dense, PackedLinear
-from .cost import looks_back
+from .cost import is_staged, looks_back
 from .guard import Solved, held_out_windows, solve_guarded
 from .journal import LinearRecord
 from .masks import is_n_of_m
@@ -22,7 +22,8 @@ from .plan import Plan
 from .recipe import Recipe
 from .recover.blocks import Activations, BlockTuning, tune_block
 from .source import Source, Trained, first_nonfinite
-from .stream import BlockStream, Observation
+from .stream import BlockStream
+from .walk import Observation, Walk
 
 Report = Callable[[str, LinearRecord, float], None]
 
@@ -83,6 +84,8 @@ class BlockPruner:
     ) -> tuple[dict[str, Tensor], dict[str, LinearRecord]]:
         """All tensors of the block as they are to be stored, and what happened to each linear.
 
+        The stream then holds what enters the next block.
+
         Raises:
             CheckpointError: a tensor is not finite, unless the recipe allows it.
         """
@@ -91,10 +94,15 @@ class BlockPruner:
         module, parent = stream.load_block(index, tensors), self.parent(index, stream)
         prefix = self._source.family.block_prefix(index)
         block = _Block(index, prefix, tensors, broken, module, parent)
-        linears = self._solve_all(block, stream)
+        with self._walk(block, stream) as walk:
+            linears = self._solve_all(block, walk)
+            if not self._tunes:
+                self._leave(block, walk)
         if self._tunes:
             self._tune(block, linears, stream)
-            self._quantize_all(block, linears, stream)
+            with self._walk(block, stream) as walk:
+                self._quantize_all(block, linears, walk)
+                self._leave(block, walk)
         return self._stored(block, linears)
 
     def check(self, tensors: dict[str, Tensor], prunable: frozenset[str]) -> frozenset[str]:
@@ -124,13 +132,21 @@ class BlockPruner:
         `fast`, see the whole block dense.
         """
         stages = self._source.family.stages
-        together = self._recipe.fast or self._recipe.method != "admm"
-        return [stages] if together else [(stage,) for stage in stages]
+        return [(stage,) for stage in stages] if is_staged(self._recipe) else [stages]
 
-    def _solve_all(self, block: _Block, stream: BlockStream) -> dict[str, _Linear]:
+    def _walk(self, block: _Block, stream: BlockStream) -> Walk:
+        # What was computed with weights that have changed since cannot be gone on from.
+        waits = is_staged(self._recipe)
+        return Walk(stream, block.module, self._source.family.stages, block.parent, waits)
+
+    def _leave(self, block: _Block, walk: Walk) -> None:
+        if block.index + 1 < self._source.block_count:
+            walk.finish()
+
+    def _solve_all(self, block: _Block, walk: Walk) -> dict[str, _Linear]:
         linears = {}
         for stages in self._passes():
-            for short, observation in stream.observe(block.module, stages, block.parent).items():
+            for short, observation in walk.observe(stages).items():
                 started = time.perf_counter()
                 linear = self._begin(block, short, observation)
                 if linear.target is not None:
@@ -182,18 +198,20 @@ class BlockPruner:
             full = block.prefix + name
             if short not in linears:
                 block.tensors[full] = parameter.data.to(block.tensors[full].dtype)
+                parameter.copy_(block.tensors[full])
             elif (solved := linears[short].solved) is not None:
                 pruned = replace(solved.pruned, weight=parameter.data.clone())
                 linears[short].solved = replace(solved, pruned=pruned)
+                self._put(block, short, linears[short])
 
-    def _quantize_all(
-        self, block: _Block, linears: dict[str, _Linear], stream: BlockStream
-    ) -> None:
+    def _quantize_all(self, block: _Block, linears: dict[str, _Linear], walk: Walk) -> None:
         """Round the tuned weights, stage by stage, each on the inputs that it will really have."""
-        for stages in self._passes():
-            for short, observation in stream.observe(block.module, stages).items():
-                linear, target = linears[short], self._planned[block.prefix + short].target
-                if linear.solved is None or target is None or target.bits != 4:
+        targets = {short: self._planned[block.prefix + short].target for short in linears}
+        coded = {short for short, target in targets.items() if target and target.bits == 4}
+        for stages in self._passes() if coded else ():
+            for short, observation in walk.observe(stages, drift=False).items():
+                linear, target = linears[short], targets[short]
+                if linear.solved is None or target is None or short not in coded:
                     continue
                 tuned = linear.solved.pruned
                 pruned = admm.quantize(tuned.weight, tuned.keep, observation.fit, target)

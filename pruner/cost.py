@@ -23,6 +23,7 @@ from .methods.base import Target
 from .recipe import CHOICES, Pattern, Recipe
 from .source import Source
 from .stream import TOKENS_PER_BATCH
+from .walk import waiting_bytes, waiting_share
 
 _INTERPRETER_BYTES = 700 * 2**20  # torch and transformers, imported
 _HEAP_SLACK = 1.25  # what an allocator holds beyond what is asked of it, measured
@@ -52,7 +53,8 @@ def estimate_seconds(source: Source, linears: Sequence[Linear], recipe: Recipe) 
     """Wall time of a run."""
     if recipe.has_budget:  # what it will choose is not known; most linears are 4 bits in the end
         linears = [_Assumed(linear.name, linear.shape, recipe) for linear in linears]
-    passes = _block_flops(source, linears[: len(source.family.linears)], recipe)
+    again = 1 - _waiting(source, linears, recipe)[0]
+    passes = _block_flops(source, linears[: len(source.family.linears)], recipe, again)
     if recipe.recover == "distill" and recipe.bits == 4:
         passes *= 2  # codes are found in a second walk through the blocks (staged.py)
     flops = source.block_count * passes
@@ -93,7 +95,7 @@ def _search(source: Source, linears: Sequence[Linear], recipe: Recipe) -> tuple[
     fitted = length * (recipe.calib_windows + checked_windows(recipe))
     judged = length * judged_windows(recipe)
     flops = (2 + _BACKWARD) * SENSED_TOKENS * forward
-    flops += fitted * (2 * _FORWARD_SLOWDOWN * forward + hessians)
+    flops += fitted * (_FORWARD_SLOWDOWN * forward + hessians)
     flops += MOST_MEASUREMENTS * judged * (_FORWARD_SLOWDOWN * forward + head)
     seconds = 0.0
     for linear in linears:
@@ -110,17 +112,17 @@ def _forward_flops(block: Sequence[Linear], length: int) -> float:
     return sum(2 * prod(linear.shape) for linear in block) + 2 * length * block[0].shape[0]
 
 
-def _block_flops(source: Source, block: Sequence[Linear], recipe: Recipe) -> float:
-    """Of the passes through one block and of its Hessians."""
+def _block_flops(source: Source, block: Sequence[Linear], recipe: Recipe, again: float) -> float:
+    """Of the passes through one block and of its Hessians; `again` of them start anew each time."""
     tokens = recipe.calib_windows * recipe.calib_length
     weights = {linear.name.removeprefix(source.family.block_prefix(0)): linear for linear in block}
     forward = _forward_flops(block, recipe.calib_length)
     attention = forward - sum(2 * prod(linear.shape) for linear in block)
-    staged = recipe.method == "admm" and not recipe.fast
+    staged = is_staged(recipe)
     copies = 2 if looks_back(recipe) else 1
     passes, before, hessians = 0.0, 0.0, 0.0
     for stage in source.family.stages:
-        passes += before if staged else 0.0
+        passes += again * before if staged else 0.0
         hessians += copies * 2 * weights[stage[0]].shape[1] ** 2
         before += sum(2 * prod(weights[short].shape) for short in stage)
         before += attention if stage is source.family.stages[0] else 0.0
@@ -128,7 +130,7 @@ def _block_flops(source: Source, block: Sequence[Linear], recipe: Recipe) -> flo
     if recipe.recover == "blocks":
         share = 1 - held_out_windows(recipe) / recipe.calib_windows
         passes += recipe.block_epochs * (1 + _BACKWARD) * forward * share / copies
-        passes += forward if recipe.bits == 4 else 0.0
+        passes += forward
     return tokens * (_FORWARD_SLOWDOWN * passes * copies + hessians)
 
 
@@ -162,7 +164,24 @@ def _distillation_seconds(source: Source, recipe: Recipe) -> float:
 
 
 def estimate_memory(source: Source, linears: Sequence[Linear], recipe: Recipe) -> int:
-    """Bytes: one block, its activations and Hessians, and the widest matrix's working copies."""
+    """Bytes at the peak, with the passes that wait for as long as there is room for them."""
+    share, waiting = _waiting(source, linears, recipe)
+    return _least_memory(source, linears, recipe) + int(share * waiting)
+
+
+def _waiting(source: Source, linears: Sequence[Linear], recipe: Recipe) -> tuple[float, int]:
+    """The share of a block's passes that wait at its stages, and the bytes that all would hold."""
+    if not is_staged(recipe):
+        return 0.0, 0
+    block = linears[: len(source.family.linears)]
+    widths = block[0].shape[1], max(max(linear.shape) for linear in block)
+    tokens = recipe.calib_windows * recipe.calib_length
+    needed = waiting_bytes(tokens, widths, 2 if looks_back(recipe) else 1)
+    return waiting_share(needed, source.device, _least_memory(source, linears, recipe)), needed
+
+
+def _least_memory(source: Source, linears: Sequence[Linear], recipe: Recipe) -> int:
+    """One block, its activations and Hessians, and the widest matrix's working copies."""
     tokens = recipe.calib_windows * recipe.calib_length
     copies = 2 if looks_back(recipe) else 1
     block = sum(prod(linear.shape) for linear in linears[: len(source.family.linears)])
@@ -175,7 +194,7 @@ def estimate_memory(source: Source, linears: Sequence[Linear], recipe: Recipe) -
         if linear.name.endswith(firsts)
     ]
     # Of fit and check: the Hessian, and where the dense model goes along its drift and shift.
-    staged = recipe.method == "admm" and not recipe.fast
+    staged = is_staged(recipe)
     hessians = (max(together) if staged else sum(together)) * (2 if copies == 1 else 5)
     working = (8 if recipe.method == "admm" else 4) * widest**2 + 6 * largest
     hidden = source.linear_shape(linears[0].name)[1]
@@ -205,6 +224,11 @@ def estimate_scratch(source: Source, linears: Sequence[Linear], recipe: Recipe, 
     )
     # Latents and two moments, fp32, and the state before while the next one is being written.
     return output + int(2 * 3 * 4 * kept)
+
+
+def is_staged(recipe: Recipe) -> bool:
+    """Whether a stage of a block is observed behind the already pruned ones before it."""
+    return recipe.method == "admm" and not recipe.fast
 
 
 def looks_back(recipe: Recipe) -> bool:

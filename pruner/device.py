@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -29,6 +30,22 @@ def parse_device(name: str) -> torch.device:
             "leave --device out, or install a build of torch for your GPU",
         )
     return device
+
+
+def available_memory_bytes(device: torch.device | None = None) -> int | None:
+    """Memory that can be used without swapping, or None where the system does not say.
+
+    The computer's, or that of a GPU.
+    """
+    if device is not None and device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
 
 
 @contextmanager

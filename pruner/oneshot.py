@@ -131,14 +131,14 @@ class OneShot:
             stored = read_shard(self._directory / shard.file, shard.sha256)
             self._resumed += 1
             self._done += len(shard.linears)
+            if index + 1 < self._source.block_count:
+                block = stream.load_block(index, _unpacked(stored, shard.linears))
+                stream.advance(block, self._blocks.parent(index, stream))
         else:
             stored, linears = self._blocks.prune(index, stream)
             name = shard_name(index + 1, self._count)
             shard = write_shard(self._directory, name, stored, linears)
             journal.add(shard)
-        if index + 1 < self._source.block_count:
-            block = stream.load_block(index, _unpacked(stored, shard.linears))
-            stream.advance(block, self._blocks.parent(index, stream))
         stream.drop_block(index)
 
     def _provenance(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from ..errors import CapacityError, UsageError
 from ..kernels.formats import Dense, expected_tensors, needs_group
 from .cost import estimate_memory, estimate_scratch, estimate_seconds
+from .device import available_memory_bytes
 from .methods.base import Target
 from .pack import stored_format, why_not
 from .recipe import CHOICES, Pattern, Recipe
@@ -112,17 +113,6 @@ def check_capacity(plan: Plan, out: Path) -> None:
     needed = plan.output_bytes + plan.scratch_bytes
     if needed > free:
         raise CapacityError(f"the run needs {needed} bytes, {free} are free on the disk of {out}")
-
-
-def available_memory_bytes() -> int | None:
-    """Memory that can be used without swapping, or None where the system does not say."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None
 
 
 def _plan_linear(name: str, shape: tuple[int, int], target: Target | None) -> PlannedLinear:

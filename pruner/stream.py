@@ -1,14 +1,13 @@
 """Walks a model block by block, holding one block and the activations that enter it.
 
 The forward pass is transformers' own block, so that what is pruned is exactly what the model
-computes. Knows activations and Hessians; knows nothing of masks or files.
+computes. Knows activations; knows nothing of what is learnt from them, of masks or files.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from .families import Family
-from .methods.base import InputStatistics
 from .source import Source
 
 TOKENS_PER_BATCH = 4096
@@ -31,29 +29,17 @@ class _FirstBlockReached(Exception):  # noqa: N818 - a signal, not an error
         self.arguments = arguments
 
 
-class _SeenEnough(Exception):  # noqa: N818 - a signal, not an error
-    """Ends a forward pass once the last input that was asked for has been seen."""
-
-
 class _Catcher(nn.Module):
     def forward(self, hidden: Tensor, *args: Any, **arguments: Any) -> Tensor:
         raise _FirstBlockReached(hidden, arguments)
-
-
-@dataclass(frozen=True)
-class Observation:
-    """Statistics of one linear's inputs, and of those windows that pruning must not learn from."""
-
-    fit: InputStatistics
-    check: InputStatistics | None
 
 
 class BlockStream:
     """The blocks of one model over a fixed set of token windows.
 
     `hidden` holds the activations that enter the current block, fp32 [windows, length, hidden].
-    The last `held_out` windows are only ever observed apart. With `parallel`, the dense model's own
-    activations go along, so that drift from them can be observed too.
+    The last `held_out` windows never share a batch with others. With `parallel`, `dense` holds the
+    dense model's own activations, so that drift from them can be observed too.
     """
 
     def __init__(
@@ -71,7 +57,7 @@ class BlockStream:
         self.hidden, self._arguments = self._embed(windows)
         self._batch = max(1, TOKENS_PER_BATCH // windows.shape[1])
         self._fitted = len(windows) - held_out
-        self._dense = self.hidden.clone() if parallel else None
+        self.dense = self.hidden.clone() if parallel else None
 
     @torch.no_grad()
     def _embed(self, windows: Tensor) -> tuple[Tensor, dict[str, Any]]:
@@ -113,139 +99,35 @@ class BlockStream:
         self._blocks[index].to_empty(device="meta")
 
     @torch.no_grad()
-    def observe(
-        self, block: nn.Module, stages: Sequence[Sequence[str]], parent: nn.Module | None = None
-    ) -> dict[str, Observation]:
-        """Run the block on `hidden`, as far as needed, for the inputs of the linears in `stages`.
-
-        Linears of one stage share their statistics. `parent`, the block as it was, is what drift
-        is measured from; the stream must be parallel.
-        """
-        fitted, held_out = slice(0, self._fitted), slice(self._fitted, None)
-        fit = self._statistics(block, stages, fitted, parent, judging=False)
-        check: Sequence[InputStatistics | None] = [None] * len(stages)
-        if self._fitted < len(self.hidden):
-            check = self._statistics(block, stages, held_out, parent, judging=True)
-        return {
-            name: Observation(ours, theirs)
-            for stage, ours, theirs in zip(stages, fit, check, strict=True)
-            for name in stage
-        }
-
-    def _statistics(
-        self,
-        block: nn.Module,
-        stages: Sequence[Sequence[str]],
-        part: slice,
-        parent: nn.Module | None,
-        judging: bool,
-    ) -> list[InputStatistics]:
-        names = [stage[0] for stage in stages]
-        dense = [_Recorder(name is names[-1]) for name in names] if parent is not None else None
-        collectors = [
-            _HessianCollector(name is names[-1], dense[i] if dense else None, judging)
-            for i, name in enumerate(names)
-        ]
-        batches = self.hidden[part].split(self._batch)
-        parallel = batches if self._dense is None else self._dense[part].split(self._batch)
-        for batch, dense_batch in zip(batches, parallel, strict=True):
-            if parent is not None and dense:
-                self._run_until(parent, dense_batch, names, dense)
-            self._run_until(block, batch, names, collectors)
-        return [collector.result() for collector in collectors]
-
-    def _run_until(
-        self, block: nn.Module, batch: Tensor, names: Sequence[str], hooks: Sequence[_Hook]
-    ) -> None:
-        """Run the block with a hook on each linear's input, no further than the hooks want."""
-        handles = [
-            block.get_submodule(name).register_forward_pre_hook(hook)
-            for name, hook in zip(names, hooks, strict=True)
-        ]
-        try:
-            self.run(block, batch)
-        except _SeenEnough:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    @torch.no_grad()
     def advance(self, block: nn.Module, parent: nn.Module | None = None) -> None:
         """Replace `hidden` by the block's outputs, in place; and the dense model's, by `parent`."""
-        for batch in self.hidden.split(self._batch):
+        for windows, _ in self.batches():
+            batch = self.hidden[windows]
             batch.copy_(self.run(block, batch))
-        if self._dense is not None and parent is not None:
-            for batch in self._dense.split(self._batch):
+            if self.dense is not None and parent is not None:
+                batch = self.dense[windows]
                 batch.copy_(self.run(parent, batch))
+
+    def batches(self) -> list[tuple[slice, bool]]:
+        """Windows that run together, and whether they are held out: the same in every pass."""
+        edges = (0, self._fitted), (self._fitted, len(self.hidden))
+        return [
+            (slice(start, min(start + self._batch, last)), held_out)
+            for (first, last), held_out in zip(edges, (False, True), strict=True)
+            for start in range(first, last, self._batch)
+        ]
 
     @torch.no_grad()
     def outputs(self, parent: nn.Module) -> Tensor:
         """What the dense model's block gives on the dense model's activations, as `hidden`."""
-        assert self._dense is not None, "the stream is not parallel"
-        return torch.cat([self.run(parent, batch) for batch in self._dense.split(self._batch)])
+        assert self.dense is not None, "the stream is not parallel"
+        return torch.cat([self.run(parent, self.dense[windows]) for windows, _ in self.batches()])
 
     def run(self, block: nn.Module, batch: Tensor) -> Tensor:
         """One forward pass of the block on [n, length, hidden]."""
         output = block(batch, **self._arguments)
         hidden: Tensor = output[0] if isinstance(output, tuple) else output
         return hidden
-
-
-class _Recorder:
-    """A forward hook that holds the last input it saw."""
-
-    def __init__(self, last: bool) -> None:
-        self.seen: Tensor | None = None
-        self._last = last
-
-    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self.seen = args[0].flatten(0, -2)
-        if self._last:
-            raise _SeenEnough
-
-
-class _HessianCollector:
-    """A forward hook that sums X^T X of the inputs it sees, in fp32, and their drift."""
-
-    def __init__(self, last: bool, dense: _Recorder | None, judging: bool) -> None:
-        self._sum: Tensor | None = None
-        self._drift: Tensor | None = None
-        self._shift: Tensor | None = None
-        self._tokens = 0
-        self._last = last
-        self._dense = dense
-        self._judging = judging
-
-    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = args[0].detach().float().flatten(0, -2)
-        if self._sum is None:
-            self._sum = torch.zeros(x.shape[1], x.shape[1], device=x.device)
-        self._sum.addmm_(x.T, x)
-        self._tokens += len(x)
-        if self._dense is not None and self._dense.seen is not None:
-            self._compare(self._dense.seen, x)
-        if self._last:
-            raise _SeenEnough
-
-    def _compare(self, dense: Tensor, x: Tensor) -> None:
-        if self._drift is None or self._shift is None:
-            self._drift, self._shift = (x.new_zeros(x.shape[1], x.shape[1]) for _ in range(2))
-        difference = dense - x
-        self._drift.addmm_(difference.T, x)
-        if self._judging:  # only a judge needs to know how far the target itself is
-            self._shift.addmm_(difference.T, difference)
-
-    def result(self) -> InputStatistics:
-        if self._sum is None:
-            raise CheckpointError("a linear of the block was never called")
-        drift, shift = (
-            None if total is None else total / self._tokens for total in (self._drift, self._shift)
-        )
-        return InputStatistics(self._sum / self._tokens, self._tokens, drift, shift)
-
-
-_Hook = _Recorder | _HessianCollector
 
 
 def skeleton(source: Source) -> nn.Module:

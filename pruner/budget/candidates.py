@@ -20,7 +20,8 @@ from ..pack import pack, why_not
 from ..plan import target_of
 from ..recipe import Recipe
 from ..source import Source, first_nonfinite
-from ..stream import BlockStream, Observation
+from ..stream import BlockStream
+from ..walk import Observation, Walk
 from .knapsack import Option
 from .scratch import Scratch
 from .sensitivity import predicted_loss
@@ -65,11 +66,12 @@ def make_candidates(
         for index in range(missing[-1] + 1):
             tensors = source.block_tensors(index)
             block = stream.load_block(index, tensors)
-            if known[index] is None:
-                observed = stream.observe(block, source.family.stages)
-                known[index] = maker.make(index, tensors, observed)
-            if index < missing[-1]:
-                stream.advance(block)
+            with Walk(stream, block, source.family.stages) as walk:
+                if known[index] is None:
+                    observed = walk.observe(source.family.stages)
+                    known[index] = maker.make(index, tensors, observed)
+                if index < missing[-1]:
+                    walk.finish()
             stream.drop_block(index)
             told(index + 1)
     return {name: those for block in known if block for name, those in block.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import prod
 
 from ...errors import CapacityError
-from ..plan import available_memory_bytes
+from ..device import available_memory_bytes
 from ..source import Source
 from .settings import Distillation
 

@@ -115,8 +115,11 @@ def test_tuning_blocks_brings_the_model_nearer_to_the_dense_one(
         result = evaluate(load_model(tmp_path / recover), text, window=32, against=dense)
         distance[recover] = result.kl or 0.0
     assert 0 < distance["blocks"] < distance["none"]
-    for name in Checkpoint.open(tmp_path / "blocks").linears:
-        assert is_n_of_m(Checkpoint.open(tmp_path / "blocks").linear(name).unpack(), 2, 4)
+    before, after = (Checkpoint.open(tmp_path / recover) for recover in distance)
+    for name in after.linears:
+        tuned = after.linear(name).unpack()
+        assert is_n_of_m(tuned, 2, 4)
+        assert not torch.equal(tuned, before.linear(name).unpack())
 
 
 @pytest.mark.parametrize("changes", [{"recover": "blocks"}, {"mix": 0.5}], ids=str)

@@ -62,7 +62,7 @@ def test_a_block_is_pruned_where_its_source_is(tiny_model: Path, recover: str, b
     stream = BlockStream(source, windows, pruner.held_out, pruner.needs_parent)
     with ELSEWHERE:
         stored, records = pruner.prune(0, stream)
-        stream.advance(stream.load_block(0, source.block_tensors(0)), pruner.parent(0, stream))
+        stream.advance(stream.load_block(1, source.block_tensors(1)), pruner.parent(1, stream))
     assert len(records) == 7
     assert all(tensor.device.type == "cpu" for tensor in stored.values())
 
