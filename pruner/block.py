@@ -20,7 +20,7 @@ from .methods.base import Pruned, Target, relative_error
 from .pack import pack
 from .plan import Plan
 from .recipe import Recipe
-from .recover.blocks import Activations, BlockTuning, tune_block
+from .recover.blocks import Activations, BlockTuning, TuningResult, tune_block
 from .source import Source, Trained, first_nonfinite
 from .stream import BlockStream
 from .walk import Observation, Walk
@@ -173,11 +173,15 @@ class BlockPruner:
             everything = torch.ones_like(weight, dtype=torch.bool)
             return Solved(Pruned(weight, everything), "round to nearest")
         method = self._recipe.method
+        if (
+            isinstance(self._source, Trained) and target.bits == 4
+        ):  # on masks that were chosen before
+            return Solved(admm.quantize(weight, weight != 0, observation.fit, target), "round")
         if pattern.of and is_n_of_m(weight, pattern.kept, pattern.of):
             if target.bits == 16:
                 note = f"is {pattern.text} already: nothing to do, repacked"
                 return Solved(Pruned(weight, weight != 0, note=note), "repack")
-            if method == "admm" or isinstance(self._source, Trained):
+            if method == "admm":
                 rounded = admm.quantize(weight, weight != 0, observation.fit, target)
                 return Solved(replace(rounded, note=f"was {pattern.text} already"), "round")
         return solve_guarded(method, weight, observation.fit, observation.check, target)
@@ -192,7 +196,8 @@ class BlockPruner:
         }
         activations = Activations(stream.hidden, stream.outputs(block.parent), self.held_out)
         tuning = BlockTuning(self._recipe.block_epochs, self._recipe.seed + block.index)
-        tune_block(block.module, masks, activations, stream.run, tuning)
+        dense = {f"{short}.weight" for short, linear in linears.items() if linear.solved is None}
+        result = tune_block(block.module, masks, activations, stream.run, tuning, dense)
         for name, parameter in block.module.named_parameters():
             short = name.removesuffix(".weight")
             full = block.prefix + name
@@ -200,8 +205,7 @@ class BlockPruner:
                 block.tensors[full] = parameter.data.to(block.tensors[full].dtype)
                 parameter.copy_(block.tensors[full])
             elif (solved := linears[short].solved) is not None:
-                pruned = replace(solved.pruned, weight=parameter.data.clone())
-                linears[short].solved = replace(solved, pruned=pruned)
+                linears[short].solved = _tuned(solved, parameter.data.clone(), result)
                 self._put(block, short, linears[short])
 
     def _quantize_all(self, block: _Block, linears: dict[str, _Linear], walk: Walk) -> None:
@@ -216,7 +220,9 @@ class BlockPruner:
                 tuned = linear.solved.pruned
                 pruned = admm.quantize(tuned.weight, tuned.keep, observation.fit, target)
                 linear.target, linear.hessian = target, observation.fit.hessian
-                linear.solved = replace(linear.solved, pruned=pruned)
+                # What it was compared as is no longer what is stored.
+                method = "admm" if target.pattern.is_dense else linear.solved.method
+                linear.solved = Solved(replace(pruned, note=tuned.note), method)
                 self._put(block, short, linear)
         for short, linear in linears.items():
             self._tell(block, short, linear, time.perf_counter())
@@ -253,3 +259,12 @@ class BlockPruner:
             stored.update({f"{name}.{suffix}": t for suffix, t in linear.packed.tensors().items()})
             records[name] = self._record(block, short, linear)
         return {name: tensor.cpu() for name, tensor in stored.items()}, records
+
+
+def _tuned(solved: Solved, weight: Tensor, result: TuningResult) -> Solved:
+    """With the weight that its block's tuning left; the guard's errors are of another one then."""
+    if not result.kept:
+        pruned = replace(solved.pruned, weight=weight, note="its block's tuning was put back")
+        return replace(solved, pruned=pruned)
+    note = f"tuned with its block, held-out error {result.before:.4g} to {result.after:.4g}"
+    return Solved(replace(solved.pruned, weight=weight, note=note), solved.method)

@@ -55,20 +55,39 @@ def load_text(source: str | Path) -> CalibrationText:
     return CalibrationText(text, hashlib.sha256(data).hexdigest(), origin)
 
 
-def sample_windows(token_ids: Sequence[int], count: int, length: int, seed: int) -> Tensor:
-    """Draw `count` windows of `length` consecutive tokens, uniformly, with a seed: int64 [n, L].
+def sample_windows(
+    token_ids: Sequence[int], count: int, length: int, seed: int, held_out: int = 0
+) -> Tensor:
+    """Draw `count` windows of `length` consecutive tokens, with a seed: int64 [n, L].
+
+    They share no token where the text is long enough for that. The last `held_out` of them share
+    none with the others in any case.
 
     Raises:
-        UsageError: the text has fewer than `length` tokens, or no token is asked for.
+        UsageError: the text is too short for one window beside the held-out ones, or no token is
+            asked for.
     """
     if count < 1 or length < 1:
         raise UsageError(f"{count} windows of {length} tokens: both must be at least 1")
     ids = torch.as_tensor(token_ids, dtype=torch.int64)
-    if len(ids) < length:
+    places = len(ids) // length
+    if places <= held_out:
+        beside = f" beside {held_out} that judge" if held_out else ""
         raise UsageError(
-            f"the calibration text has {len(ids)} tokens, one window needs {length}",
-            f"give a longer text, or --calib-length {len(ids)} at most",
+            f"the calibration text has {len(ids)} tokens, one window{beside} needs "
+            f"{(held_out + 1) * length}",
+            f"give a longer text, or --calib-length {len(ids) // (held_out + 1)} at most",
         )
     generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(0, len(ids) - length + 1, (count,), generator=generator)
-    return torch.stack([ids[start : start + length] for start in starts.tolist()])
+    starts = torch.randperm(places, generator=generator) * length
+    judging = starts[:held_out]
+    fitting = starts[held_out:count]
+    if count > places:
+        free = torch.ones(len(ids) - length + 1, dtype=torch.bool)
+        for start in judging.tolist():
+            free[max(0, start - length + 1) : start + length] = False
+        possible = free.nonzero()[:, 0]
+        drawn = torch.randint(len(possible), (count - held_out,), generator=generator)
+        fitting = possible[drawn]
+    chosen = torch.cat([fitting, judging])
+    return torch.stack([ids[start : start + length] for start in chosen.tolist()])

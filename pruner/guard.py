@@ -26,7 +26,9 @@ class Solved:
 
 
 def held_out_windows(recipe: Recipe) -> int:
-    """How many calibration windows the guard needs for itself; baselines use all for pruning."""
+    """How many calibration windows only judge; baselines that nobody judges prune on all."""
+    if recipe.recover == "blocks":
+        return max(1, recipe.calib_windows // _SHARE)
     return recipe.calib_windows // _SHARE if recipe.method == _GUARDED else 0
 
 
@@ -39,10 +41,11 @@ def solve_guarded(
 ) -> Solved:
     """Prune fp32 `weight` [N, K] on `fit`; on `check` the result is no worse than SparseGPT's.
 
-    Without `check`, too few windows having been given to hold some out, nothing is compared.
+    Without `check`, too few windows having been given to hold some out, nothing is compared; nor
+    is a baseline.
     """
     ours = METHODS[method](weight, fit, target)
-    if check is None:
+    if check is None or method != _GUARDED:
         return Solved(ours, method)
     theirs = METHODS[BASELINE](weight, fit, target)
     error = mixed_error(weight, ours.weight, check, target.mix)

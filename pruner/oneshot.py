@@ -23,6 +23,7 @@ from ..kernels.schema import JOURNAL_FILE, MANIFEST_FILE
 from ..kernels.shards import read_shard
 from .block import BlockPruner
 from .calibrate import CalibrationText, sample_windows
+from .guard import held_out_windows
 from .journal import Journal, LinearRecord
 from .plan import Plan
 from .recipe import Recipe
@@ -196,4 +197,5 @@ def draw_sample(source: Source, text: CalibrationText, recipe: Recipe) -> Sample
         UsageError: the text is too short.
     """
     ids = token_ids(source, text.text)
-    return Sample(text, sample_windows(ids, recipe.calib_windows, recipe.calib_length, recipe.seed))
+    count, length, held_out = recipe.calib_windows, recipe.calib_length, held_out_windows(recipe)
+    return Sample(text, sample_windows(ids, count, length, recipe.seed, held_out))

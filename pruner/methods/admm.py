@@ -33,10 +33,10 @@ def prune(weight: Tensor, statistics: InputStatistics, target: Target) -> Pruned
     raised = curvature.damping != target.damping
     note = f"damping raised to {curvature.damping:g}" if raised else ""
     if target.pattern.is_dense:
-        keep, fitted = choose_support(weight, target.pattern), weight
+        keep, near = choose_support(weight, target.pattern), weight
     else:
         keep, near = find_support(objective, weight, target.pattern)
-        fitted = refit(objective, near, keep)
+    fitted = refit(objective, near, keep)
     if target.bits == 16:
         return Pruned(fitted, keep, note=note)
     return _rounded(objective, fitted, keep, target, note)
@@ -50,7 +50,7 @@ def quantize(weight: Tensor, keep: Tensor, statistics: InputStatistics, target: 
     """
     curvature = statistics.curvature(target.damping)
     objective = make_objective(weight, curvature, statistics.drift, target.mix)
-    return _rounded(objective, weight, keep, target, "")
+    return _rounded(objective, refit(objective, weight, keep), keep, target, "")
 
 
 def _rounded(

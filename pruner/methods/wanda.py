@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..masks import keep_per_row
+from ..solvers.supports import choose_support
 from .base import InputStatistics, Pruned, Target, from_mask
-from .magnitude import choose
 
 
 def prune(weight: Tensor, statistics: InputStatistics, target: Target) -> Pruned:
@@ -17,5 +17,5 @@ def prune(weight: Tensor, statistics: InputStatistics, target: Target) -> Pruned
     score = weight.abs() * statistics.hessian.diagonal().sqrt()
     pattern = target.pattern
     if pattern.is_dense or pattern.of:
-        return from_mask(weight, choose(score, target), target)
+        return from_mask(weight, choose_support(score, pattern), target)
     return from_mask(weight, keep_per_row(score, pattern.fraction), target)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -62,13 +62,16 @@ def tune_block(
     activations: Activations,
     forward: Forward,
     tuning: BlockTuning,
+    fixed: Collection[str] = (),
 ) -> TuningResult:
-    """Train all parameters of `block` in place, those named in `masks` on their mask only.
+    """Train all parameters of `block` but the `fixed` ones in place, on their masks.
 
-    `masks` maps parameter names to bool tensors of their shape. Deterministic for one thread count.
+    `masks` maps parameter names to bool tensors of their shape. Some windows must be held out.
+    Deterministic for one thread count.
     """
+    assert activations.held_out > 0, "nothing to judge the tuning by"
     untouched = copy.deepcopy(block.state_dict())
-    parameters = dict(block.named_parameters())
+    parameters = {n: p for n, p in block.named_parameters() if n not in fixed}
     fitted = len(activations.inputs) - activations.held_out
     before = _error(block, activations, forward, tuning.batch)
     for parameter in parameters.values():

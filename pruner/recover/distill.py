@@ -17,9 +17,11 @@ from torch import Tensor
 
 from ... import __version__
 from ...errors import CheckpointError, RefusedError
-from ...files import sha256_file
+from ...files import read_json, sha256_file
 from ...kernels.schema import MANIFEST_FILE
 from ...runtime.checkpoint import Checkpoint
+from ..plan import target_of
+from ..recipe import Recipe
 from ..save import is_leftover
 from ..source import Source, token_ids
 from .latents import Latent
@@ -111,6 +113,7 @@ def make_trainer(
         CheckpointError: a file is damaged.
     """
     checkpoint, floats = checkpoints
+    recipe = _recipe_of(checkpoint)
     taps = _taps(source, settings)
     latents: dict[str, Latent] = {}
     linears = {name for index in range(source.block_count) for name in source.linear_names(index)}
@@ -120,7 +123,8 @@ def make_trainer(
         if linear not in linears or linear == name:
             return _aligned(checkpoint.tensor(name), source.device)
         near = None if floats is None else floats.linear(linear).to(source.device).unpack()
-        latents[linear] = Latent.of(checkpoint.linear(linear).to(source.device), near)
+        stored = checkpoint.linear(linear).to(source.device)
+        latents[linear] = Latent.of(stored, near, pruned=_is_pruned(recipe, linear))
         return torch.empty_like(latents[linear].value)
 
     network = Network(source, read, taps)
@@ -129,6 +133,17 @@ def make_trainer(
     held_out = Targets(parent, windows.held_out, targets_bytes)
     both = (targets, held_out)
     return Trainer(network, latents, parent.head, windows, both, settings), targets
+
+
+def _recipe_of(checkpoint: Checkpoint) -> Recipe | None:
+    """What it was pruned by, if its manifest says so."""
+    saved = read_json(checkpoint.path / MANIFEST_FILE).get("recipe")
+    return None if saved is None else Recipe.from_json(saved)
+
+
+def _is_pruned(recipe: Recipe | None, linear: str) -> bool:
+    target = None if recipe is None else target_of(recipe, linear)
+    return target is not None and not target.pattern.is_dense
 
 
 def _aligned(tensor: Tensor, device: torch.device) -> Tensor:

@@ -21,9 +21,8 @@ from torch import Tensor
 from ...errors import HalfweaveError
 from ...kernels import nibbles
 from ...kernels.formats import Dense, Int4, Int8, PackedLinear, Sparse24, Sparse24Int4
-from ..int4 import HIGHEST, LOWEST
+from ..int4 import HIGHEST, LOWEST, to_scale
 
-_LARGEST_SCALE = 65504.0  # largest finite fp16
 _WITHIN = 0.49  # how far beyond the last code a latent may be: less than rounds to the next
 
 
@@ -42,8 +41,7 @@ class Grid:
 
     def scale(self) -> Tensor:
         """fp16 [N, groups]: what is stored, and so what the weights are computed with."""
-        scale = self.start * self.log_factor.exp()
-        return scale.clamp(nibbles.SMALLEST_SCALE, _LARGEST_SCALE).half()
+        return to_scale(self.start * self.log_factor.exp())
 
 
 @dataclass(frozen=True)
@@ -63,8 +61,10 @@ class Latent:
     grid: Grid | None
 
     @classmethod
-    def of(cls, stored: PackedLinear, near: Tensor | None = None) -> Latent:
+    def of(cls, stored: PackedLinear, near: Tensor | None = None, pruned: bool = False) -> Latent:
         """Start from a stored linear: `write_weight` then gives exactly what it unpacks to.
+
+        Of a `pruned` one the codes that are zero stay so, also in a format without slots.
 
         `near` are the weights fp32 [N, K] that its codes were rounded from. A latent then lies on
         their side of its code, so that a weight that was close to being rounded otherwise changes
@@ -80,7 +80,7 @@ class Latent:
             ):
                 aside = wanted / scale[:, columns, None] - part
                 part.add_(aside.clamp(-_WITHIN, _WITHIN))
-        keep = _kept(stored)
+        keep = _kept(stored, pruned)
         if keep is not None:
             value.mul_(keep)
         return cls(stored, value, keep, grid)
@@ -143,16 +143,15 @@ class Latent:
         return Sparse24Int4(values, stored.meta, scale, stored.group)
 
 
-def _kept(stored: PackedLinear) -> Tensor | None:
+def _kept(stored: PackedLinear, pruned: bool) -> Tensor | None:
     """The mask, from the stored slots where there are some: a kept weight may well be zero."""
-    rows, columns = stored.shape
     if isinstance(stored, Sparse24 | Sparse24Int4):
-        indices = nibbles.unpack_meta(stored.meta, columns)
-        return nibbles.scatter_kept(torch.ones(rows, columns // 2, dtype=torch.bool), indices)
+        indices = nibbles.unpack_meta(stored.meta, stored.shape[1])
+        return nibbles.scatter_kept(torch.ones_like(indices, dtype=torch.bool), indices)
     if isinstance(stored, Dense):
         keep = stored.weight != 0
         return None if bool(keep.all()) else keep
-    return None
+    return _codes(stored) != 0 if pruned else None
 
 
 def _grid(stored: PackedLinear) -> Grid | None:

@@ -14,6 +14,7 @@ from halfweave.pruner.methods import METHODS, InputStatistics, Target
 from halfweave.pruner.methods.base import relative_error
 from halfweave.pruner.pipeline import prune
 from halfweave.pruner.recipe import Pattern, Recipe
+from halfweave.pruner.recovery import Recovery, recover
 from halfweave.runtime.checkpoint import Checkpoint
 from halfweave.runtime.eval import evaluate
 from halfweave.runtime.model import load_model
@@ -109,13 +110,13 @@ def test_tuning_blocks_brings_the_model_nearer_to_the_dense_one(
 ) -> None:
     distance = {}
     dense, text = load_model(tiny_model), load_text("builtin-eval").text[:4000]
-    for recover in ("none", "blocks"):
-        chosen = recipe(recover=recover, bits=bits, group=32, calib="builtin", calib_windows=96)
-        prune(tiny_model, tmp_path / recover, chosen)
-        result = evaluate(load_model(tmp_path / recover), text, window=32, against=dense)
-        distance[recover] = result.kl or 0.0
+    for kind in ("none", "blocks"):
+        chosen = recipe(recover=kind, bits=bits, group=32, calib="builtin", calib_windows=96)
+        prune(tiny_model, tmp_path / kind, chosen)
+        result = evaluate(load_model(tmp_path / kind), text, window=32, against=dense)
+        distance[kind] = result.kl or 0.0
     assert 0 < distance["blocks"] < distance["none"]
-    before, after = (Checkpoint.open(tmp_path / recover) for recover in distance)
+    before, after = (Checkpoint.open(tmp_path / kind) for kind in distance)
     for name in after.linears:
         tuned = after.linear(name).unpack()
         assert is_n_of_m(tuned, 2, 4)
@@ -140,6 +141,52 @@ def test_a_killed_run_with_dense_activations_resumes_to_the_same_bytes(
     result = prune(tiny_model, tmp_path / "killed", chosen, resume=True)
     assert result.resumed_blocks == 1
     assert everything(tmp_path / "killed") == everything(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "admm"])
+def test_blocks_are_tuned_for_every_method_and_the_manifest_tells_by_how_much(
+    tiny_model: Path, tmp_path: Path, method: str
+) -> None:
+    chosen = recipe(method=method, recover="blocks", calib="builtin", calib_windows=96)
+    result = prune(tiny_model, tmp_path / "out", chosen)
+    for record in result.linears.values():
+        assert record.method == method
+        assert record.note.startswith("tuned with its block, held-out error ")
+        before, after = (float(word) for word in record.note.split()[-3::2])
+        assert after < before
+        assert record.held_out_error is None and record.baseline_error is None
+
+
+def test_a_linear_that_stays_dense_is_not_tuned_either(tiny_model: Path, tmp_path: Path) -> None:
+    choices = {
+        f"model.layers.{layer}.{short}": "sparse24"
+        for layer in (0, 1)
+        for short in ("self_attn.q_proj", "mlp.up_proj", "mlp.gate_proj")
+    }
+    chosen = recipe(recover="blocks", calib="builtin", calib_windows=96, choices=choices)
+    prune(tiny_model, tmp_path / "out", chosen)
+    found, original = Checkpoint.open(tmp_path / "out"), Checkpoint.open(tiny_model)
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        weight = f"model.layers.0.{name}.weight"
+        assert torch.equal(found.tensor(weight), original.tensor(weight))
+    gain = "model.layers.0.input_layernorm.weight"
+    assert not torch.equal(found.tensor(gain), original.tensor(gain))
+
+
+@pytest.mark.parametrize("pattern", ["4:8", "50%"])
+def test_recovered_codes_keep_a_mask_that_has_no_slots(
+    tiny_model: Path, tmp_path: Path, pattern: str
+) -> None:
+    prune(tiny_model, tmp_path / "pruned", recipe(pattern=pattern, bits=4, group=32))
+    asked = Recovery(calib="builtin", tokens=2048 * 16)
+    recover(tmp_path / "pruned", tiny_model, tmp_path / "out", asked)
+    before, after = Checkpoint.open(tmp_path / "pruned"), Checkpoint.open(tmp_path / "out")
+    changed = 0
+    for name in before.linears:
+        old, new = before.linear(name).unpack(), after.linear(name).unpack()
+        assert not new[old == 0].any()
+        changed += int((old != new).sum())
+    assert changed
 
 
 def test_mix_changes_the_weights(tiny_model: Path, tmp_path: Path) -> None:

@@ -66,6 +66,16 @@ def test_the_same_seed_gives_the_same_weights() -> None:
     assert torch.equal(first, second) and not torch.equal(first, other)
 
 
+def test_what_is_fixed_stays_as_it_is() -> None:
+    block, masks, activations = problem()
+    before = block.get_parameter("2.weight").clone()
+    others = {name: mask for name, mask in masks.items() if name != "2.weight"}
+    tuning = BlockTuning(epochs=10, seed=0)
+    result = tune_block(block, others, activations, forward, tuning, fixed={"2.weight"})
+    assert result.kept
+    assert torch.equal(block.get_parameter("2.weight"), before)
+
+
 def test_the_errors_are_those_of_the_held_out_windows() -> None:
     block, masks, activations = problem()
     with torch.no_grad():

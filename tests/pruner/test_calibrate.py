@@ -82,9 +82,30 @@ def test_the_same_seed_draws_the_same_windows() -> None:
     assert not torch.equal(draws[0], draws[2])
 
 
-def test_every_start_can_be_drawn_the_last_one_too() -> None:
+def test_windows_of_a_long_text_share_no_token() -> None:
+    windows = sample_windows(range(1000), 62, 16, seed=3)
+    assert len(windows.unique()) == 62 * 16
+
+
+def test_from_a_short_text_every_start_can_be_drawn_the_last_one_too() -> None:
     starts = sample_windows(range(10), 500, 8, seed=0)[:, 0]
     assert sorted(set(starts.tolist())) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("tokens", [50, 1000])
+@pytest.mark.parametrize("seed", range(5))
+def test_windows_that_judge_share_no_token_with_the_others(tokens: int, seed: int) -> None:
+    windows = sample_windows(range(tokens), 32, 8, seed, held_out=3)
+    fitted, judging = set(windows[:-3].flatten().tolist()), windows[-3:].flatten().tolist()
+    assert windows.shape == (32, 8)
+    assert len(set(judging)) == 3 * 8
+    assert not fitted & set(judging)
+
+
+def test_a_text_too_short_to_hold_windows_out_says_what_is_needed() -> None:
+    with pytest.raises(UsageError, match="has 31 tokens, one window beside 3 that judge needs 32"):
+        sample_windows(range(31), 32, 8, seed=0, held_out=3)
+    assert len(sample_windows(range(32), 32, 8, seed=0, held_out=3)) == 32
 
 
 def test_a_text_as_long_as_one_window_is_enough() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from halfweave.errors import UsageError
+from halfweave.kernels.formats import Dense, Int4, Int8, PackedLinear, Sparse24, Sparse24Int4
 from halfweave.pruner.block import BlockPruner
 from halfweave.pruner.budget.head import Head
 from halfweave.pruner.methods import METHODS
@@ -21,9 +22,11 @@ from halfweave.pruner.pipeline import prune
 from halfweave.pruner.plan import make_plan
 from halfweave.pruner.recipe import Pattern, Recipe
 from halfweave.pruner.recover.distill import make_trainer
+from halfweave.pruner.recover.latents import Latent
 from halfweave.pruner.recover.settings import Distillation
 from halfweave.pruner.recover.windows import Windows
 from halfweave.pruner.recovery import Recovery, recover
+from halfweave.pruner.solvers.supports import choose_support
 from halfweave.pruner.source import Source
 from halfweave.pruner.stream import BlockStream
 from halfweave.runtime.checkpoint import Checkpoint
@@ -77,6 +80,24 @@ def test_scores_are_made_where_the_head_is(tiny_model: Path) -> None:
         found = head.loss(hidden, tokens), head.sampled_gradient(hidden, generators[1])
     assert found[0] == expected[0]
     assert torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("kind", [Sparse24, Sparse24Int4, Int4, Int8, Dense])
+def test_latents_are_made_where_the_weights_are(kind: type[PackedLinear]) -> None:
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    keep = choose_support(weight.abs(), Pattern.parse("2:4"))
+    codes, scale = (weight * 3).round().clamp(-8, 7), torch.full((8, 2), 0.25).half()
+    stored = {
+        Sparse24: lambda: Sparse24.from_dense(weight * keep),
+        Sparse24Int4: lambda: Sparse24Int4.from_codes(codes * keep, keep, scale, 32),
+        Int4: lambda: Int4.from_codes(codes, scale, 32),
+        Int8: lambda: Int8.from_dense(weight),
+        Dense: lambda: Dense(weight),
+    }[kind]()
+    with ELSEWHERE:
+        latent = Latent.of(stored, near=weight, pruned=True)
+        latent.write_weight(found := torch.empty_like(weight))
+    assert torch.equal(found, stored.unpack(torch.float32))
 
 
 @pytest.mark.parametrize("hidden_weight", [0.0, 1.0])
