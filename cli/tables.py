@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..pruner.budget.choose import BudgetPlan
     from ..pruner.plan import Plan
     from ..pruner.recipe import Recipe
-    from ..pruner.recover.settings import DistillResult
+    from ..pruner.recover.settings import DistillResult, Rounding
     from ..runtime.bench import BenchResult, ModelBench, Spread
     from ..runtime.eval import EvalResult
     from ..runtime.inspection import Inspection
@@ -112,15 +112,27 @@ def budget(check: BudgetCheck) -> str:
 
 
 def recovery(result: DistillResult) -> str:
-    """What training did."""
+    """What training did, with a line more for each thing to know of a rounding in between."""
+    # Only another process can have taken a time that nobody knows.
+    took = "in an unknown time" if result.minutes is None else f"in {result.minutes:.1f} min"
     outcome = (
         "it did not help, the weights are those from before it"
-        if result.rolled_back
+        if result.rolled_back and result.rounding is None
         else f"KL from the dense model on held-out text {result.before:.3f} -> {result.after:.3f}"
     )
-    return (
-        f"{result.path} is complete: {result.tokens} tokens in {result.minutes:.1f} min, {outcome}"
-    )
+    first = f"{result.path} is complete: {result.tokens} tokens {took}, {outcome}"
+    return "\n  ".join((first, *_rounding(result.rounding)))
+
+
+def _rounding(found: Rounding | None) -> list[str]:
+    if found is None:
+        return []
+    lines = [f"rounding to codes took it from {found.before:.3f} to {found.after:.3f}"]
+    if found.floats_rolled_back:
+        lines.append("the training as floats did not help and was undone")
+    if found.codes_rolled_back:
+        lines.append("the training of the codes did not help and was undone")
+    return lines
 
 
 def evaluation(name: str, against: str | None, result: EvalResult) -> list[Row]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from .budget.check import BudgetCheck
 from .journal import LinearRecord, ShardRecord
-from .source import Source
+from .source import Source, Trained
 
 BUDGET_HEADING = "\n## Budget\n\n"
 
@@ -25,6 +25,8 @@ def model_card(
     before = sum(file.stat().st_size for file in source.tensors.files)
     after = sum(shard.bytes for shard in shards)
     errors = [r.relative_error for r in linears.values() if r.relative_error is not None]
+    if isinstance(source, Trained):
+        errors = []  # those are from the trained weights, not from the model that the card names
     title = (
         "mixed formats" if recipe["choices"] else f"{recipe['pattern']} at {recipe['bits']} bits"
     )
@@ -64,6 +66,13 @@ def budget_section(found: BudgetCheck) -> str:
         "logarithm) on windows of the calibration text that nothing was fitted to, with "
         f"{found.share_of_bytes:.3f} of the bytes. The budget is {outcome}.\n"
     )
+
+
+def without_budget(card: str) -> str:
+    """The card without what `budget_section` said."""
+    head, _, rest = card.partition(BUDGET_HEADING)
+    _, heading, others = rest.partition("\n## ")
+    return head + heading + others
 
 
 def _training(recipe: Mapping[str, Any]) -> str:

@@ -2,17 +2,18 @@
 
 Codes move in jumps, and a training step that would move one by a tenth of a code does nothing. So
 the weights are trained as floats first, on their masks; then rounded with the solver of the pruner,
-towards the outputs of the trained model; and then trained a little with their codes, starting from
-what was rounded away. Each step leaves a complete checkpoint in a directory of its own.
+towards the outputs of the trained model, which may move 2:4 masks; and then trained a little with
+their codes, starting from what was rounded away. Each step leaves a complete checkpoint in a
+directory of its own.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ..errors import UsageError
 from ..files import read_json
 from ..kernels.schema import MANIFEST_FILE
 from ..runtime.checkpoint import Checkpoint
@@ -23,7 +24,7 @@ from .recover.distill import distill
 from .recover.settings import Distillation, DistillProgress, DistillResult
 from .source import Source, Trained
 
-_FLOAT_SHARE = 0.9  # of the time, or of the tokens
+_CODES_SHARE = 10  # one step in so many trains codes
 _CODES_RATE = 0.1  # of the floats' rates: at the full ones codes get worse (docs/pruning.md)
 
 
@@ -44,37 +45,42 @@ class StagedRecovery:
     progress: Callable[[Progress | DistillProgress], None] | None
 
     def go(self) -> DistillResult:
-        """Do what is left to do. Raises as `distill` and `prune` do."""
+        """Do what is left to do, and tell of all of it.
+
+        Raises as `distill`, `prune` and `check_steps` do.
+        """
+        check_steps(self.source, self.settings)
         floats, rounded = self.work / "floats", self.work / "rounded"
-        settings = self.settings.fitted(self.source.config.get("max_position_embeddings"))
-        trained = self._train(floats, _for_floats(settings))
+        settings = _fitted(self.source, self.settings)
+        trained = self._train(floats, for_floats(settings))
         self._round(floats, rounded)
-        return distill(
+        codes = distill(
             rounded,
             self.source,
             self.out,
             self.sample.text.text,
-            _for_codes(settings, trained),
+            for_codes(settings, trained.tokens),
             near=floats,
             resume=True,
             progress=self.progress,
         )
+        return codes.behind(trained)
 
-    def _train(self, out: Path, settings: Distillation) -> int:
-        """Train as floats, unless that is done; the tokens it took."""
-        if not (out / MANIFEST_FILE).exists():
-            out.mkdir(exist_ok=True)
-            distill(
-                self.student,
-                self.source,
-                out,
-                self.sample.text.text,
-                settings,
-                resume=True,
-                progress=self.progress,
-            )
-        tokens: int = read_json(out / MANIFEST_FILE)["provenance"]["recovery"]["tokens"]
-        return tokens
+    def _train(self, out: Path, settings: Distillation) -> DistillResult:
+        """Train as floats, unless an earlier process did."""
+        if (out / MANIFEST_FILE).exists():
+            record = read_json(out / MANIFEST_FILE)["provenance"]["recovery"]
+            return DistillResult.of_record(out, record)
+        out.mkdir(exist_ok=True)
+        return distill(
+            self.student,
+            self.source,
+            out,
+            self.sample.text.text,
+            settings,
+            resume=True,
+            progress=self.progress,
+        )
 
     def _round(self, floats: Path, out: Path) -> None:
         out.mkdir(exist_ok=True)
@@ -83,23 +89,49 @@ class StagedRecovery:
         OneShot(source, out, self.recipe, plan, self.sample, self.progress).ensure()
 
 
-def _for_floats(settings: Distillation) -> Distillation:
-    step, share = settings.batch_tokens, _FLOAT_SHARE
+def check_steps(source: Source, settings: Distillation) -> None:
+    """Refuse a number of tokens that leaves nothing for one of the two trainings.
+
+    Raises:
+        UsageError: it is less than two steps.
+    """
+    step = _fitted(source, settings).batch_tokens
+    if settings.tokens and settings.tokens < 2 * step:
+        raise UsageError(
+            f"recovery: {settings.tokens} tokens are one step of {step}, and what ends in codes is "
+            "trained twice, as floats and as codes",
+            f"give {2 * step} tokens or more",
+        )
+
+
+def for_floats(settings: Distillation) -> Distillation:
+    """Those of the training as floats; `settings` fit the model and give two steps."""
     if not settings.tokens:
-        return replace(settings, minutes=share * settings.minutes)
-    total = settings.tokens // step
-    steps = max(1, min(math.ceil(share * total), total - 1))
-    return replace(settings, tokens=steps * step)
+        return replace(settings, minutes=settings.minutes * (1 - 1 / _CODES_SHARE))
+    steps = settings.tokens // settings.batch_tokens
+    codes = max(1, steps // _CODES_SHARE)
+    return replace(settings, tokens=(steps - codes) * settings.batch_tokens)
 
 
-def _for_codes(settings: Distillation, float_tokens: int) -> Distillation:
-    """As many steps as make the whole of which `_for_floats` takes the share that was trained."""
+def for_codes(settings: Distillation, float_tokens: int) -> Distillation:
+    """Those of the training of the codes, after `float_tokens` as floats.
+
+    It takes what is left of a number of tokens. After a training by the clock it takes as many
+    steps as make the whole a number that `for_floats` would part in the same way, so that a recipe
+    with that number gives the same bytes.
+    """
     step, rate = settings.batch_tokens, _CODES_RATE
-    steps = math.floor(float_tokens // step * (1 / _FLOAT_SHARE - 1) + 1e-9)
+    trained = float_tokens // step
+    by_clock = max(1, trained // (_CODES_SHARE - 1))
+    steps = settings.tokens // step - trained if settings.tokens else by_clock
     return replace(
         settings,
-        tokens=max(1, steps) * step,
+        tokens=steps * step,
         learning_rate=rate * settings.learning_rate,
         scale_rate=rate * settings.scale_rate,
         gain_rate=rate * settings.gain_rate,
     )
+
+
+def _fitted(source: Source, settings: Distillation) -> Distillation:
+    return settings.fitted(source.config.get("max_position_embeddings"))

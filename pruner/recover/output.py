@@ -16,9 +16,13 @@ from ...files import sha256_file, write_bytes, write_json, write_text
 from ...kernels.formats import PackedLinear
 from ...kernels.schema import MANIFEST_FILE
 from ...kernels.shards import INDEX_FILE, SINGLE_FILE, ShardedTensors
+from ..card import without_budget
 from ..tensors import save_tensors
+from .settings import DistillResult
 
 _CARD = "README.md"
+# What the pruner measured of a linear.
+_ERRORS = ("relative_error", "held_out_error", "baseline_error")
 
 
 def stored_tensors(
@@ -40,7 +44,8 @@ def write_checkpoint(
 ) -> None:
     """Write `student` into `out` with the tensors `changed`; whole when the manifest is there.
 
-    `manifest` is the student's; the new one says what was done under provenance, "recovery".
+    `manifest` is the student's; the new one says what was done under provenance, "recovery". What
+    was measured of weights that are no longer the same is dropped from it and from the card.
 
     Raises:
         CapacityError: the disk is full.
@@ -58,7 +63,9 @@ def write_checkpoint(
     for name in sorted(others, key=lambda name: (name == "config.json", name == INDEX_FILE, name)):
         write_bytes(out / name, (student / name).read_bytes())
     if (student / _CARD).is_file():
-        write_text(out / _CARD, (student / _CARD).read_text() + _section(recovery))
+        card = (student / _CARD).read_text()
+        told = _section(DistillResult.of_record(out, recovery))
+        write_text(out / _CARD, (without_budget(card) if changed else card) + told)
     _drop_other_shards(out, written)
     write_json(out / MANIFEST_FILE, _manifest(out, manifest, changed, recovery))
 
@@ -69,7 +76,12 @@ def _manifest(
     changed: Mapping[str, Tensor],
     recovery: Mapping[str, Any],
 ) -> dict[str, Any]:
-    trained = {name.rpartition(".")[0] for name in changed}
+    # The errors of a rounding are from the trained floats, whether or not the codes were trained.
+    rounded = "before_rounding" in recovery
+    stale = set(manifest["linears"] if rounded else (n.rpartition(".")[0] for n in changed))
+    earlier = dict(manifest["provenance"])
+    if changed:
+        earlier.pop("budget", None)
     recipe = manifest["recipe"]
     if recipe.get("recover") == "distill":  # minutes were turned into tokens; those give the bytes
         before = recovery.get("before_rounding", {"tokens": 0})
@@ -77,10 +89,9 @@ def _manifest(
     return {
         **manifest,
         "recipe": recipe,
-        "provenance": {**manifest["provenance"], "recovery": dict(recovery)},
-        # What pruning measured of a layer no longer holds once its weights were trained.
+        "provenance": {**earlier, "recovery": dict(recovery)},
         "linears": {
-            name: {**entry, "relative_error": None} if name in trained else entry
+            name: {**entry, **dict.fromkeys(_ERRORS)} if name in stale else entry
             for name, entry in manifest["linears"].items()
         },
         "files": {
@@ -97,16 +108,29 @@ def _drop_other_shards(out: Path, written: set[str]) -> None:
             path.unlink(missing_ok=True)
 
 
-def _section(recovery: Mapping[str, Any]) -> str:
+def _section(result: DistillResult) -> str:
     """What the model card says of the training."""
-    outcome = (
-        "It did not help, and the weights are those from before it."
-        if recovery["rolled_back"]
-        else "Masks and formats are as they were; relative layer errors above are from before."
-    )
     return (
         "\n## Recovery\n\n"
-        f"Trained on {recovery['tokens']} tokens towards the outputs of its dense parent; KL from "
-        f"it on held-out text: {recovery['held_out_kl']['before']:.4f} -> "
-        f"{recovery['held_out_kl']['after']:.4f} nats per token. {outcome}\n"
+        f"Trained on {result.tokens} tokens towards the outputs of its dense parent; KL from "
+        f"it on held-out text: {result.before:.4f} -> {result.after:.4f} nats per token. "
+        f"{_outcome(result)}\n"
     )
+
+
+def _outcome(result: DistillResult) -> str:
+    rounding = result.rounding
+    if rounding is None and result.rolled_back:
+        return "It did not help, and the weights are those from before it."
+    if rounding is None:
+        return "Masks and formats are as they were; relative layer errors above are from before."
+    said = [
+        "That is a training as floats, their rounding to codes, and a training of the codes. The "
+        f"rounding took the KL from {rounding.before:.4f} to {rounding.after:.4f} and may have "
+        "moved 2:4 masks; the training keeps them."
+    ]
+    if rounding.floats_rolled_back:
+        said.append("The training as floats did not help and was undone.")
+    if rounding.codes_rolled_back:
+        said.append("The training of the codes did not help and was undone.")
+    return " ".join(said)

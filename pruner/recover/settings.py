@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,10 @@ TIMED_STEPS = 4
 
 @dataclass(frozen=True)
 class Distillation:
-    """Settings of `distill`. The defaults are the best found for SmolLM2-135M at 2:4 + int4.
+    """Settings of `distill`.
+
+    The rate of the weights and the loss are the best found for SmolLM2-135M at 2:4, trained as
+    floats (docs/pruning.md); codes are trained at a tenth of the rates (staged.py).
 
     Attributes:
         minutes: time for the training loop. Used once: a few steps are timed, the number of tokens
@@ -132,19 +135,48 @@ ProgressCallback = Callable[[DistillProgress], None]
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """KL(dense || student) on the held-out windows, in nats per token, after some training."""
+    """KL(dense || student) on the held-out windows, in nats per token, after some training.
+
+    `minutes` is None where an earlier process trained and left no time.
+    """
 
     tokens: int
-    minutes: float
+    minutes: float | None
     kl: float
 
 
 @dataclass(frozen=True)
-class DistillResult:
-    """A complete checkpoint in `path`.
+class Rounding:
+    """What the rounding to codes cost, between a training as floats and one of the codes.
 
-    `before` and `after` are held-out KL of what was given and of what was written; when training
-    did not lower it, the student's own weights were written and `rolled_back` is true.
+    `before` and `after` are held-out KL of the floats and of the codes they were rounded to. A
+    training that did not lower it was rolled back: what it had started from went on.
+    """
+
+    before: float
+    after: float
+    floats_rolled_back: bool
+    codes_rolled_back: bool
+
+
+@dataclass(frozen=True)
+class DistillResult:
+    """A complete checkpoint in `path`, and what all the training that went into it did.
+
+    What ends in codes is trained twice (staged.py); the figures are those of both together.
+
+    Attributes:
+        path: the checkpoint's directory.
+        tokens: trained on.
+        steps: of the optimizer.
+        before: held-out KL of what was given, in nats per token.
+        after: held-out KL of what was written; above `before` where the rounding cost more than the
+            training gained.
+        rolled_back: no training lowered the held-out KL, so what was written holds the student's
+            own weights, rounded where it ends in codes.
+        curve: held-out KL on the way.
+        minutes: of the training loops; None where an earlier process ran one and left no time.
+        rounding: what happened between the two trainings; None where nothing was rounded.
     """
 
     path: Path
@@ -154,4 +186,42 @@ class DistillResult:
     after: float
     rolled_back: bool
     curve: tuple[CurvePoint, ...]
-    minutes: float
+    minutes: float | None
+    rounding: Rounding | None = None
+
+    @classmethod
+    def of_record(cls, path: Path, record: Mapping[str, Any]) -> DistillResult:
+        """What the manifest in `path` says under provenance, "recovery": everything but times."""
+        own = cls(
+            path=path,
+            tokens=record["tokens"],
+            steps=record["steps"],
+            before=record["held_out_kl"]["before"],
+            after=record["held_out_kl"]["after"],
+            rolled_back=record["rolled_back"],
+            curve=tuple(CurvePoint(p["tokens"], None, p["kl"]) for p in record["curve"]),
+            minutes=None,
+        )
+        earlier = record.get("before_rounding")
+        return own if earlier is None else own.behind(cls.of_record(path, earlier))
+
+    def behind(self, floats: DistillResult) -> DistillResult:
+        """This training of codes and the one as `floats`, from which they were rounded, as one."""
+        later = (
+            CurvePoint(floats.tokens + p.tokens, _sum(floats.minutes, p.minutes), p.kl)
+            for p in self.curve
+        )
+        return replace(
+            self,
+            tokens=floats.tokens + self.tokens,
+            steps=floats.steps + self.steps,
+            before=floats.before,
+            rolled_back=floats.rolled_back and self.rolled_back,
+            curve=(*floats.curve, *later),
+            minutes=_sum(floats.minutes, self.minutes),
+            rounding=Rounding(floats.after, self.before, floats.rolled_back, self.rolled_back),
+        )
+
+
+def _sum(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else one + other

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,8 @@ from halfweave.errors import (
 from halfweave.files import disk_full_as_error
 from halfweave.kernels.formats import Dense, Int4, Int8, PackedLinear, Sparse24, Sparse24Int4
 from halfweave.kernels.schema import LinearFormat, QuantizationConfig
+from halfweave.pruner.budget.check import BudgetCheck
+from halfweave.pruner.card import budget_section
 from halfweave.pruner.recover.distill import distill
 from halfweave.pruner.recover.settings import Distillation, DistillProgress
 from halfweave.pruner.recover.state import STATE_FILE
@@ -195,11 +198,35 @@ def test_layer_errors_are_forgotten_only_where_weights_changed(
     copy_of: Callable[[Path], Path],
 ) -> None:
     student, name = copy_of(packed_model), "model.layers.1.mlp.up_proj"
-    entry = {"format": "sparse24_int4", "method": "sparsegpt", "relative_error": 0.5}
+    errors = dict.fromkeys(("relative_error", "held_out_error", "baseline_error"), 0.5)
+    entry = {"format": "sparse24_int4", "method": "sparsegpt", **errors}
     edit_json(student / "halfweave.json", lambda d: d.update(linears={name: entry}))
     distill(student, Source.open(tiny_model), out, WORDS, settings(learning_rate=rate))
     manifest = json.loads((out / "halfweave.json").read_text())
-    assert manifest["linears"] == {name: {**entry, "relative_error": error}}
+    assert manifest["linears"] == {name: {**entry, **dict.fromkeys(errors, error)}}
+
+
+@pytest.mark.parametrize(("rate", "kept"), [(0.02, False), (30.0, True)])
+def test_the_outcome_of_a_budget_is_told_only_of_the_weights_it_was_measured_on(
+    rate: float,
+    kept: bool,
+    tiny_model: Path,
+    packed_model: Path,
+    out: Path,
+    copy_of: Callable[[Path], Path],
+) -> None:
+    student = copy_of(packed_model)
+    found = BudgetCheck(1.15, 0.01, 0.5, met=True)
+    outcome = {"base": {}, "budget": asdict(found)}
+    edit_json(student / "halfweave.json", lambda d: d.update(provenance=outcome))
+    (student / "README.md").write_text("# model\n" + budget_section(found) + "\n## Mine\n\nwords\n")
+    distill(student, Source.open(tiny_model), out, WORDS, settings(learning_rate=rate))
+    provenance = json.loads((out / "halfweave.json").read_text())["provenance"]
+    card = (out / "README.md").read_text()
+    assert provenance.keys() == {"base", "recovery"} | ({"budget"} if kept else set())
+    assert ("nothing was fitted to" in card) == ("## Budget" in card) == kept
+    assert card.startswith("# model\n\n## ")
+    assert card.index("\n## Mine\n\nwords\n") < card.index("\n## Recovery\n")
 
 
 def test_same_seed_same_bytes_other_seed_other_bytes(

@@ -1,20 +1,30 @@
-"""The parts of recovery against plain oracles: the fused loss, latents of every format, windows."""
+"""The parts of recovery against plain oracles: the fused loss, latents of every format, windows;
+and the two trainings of what ends in codes, and what is told of them."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from halfweave.cli import tables
 from halfweave.errors import CapacityError, HalfweaveError, UsageError
+from halfweave.files import read_json
 from halfweave.kernels.formats import Dense, Int4, Int8, PackedLinear, Sparse24, Sparse24Int4
+from halfweave.pruner.oneshot import Progress
+from halfweave.pruner.pipeline import prune
 from halfweave.pruner.recover import fused_kl as module
 from halfweave.pruner.recover.fused_kl import fused_kl
 from halfweave.pruner.recover.latents import Latent
 from halfweave.pruner.recover.memory import check_memory
-from halfweave.pruner.recover.settings import Distillation
+from halfweave.pruner.recover.settings import Distillation, DistillProgress, DistillResult
 from halfweave.pruner.recover.trainer import schedule
 from halfweave.pruner.recover.windows import Windows, next_tokens
+from halfweave.pruner.recovery import Recovery, recover
+from halfweave.pruner.staged import for_codes, for_floats
+from halfweave.runtime.checkpoint import Checkpoint
+from support.pruning import TEXT, recipe
 from torch import Tensor
 
 KINDS = ("dense", "dense with zeros", "sparse24", "sparse24_int4", "int4", "int8")
@@ -277,3 +287,144 @@ def test_a_full_disk_is_told_apart_from_other_faults(
         save_tensors(path, {"a": torch.zeros(2)}, {})
     assert path.read_bytes() == b"before"
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+# ---- trained as floats, rounded, trained as codes
+
+TWICE = Recovery(calib=str(TEXT), tokens=4096, bits=4, group=32)
+ERRORS = ("relative_error", "held_out_error", "baseline_error")
+
+
+@pytest.fixture(scope="module")
+def floats(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model, 2:4 with 16 bits."""
+    directory = tmp_path_factory.mktemp("floats") / "floats"
+    prune(tiny_model, directory, recipe())
+    return directory
+
+
+@pytest.mark.parametrize(("rate", "undone"), [(0.1, False), (1e3, True)])
+def test_what_ends_in_codes_tells_of_both_trainings_and_of_the_rounding(
+    rate: float,
+    undone: bool,
+    tiny_model: Path,
+    floats: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("halfweave.pruner.staged._CODES_RATE", rate)
+    told: list[Progress | DistillProgress] = []
+    result = recover(floats, tiny_model, tmp_path / "out", TWICE, progress=told.append)
+    manifest = read_json(tmp_path / "out" / "halfweave.json")
+    record = manifest["provenance"]["recovery"]
+    earlier, rounding = record["before_rounding"], result.rounding
+    assert rounding is not None
+    assert (result.tokens, result.steps) == (4096, 4)
+    assert result.before == earlier["held_out_kl"]["before"]
+    assert rounding.before == earlier["held_out_kl"]["after"]
+    assert rounding.after == record["held_out_kl"]["before"]
+    assert result.after == record["held_out_kl"]["after"]
+    assert (rounding.floats_rolled_back, rounding.codes_rolled_back) == (False, undone)
+    assert record["rolled_back"] == undone and not result.rolled_back
+    assert [point.tokens for point in result.curve] == [1024, 2048, 3072, 4096]
+    training = [note for note in told if isinstance(note, DistillProgress)]
+    assert result.minutes is not None
+    assert result.minutes >= training[2].minutes + training[3].minutes
+    for entry in manifest["linears"].values():
+        assert [entry[name] for name in ERRORS] == [None] * 3
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "calibration tokens, median | not measured |" in card
+    assert "Trained on 4096 tokens" in card
+    assert f"held-out text: {result.before:.4f} -> {result.after:.4f} nats" in card
+    assert f"from {rounding.before:.4f} to {rounding.after:.4f} and may have moved" in card
+    assert ("The training of the codes did not help" in card) == undone
+    assert "as they were" not in card and "those from before" not in card
+
+
+def test_the_rounding_may_move_masks(tiny_model: Path, floats: Path, tmp_path: Path) -> None:
+    recover(floats, tiny_model, tmp_path / "out", TWICE)
+    before, after = Checkpoint.open(floats), Checkpoint.open(tmp_path / "out")
+    metas = [(before.linear(n).tensors(), after.linear(n).tensors()) for n in after.linears]
+    assert not all(torch.equal(old["meta"], new["meta"]) for old, new in metas)
+
+
+def test_a_time_that_an_earlier_process_took_is_not_made_up(
+    tiny_model: Path, floats: Path, tmp_path: Path
+) -> None:
+    def stop(step: Progress | DistillProgress) -> None:
+        if isinstance(step, Progress):
+            raise KeyboardInterrupt
+
+    whole = recover(floats, tiny_model, tmp_path / "whole", TWICE)
+    with pytest.raises(KeyboardInterrupt):
+        recover(floats, tiny_model, tmp_path / "out", TWICE, progress=stop)
+    result = recover(floats, tiny_model, tmp_path / "out", TWICE, resume=True)
+    assert result.minutes is None
+    assert timeless(result) == timeless(whole)
+    record = read_json(tmp_path / "out" / "halfweave.json")["provenance"]["recovery"]
+    assert timeless(DistillResult.of_record(result.path, record)) == timeless(whole)
+
+
+def timeless(result: DistillResult) -> DistillResult:
+    curve = tuple(replace(point, minutes=None) for point in result.curve)
+    return replace(result, path=Path(), minutes=None, curve=curve)
+
+
+def test_one_step_cannot_be_parted(tiny_model: Path, floats: Path, tmp_path: Path) -> None:
+    chosen = replace(TWICE, tokens=2047)
+    with pytest.raises(UsageError, match="2047 tokens are one step of 1024") as caught:
+        recover(floats, tiny_model, tmp_path / "out", chosen)
+    assert "2048" in str(caught.value.hint)
+
+
+def test_both_trainings_take_the_tokens_that_were_asked_for_and_no_more() -> None:
+    for steps in range(2, 60):
+        asked = Distillation(tokens=1024 * steps + 1023)
+        floats = for_floats(asked).tokens
+        codes = for_codes(asked, floats).tokens
+        assert floats + codes == 1024 * steps
+        assert min(floats, codes) >= 1024
+        assert 0.89 <= floats / (floats + codes) < 0.95 or steps < 20
+
+
+def test_the_tokens_of_a_timed_run_are_parted_as_the_clock_did() -> None:
+    timed = Distillation(minutes=20.0)
+    assert for_floats(timed).minutes == 18.0
+    for steps in range(1, 60):
+        codes = for_codes(timed, 1024 * steps).tokens
+        again = Distillation(tokens=1024 * steps + codes)
+        assert for_floats(again).tokens == 1024 * steps
+        assert for_codes(again, 1024 * steps).tokens == codes
+
+
+def training(before: float, after: float, minutes: float | None) -> DistillResult:
+    """One training of 2048 tokens, rolled back if it did not help."""
+    return DistillResult(
+        Path("out"), 2048, 2, before, min(before, after), after >= before, (), minutes
+    )
+
+
+def test_the_line_of_a_recovery_tells_all_of_it() -> None:
+    plain = tables.recovery(training(0.8, 0.5, 1.5))
+    kl = "KL from the dense model on held-out text"
+    assert plain == f"out is complete: 2048 tokens in 1.5 min, {kl} 0.800 -> 0.500"
+    undone = tables.recovery(training(0.8, 0.9, 1.5))
+    assert undone.endswith("1.5 min, it did not help, the weights are those from before it")
+    both = training(0.6, 0.7, 0.5).behind(training(0.8, 0.5, 1.5))
+    assert tables.recovery(both).splitlines() == [
+        f"out is complete: 4096 tokens in 2.0 min, {kl} 0.800 -> 0.600",
+        "  rounding to codes took it from 0.500 to 0.600",
+        "  the training of the codes did not help and was undone",
+    ]
+
+
+def test_the_line_of_a_recovery_in_which_nothing_helped() -> None:
+    result = training(0.9, 0.9, 0.5).behind(training(0.8, 0.8, None))
+    assert result.rolled_back
+    first, *others = tables.recovery(result).splitlines()
+    assert "4096 tokens in an unknown time, " in first and first.endswith(" 0.800 -> 0.900")
+    assert others == [
+        "  rounding to codes took it from 0.800 to 0.900",
+        "  the training as floats did not help and was undone",
+        "  the training of the codes did not help and was undone",
+    ]
