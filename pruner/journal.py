@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -76,6 +76,29 @@ def locked(directory: Path) -> Iterator[None]:
         os.close(fd)
 
 
+def blank(directory: Path) -> None:
+    """Leave an empty journal: the directory is unfinished from here on, and nothing in it counts.
+
+    Raises:
+        CapacityError: the disk is full.
+    """
+    path = directory / JOURNAL_FILE
+    with disk_full_as_error(path):
+        with open(path, "wb") as file:
+            os.fsync(file.fileno())
+        sync_directory(directory)
+
+
+def is_begun(directory: Path) -> bool:
+    """Whether a journal in `directory` says which run the files beside it belong to.
+
+    Raises:
+        CheckpointError: the journal is damaged.
+    """
+    path = directory / JOURNAL_FILE
+    return path.exists() and _key_in(_read(path)) is not None
+
+
 class Journal:
     """Append-only; call inside `locked`."""
 
@@ -90,7 +113,7 @@ class Journal:
         Its manifest goes before the key comes: a manifest beside a key belongs to that run.
         """
         journal = cls(directory, [])
-        journal._path.write_bytes(b"")
+        blank(directory)
         (directory / MANIFEST_FILE).unlink(missing_ok=True)
         journal._append({"key": key})
         journal._append({"process": os.getpid()})
@@ -105,7 +128,7 @@ class Journal:
             RefusedError: it belongs to a run with another key; the differing entries are named.
         """
         lines = _read(directory / JOURNAL_FILE)
-        began = next((line["key"] for line in lines if "key" in line), None)
+        began = _key_in(lines)
         if began is None:
             return cls.begin(directory, key)
         wanted = json.loads(json.dumps(key))
@@ -157,6 +180,10 @@ def _read(path: Path) -> list[dict[str, Any]]:
         if isinstance(value, dict):
             lines.append(value)
     return lines
+
+
+def _key_in(lines: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    return next((line["key"] for line in lines if "key" in line), None)
 
 
 def _owner(directory: Path) -> str:

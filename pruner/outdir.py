@@ -5,9 +5,11 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from ..errors import RefusedError
+from ..errors import RefusedError, UsageError
 from ..files import sync_directory
 from ..kernels.schema import JOURNAL_FILE, MANIFEST_FILE
+from .journal import blank, is_begun
+from .recover.state import STATE_FILE
 from .save import is_leftover, is_ours
 from .source import Source
 
@@ -19,8 +21,14 @@ def prepare_directory(source: Source, out: Path, resume: bool, overwrite: bool) 
     """Make `out`, or check that it may be written to.
 
     Raises:
+        UsageError: both `resume` and `overwrite`.
         RefusedError: it is the input, a file, or holds something that is not ours to replace.
     """
+    if resume and overwrite:
+        raise UsageError(
+            "--resume goes on with what --overwrite removes",
+            "give one of the two",
+        )
     if out.resolve() == source.path.resolve():
         raise RefusedError(f"{out} is the input; the input is never modified")
     if out.exists() and not out.is_dir():
@@ -40,20 +48,37 @@ def prepare_directory(source: Source, out: Path, resume: bool, overwrite: bool) 
     return out
 
 
+def held_bytes(directory: Path) -> int:
+    """Bytes of ours in `directory`: an overwriting run frees them, a resumed one has written them.
+
+    What `settle` removes in either case counts as well.
+    """
+    ours = [entry for entry in directory.iterdir() if _is_ours(entry)]
+    files = (file for entry in ours for file in (entry, *entry.rglob("*")) if not file.is_dir())
+    return sum(file.lstat().st_size for file in files)
+
+
 def settle(directory: Path, overwrite: bool) -> None:
-    """Under the lock: clear what a killed run left over, or, as asked, the whole old model."""
-    if overwrite:
-        # A journal marks the directory as unfinished from here on, whenever this is interrupted.
-        (directory / JOURNAL_FILE).touch()
-        (directory / MANIFEST_FILE).unlink(missing_ok=True)
-    for entry in sorted(directory.iterdir()):
-        if entry.name == STEPS_DIRECTORY:
-            if overwrite:
-                shutil.rmtree(entry)
-            continue
-        stale = is_leftover(entry.name) or (overwrite and is_ours(entry.name))
-        if stale and entry.name != JOURNAL_FILE:
+    """Under the lock: clear what a killed run left over, or, as asked, the whole old model.
+
+    A journal that names no run is left by a kill in here, or right after: the same goes on then.
+
+    Raises:
+        CheckpointError: the journal to go on with is damaged.
+        CapacityError: the disk is full.
+    """
+    if overwrite or not is_begun(directory):
+        _clear(directory)
+        return
+    for entry in (*directory.iterdir(), *(directory / STEPS_DIRECTORY).rglob("*")):
+        if is_leftover(entry.name):
             entry.unlink()
+
+
+def tidy(directory: Path) -> None:
+    """Remove what only an unfinished run needs, once the model in `directory` is complete."""
+    shutil.rmtree(directory / STEPS_DIRECTORY, ignore_errors=True)
+    (directory / STATE_FILE).unlink(missing_ok=True)
 
 
 def publish(inner: Path) -> None:
@@ -66,3 +91,22 @@ def publish(inner: Path) -> None:
     for entry in sorted(whole, key=lambda entry: entry.name == MANIFEST_FILE):
         entry.replace(inner.parent.parent / entry.name)
     sync_directory(inner.parent.parent)
+
+
+def _clear(directory: Path) -> None:
+    """Remove all that is ours but an empty journal.
+
+    That comes first: lines of the old one would claim, to a resumed run, files that are gone.
+    """
+    blank(directory)
+    (directory / MANIFEST_FILE).unlink(missing_ok=True)
+    for entry in sorted(directory.iterdir()):
+        if entry.name == STEPS_DIRECTORY:
+            shutil.rmtree(entry)
+        elif _is_ours(entry) and entry.name != JOURNAL_FILE:
+            entry.unlink()
+    sync_directory(directory)
+
+
+def _is_ours(entry: Path) -> bool:
+    return entry.name == STEPS_DIRECTORY or is_ours(entry.name)

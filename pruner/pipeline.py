@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from .budget.check import BudgetCheck
 from .budget.choose import check_reachable
-from .calibrate import load_text
+from .calibrate import CalibrationText, load_text
 from .device import explained_memory
 from .journal import LinearRecord, locked
 from .oneshot import OneShot, draw_sample
-from .outdir import prepare_directory, settle
+from .outdir import held_bytes, prepare_directory, settle
 from .plan import Plan, check_capacity, make_plan
 from .recipe import Recipe
 from .recover.settings import DistillResult
@@ -60,7 +60,7 @@ def prune(
     `device`, cpu, cuda or cuda:N, is where blocks are worked on.
 
     Raises:
-        UsageError: bad paths, recipe, calibration text, or device.
+        UsageError: bad paths, recipe, calibration text, or device; both `resume` and `overwrite`.
         RefusedError: `out` is taken, locked, or belongs to another run; or the model is unsafe.
         CheckpointError: the model is damaged; NaN and infinity count unless allowed.
         CapacityError: the run does not fit in memory or on the disk.
@@ -73,14 +73,11 @@ def prune(
     text = load_text(recipe.calib)
     directory = prepare_directory(source, Path(out), resume, overwrite)
     with locked(directory), explained_memory():
+        # All that can refuse the run comes before the one call that may remove a finished model.
+        check_capacity(plan, directory, held_bytes(directory))
+        go = _ready(source, directory, recipe, plan, text, progress)
         settle(directory, overwrite)
-        check_capacity(plan, directory)
-        if recipe.has_budget or recipe.recover == "distill":
-            result = InSteps(source, directory, recipe, text, progress).go(resume)
-        else:
-            sample = draw_sample(source, text, recipe)
-            one_shot = OneShot(source, directory, recipe, plan, sample, progress)
-            result = StepsResult(plan, one_shot.go(resume))
+        result = go(resume)
     return PruneResult(
         path=directory,
         plan=result.plan,
@@ -90,3 +87,19 @@ def prune(
         recovery=result.recovery,
         budget=result.budget,
     )
+
+
+def _ready(
+    source: Source,
+    directory: Path,
+    recipe: Recipe,
+    plan: Plan,
+    text: CalibrationText,
+    progress: ProgressCallback | None,
+) -> Callable[[bool], StepsResult]:
+    """The run, which has drawn its windows and written nothing; call it with `resume`."""
+    if recipe.has_budget or recipe.recover == "distill":
+        return InSteps(source, directory, recipe, text, progress).go
+    sample = draw_sample(source, text, recipe)
+    one_shot = OneShot(source, directory, recipe, plan, sample, progress)
+    return lambda resume: StepsResult(plan, one_shot.go(resume))

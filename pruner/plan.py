@@ -96,8 +96,10 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     )
 
 
-def check_capacity(plan: Plan, out: Path) -> None:
+def check_capacity(plan: Plan, out: Path, held: int) -> None:
     """Refuse a run that cannot fit in this machine's memory or on the disk of `out`.
+
+    `held` are the bytes of its own that `out` holds already, to go on with or to be removed.
 
     Raises:
         CapacityError: with both numbers.
@@ -111,8 +113,11 @@ def check_capacity(plan: Plan, out: Path) -> None:
         )
     free = shutil.disk_usage(out).free
     needed = plan.output_bytes + plan.scratch_bytes
-    if needed > free:
-        raise CapacityError(f"the run needs {needed} bytes, {free} are free on the disk of {out}")
+    if needed > free + held:
+        used = f", {held} used in it already" if held else ""
+        raise CapacityError(
+            f"the run needs {needed} bytes, {free} are free on the disk of {out}{used}"
+        )
 
 
 def _plan_linear(name: str, shape: tuple[int, int], target: Target | None) -> PlannedLinear:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import torch
+
+from .. import __version__
 from ..errors import CheckpointError, RefusedError
 from ..files import find_directory, read_json, sha256_file
 from ..kernels.formats import Sparse24
@@ -15,13 +18,13 @@ from ..runtime.checkpoint import Checkpoint
 from .calibrate import BUILTIN, CalibrationText, load_text
 from .device import explained_memory
 from .journal import Journal, locked
-from .oneshot import Progress, draw_sample
-from .outdir import STEPS_DIRECTORY, prepare_directory, settle
+from .oneshot import Progress, Sample, draw_sample
+from .outdir import STEPS_DIRECTORY, prepare_directory, settle, tidy
 from .recipe import Recipe
-from .recover.distill import check, distill
-from .recover.settings import CurvePoint, Distillation, DistillProgress, DistillResult
+from .recover.distill import _check_pair, check, distill
+from .recover.settings import Distillation, DistillProgress, DistillResult
 from .source import Source
-from .staged import StagedRecovery
+from .staged import StagedRecovery, check_steps
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ def recover(
     goes on from the last saved state. `device`, cpu, cuda or cuda:N, is where models run.
 
     Raises:
-        UsageError: bad paths, settings, or text.
+        UsageError: bad paths, settings, or text; both `resume` and `overwrite`.
         RefusedError: `out` is taken, locked, an input, or belongs to another run; `pruned` was not
             pruned from `parent`; or it is to be rounded and is not 2:4 with 16 bits.
         CheckpointError: a file is damaged.
@@ -82,21 +85,22 @@ def recover(
         raise RefusedError(f"{out} is the input; the input is never modified")
     recipe = _recipe_of(student, recovery)
     text = load_text(recovery.calib)
+    if recovery.bits == 4:
+        check_steps(source, recovery.settings)
     check(source, text.text, recovery.settings)
     directory = prepare_directory(source, Path(out), resume, overwrite)
     with locked(directory), explained_memory():
+        # All that can refuse the run comes before the one call that may remove a finished model.
+        _check_pair(source, Checkpoint.open(student), directory)
+        sample = draw_sample(source, text, recipe) if recovery.bits == 4 else None
+        key = _key(source, student, text, recovery)
         settle(directory, overwrite)
         again = resume and (directory / JOURNAL_FILE).exists()
-        key = {
-            "recovery": {k: v for k, v in asdict(recovery).items() if k != "calib"},
-            "student": sha256_file(student / MANIFEST_FILE),
-            "text": text.sha256,
-        }
         journal = (Journal.resume if again else Journal.begin)(directory, key)
         if (directory / MANIFEST_FILE).exists():  # a kill came while the run tidied up
             result = _result_of(directory)
-        elif recovery.bits == 4:
-            result = _in_stages(source, student, directory, recipe, text, recovery, progress)
+        elif sample is not None:
+            result = _in_stages(source, student, directory, recipe, sample, recovery, progress)
         else:
             result = distill(
                 student,
@@ -107,9 +111,28 @@ def recover(
                 resume=again,
                 progress=progress,
             )
-        shutil.rmtree(directory / STEPS_DIRECTORY, ignore_errors=True)
+        tidy(directory)
         journal.remove()
     return result
+
+
+def _key(
+    source: Source, student: Path, text: CalibrationText, recovery: Recovery
+) -> dict[str, Any]:
+    """All that decides the output, as `OneShot.key`; a run is only ever resumed under the same."""
+    import transformers
+
+    return {
+        "recovery": {k: v for k, v in asdict(recovery).items() if k != "calib"},
+        "student": sha256_file(student / MANIFEST_FILE),
+        "text": text.sha256,
+        "halfweave": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": str(source.device),
+        "threads": torch.get_num_threads(),
+        "base": {"name": source.path.resolve().name, "sha256": source.hashes},
+    }
 
 
 def _in_stages(
@@ -117,13 +140,12 @@ def _in_stages(
     student: Path,
     directory: Path,
     recipe: Recipe,
-    text: CalibrationText,
+    sample: Sample,
     recovery: Recovery,
     progress: Callable[[Progress | DistillProgress], None] | None,
 ) -> DistillResult:
     work = directory / STEPS_DIRECTORY
     work.mkdir(exist_ok=True)
-    sample = draw_sample(source, text, recipe)
     staged = StagedRecovery(
         source, student, directory, work, recipe, recovery.settings, sample, progress
     )
@@ -133,16 +155,7 @@ def _in_stages(
 def _result_of(directory: Path) -> DistillResult:
     """What an earlier process did, which had no time left to say so."""
     record = read_json(directory / MANIFEST_FILE)["provenance"]["recovery"]
-    return DistillResult(
-        path=directory,
-        tokens=record["tokens"],
-        steps=record["steps"],
-        before=record["held_out_kl"]["before"],
-        after=record["held_out_kl"]["after"],
-        rolled_back=record["rolled_back"],
-        curve=tuple(CurvePoint(minutes=0.0, **point) for point in record["curve"]),
-        minutes=0.0,
-    )
+    return DistillResult.of_record(directory, record)
 
 
 def _recipe_of(student: Path, recovery: Recovery) -> Recipe:

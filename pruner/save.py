@@ -22,13 +22,15 @@ from ..kernels.schema import (
 from ..kernels.shards import INDEX_FILE, read_shard
 from .card import model_card
 from .journal import LinearRecord, ShardRecord
+from .recover.state import STATE_FILE
 from .source import SIDE_FILES, Source
 from .tensors import save_tensors
 
 
 def is_ours(name: str) -> bool:
     """Whether a file of this name is one that a run writes, finished or left over from a kill."""
-    written = (INDEX_FILE, MANIFEST_FILE, JOURNAL_FILE, "config.json", "README.md", *SIDE_FILES)
+    ends = (INDEX_FILE, MANIFEST_FILE, "config.json", "README.md", *SIDE_FILES)
+    written = (*ends, JOURNAL_FILE, STATE_FILE)
     shard = name.startswith("model-") and name.endswith(".safetensors")
     return shard or name in written or is_leftover(name)
 

@@ -6,7 +6,6 @@ itself says that it is unfinished, and under which key. Each step is resumable i
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -21,14 +20,14 @@ from .calibrate import CalibrationText
 from .card import BUDGET_HEADING, budget_section
 from .journal import Journal
 from .oneshot import OneShot, OneShotResult, Progress, Sample, draw_sample
-from .outdir import STEPS_DIRECTORY, publish
+from .outdir import STEPS_DIRECTORY, publish, tidy
 from .plan import Plan, make_plan
 from .recipe import Pattern, Recipe
 from .recover.distill import check as check_distillation
 from .recover.distill import distill
 from .recover.settings import Distillation, DistillProgress, DistillResult
 from .source import Source, token_ids
-from .staged import StagedRecovery
+from .staged import StagedRecovery, check_steps
 
 # What a run tells: a budget's plan once, when it is made, and progress of every step.
 ProgressEvent = Progress | BudgetProgress | BudgetPlan | DistillProgress
@@ -56,10 +55,22 @@ class InSteps:
         text: CalibrationText,
         progress: ProgressCallback | None,
     ) -> None:
+        """Write nothing yet, but check all that can be told from the inputs.
+
+        Raises:
+            UsageError: the text, or the distillation, is too short.
+            CheckpointError: the model has no usable tokenizer.
+            CapacityError: the distillation does not fit in memory.
+        """
         self._source, self._directory, self._recipe = source, directory, recipe
         self._text, self._progress = text, progress
         self._steps = directory / STEPS_DIRECTORY
         self._pruned = self._steps / "pruned"
+        if recipe.recover == "distill":
+            if self._ends_in_codes:
+                check_steps(source, self._distillation)
+            check_distillation(source, text.text, self._distillation)
+        self._sample = self._draw()
 
     def go(self, resume: bool) -> StepsResult:
         """Do what is left to do.
@@ -69,8 +80,6 @@ class InSteps:
             UsageError, CheckpointError, CapacityError, HalfweaveError: as `prune`.
         """
         distills = self._recipe.recover == "distill"
-        if distills:
-            check_distillation(self._source, self._text.text, self._distillation)
         key = self._one_shot(self._recipe, self._directory).key
         again = resume and (self._directory / JOURNAL_FILE).exists()
         journal = (Journal.resume if again else Journal.begin)(self._directory, key)
@@ -92,7 +101,7 @@ class InSteps:
                 recovery = self._distill()
             else:
                 publish(self._pruned)
-        shutil.rmtree(self._steps, ignore_errors=True)
+        tidy(self._directory)
         journal.remove()
         made = self._one_shot(recipe, self._directory).result()
         pruned = replace(made, resumed_blocks=pruned.resumed_blocks)
@@ -106,8 +115,7 @@ class InSteps:
     def _windows(self) -> BudgetWindows:
         return cut_windows(token_ids(self._source, self._text.text), self._recipe)
 
-    @cached_property
-    def _sample(self) -> Sample:
+    def _draw(self) -> Sample:
         """A budget's model is fitted to the budget's own windows, to keep the judging ones out."""
         if self._recipe.has_budget:
             return Sample(self._text, self._windows.fit)

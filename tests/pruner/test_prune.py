@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,10 +22,12 @@ from halfweave.errors import (
 )
 from halfweave.files import sha256_file
 from halfweave.pruner import plan as plan_module
+from halfweave.pruner.device import explained_memory
 from halfweave.pruner.masks import is_n_of_m
 from halfweave.pruner.oneshot import Progress
 from halfweave.pruner.pipeline import plan_prune, prune
 from halfweave.pruner.recipe import METHODS, Recipe
+from halfweave.pruner.recover import memory as memory_module
 from halfweave.runtime.checkpoint import Checkpoint
 from support.pruning import TEXT, everything, recipe, set_weight
 from support.tiny import Tiny, dense_model, edit_json, save_tiny
@@ -311,6 +315,57 @@ def test_row_12_and_16_a_run_that_cannot_fit_is_refused_with_both_numbers(
     monkeypatch.setattr(plan_module.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(CapacityError, match=r"needs \d+ bytes, 1000 are free"):
         prune(tiny_model, tmp_path / "b", recipe())
+
+
+def test_a_run_that_is_refused_leaves_the_model_it_was_to_replace(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, short = tmp_path / "out", tmp_path / "short.txt"
+    prune(tiny_model, out, recipe())
+    before = everything(out)
+    short.write_text("too short")
+    distilled = recipe(recover="distill", recover_tokens=4096)
+    budget = recipe(target_bytes=0.9, calib_windows=16)
+    with pytest.raises(UsageError, match="1024 tokens are one step"):
+        prune(tiny_model, out, replace(distilled, bits=4, recover_tokens=1024), overwrite=True)
+    for chosen in (recipe(), distilled, budget):
+        with pytest.raises(UsageError, match=r"calibration text|held-out windows"):
+            prune(tiny_model, out, replace(chosen, calib=str(short)), overwrite=True)
+    monkeypatch.setattr(memory_module, "available_memory_bytes", lambda *_: 2**20)
+    with pytest.raises(CapacityError, match="the recovery needs"):
+        prune(tiny_model, out, distilled, overwrite=True)
+    monkeypatch.setattr(plan_module, "available_memory_bytes", lambda *_: 2**20)
+    with pytest.raises(CapacityError, match="the run needs"):
+        prune(tiny_model, out, recipe(), overwrite=True)
+    assert everything(out) == before
+
+
+def test_the_room_that_overwriting_makes_counts_as_free(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    prune(tiny_model, out, recipe())
+    (out / "notes.txt").write_text("mine, and here to stay")
+    before = everything(out)
+    ours = sum(len(data) for name, data in before.items() if name != "notes.txt")
+    # Of a run that needs more than the model that is there.
+    chosen = recipe(recover="distill", recover_tokens=1024)
+    plan = plan_prune(tiny_model, chosen)
+    least = plan.output_bytes + plan.scratch_bytes - ours
+    usage = shutil.disk_usage(tmp_path)._replace(free=least - 1)
+    monkeypatch.setattr(plan_module.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(CapacityError, match=rf"{least - 1} are free .* {ours} used in it already"):
+        prune(tiny_model, out, chosen, overwrite=True)
+    assert everything(out) == before
+    monkeypatch.setattr(plan_module.shutil, "disk_usage", lambda _: usage._replace(free=least))
+    prune(tiny_model, out, chosen, overwrite=True)
+    assert (out / "notes.txt").exists()
+
+
+def test_going_on_and_starting_over_exclude_each_other(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--resume goes on with what --overwrite removes"):
+        prune(tiny_model, tmp_path / "out", recipe(), resume=True, overwrite=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_row_17_awkward_names_and_a_read_only_source_work(tiny_model: Path, tmp_path: Path) -> None:

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from halfweave.errors import CapacityError, CheckpointError, RefusedError
-from halfweave.pruner.journal import locked
+from halfweave.pruner import plan as plan_module
+from halfweave.pruner.journal import Journal, locked
 from halfweave.pruner.oneshot import Progress
-from halfweave.pruner.pipeline import prune
+from halfweave.pruner.outdir import STEPS_DIRECTORY
+from halfweave.pruner.pipeline import plan_prune, prune
 from halfweave.pruner.recipe import Recipe
+from halfweave.pruner.recover.state import STATE_FILE
 from halfweave.runtime.checkpoint import Checkpoint
 from support.pruning import everything, recipe, set_weight
 from support.tiny import Tiny, save_tiny
@@ -148,3 +153,90 @@ def test_row_12_a_disk_that_fills_up_leaves_a_run_that_resumes(
     prune(tiny_model, out, recipe(), resume=True)
     prune(tiny_model, tmp_path / "whole", recipe())
     assert everything(out) == everything(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("removed", [0, 1, 2, None])
+def test_a_run_killed_while_it_overwrites_starts_anew(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, removed: int | None
+) -> None:
+    """The kill comes after `removed` files are gone, or (None) all, before the journal begins."""
+    out = tmp_path / "out"
+    interrupted(tiny_model, out, recipe())
+    real, gone = os.unlink, 0
+
+    def unlink(*arguments: Any, **options: Any) -> None:
+        nonlocal gone
+        if gone == removed:
+            raise KeyboardInterrupt
+        gone += (out / Path(arguments[0]).name).exists()
+        real(*arguments, **options)
+
+    def begin(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    monkeypatch.setattr(Journal, "begin", begin)
+    with pytest.raises(KeyboardInterrupt):
+        prune(tiny_model, out, recipe(), overwrite=True)
+    monkeypatch.undo()
+    with pytest.raises(RefusedError, match="an unfinished run"):
+        prune(tiny_model, out, recipe())
+    assert prune(tiny_model, out, recipe(), resume=True).resumed_blocks == 0
+    prune(tiny_model, tmp_path / "whole", recipe())
+    assert everything(out) == everything(tmp_path / "whole")
+
+
+def test_a_run_killed_while_it_overwrites_may_be_resumed_as_another(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    prune(tiny_model, out, recipe())
+    (out / STATE_FILE).write_bytes(b"of a training long ago")
+
+    def unlink(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    with pytest.raises(KeyboardInterrupt):
+        prune(tiny_model, out, recipe(seed=1), overwrite=True)
+    monkeypatch.undo()
+    prune(tiny_model, out, recipe(seed=2), resume=True)
+    prune(tiny_model, tmp_path / "whole", recipe(seed=2))
+    assert everything(out) == everything(tmp_path / "whole")
+
+
+def test_a_resumed_run_needs_room_only_for_what_is_left(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, chosen in (
+        ("plain", recipe()),
+        ("distilled", recipe(recover="distill", recover_tokens=1024)),
+    ):
+        out = tmp_path / name
+        interrupted(tiny_model, out, chosen)
+        held = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+        plan = plan_prune(tiny_model, chosen)
+        assert held > plan.output_bytes / 4
+        least = plan.output_bytes + plan.scratch_bytes - held
+        usage = shutil.disk_usage(tmp_path)
+        for free in (least - 1, least):
+            found = usage._replace(free=free)
+            monkeypatch.setattr(plan_module.shutil, "disk_usage", lambda _, found=found: found)
+            if free < least:
+                with pytest.raises(CapacityError, match="are free on the disk"):
+                    prune(tiny_model, out, chosen, resume=True)
+            else:
+                assert prune(tiny_model, out, chosen, resume=True).resumed_blocks == 1
+        monkeypatch.undo()
+
+
+def test_what_a_killed_writer_left_in_a_step_takes_no_room(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    out, chosen = tmp_path / "out", recipe(recover="distill", recover_tokens=1024)
+    interrupted(tiny_model, out, chosen)
+    half = out / STEPS_DIRECTORY / "pruned" / ".model-00003-of-00003.safetensors.x.tmp"
+    half.write_bytes(b"half")
+    seen: list[bool] = []
+    prune(tiny_model, out, chosen, resume=True, progress=lambda _: seen.append(half.exists()))
+    assert seen and not any(seen)

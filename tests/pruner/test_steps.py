@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from halfweave.errors import CheckpointError, RefusedError, UsageError
 from halfweave.files import read_json
+from halfweave.kernels.schema import JOURNAL_FILE
 from halfweave.pruner.budget.choose import BudgetPlan
 from halfweave.pruner.oneshot import Progress
 from halfweave.pruner.pipeline import prune
 from halfweave.pruner.recipe import Recipe
+from halfweave.pruner.recover import run as run_module
 from halfweave.pruner.recover.settings import DistillProgress
+from halfweave.pruner.recover.state import STATE_FILE
 from halfweave.pruner.recovery import Recovery, recover
 from halfweave.pruner.steps import ProgressEvent
 from halfweave.runtime.checkpoint import Checkpoint
 from halfweave.runtime.eval import evaluate
 from halfweave.runtime.model import load_model
-from support.pruning import TEXT, everything, recipe
-from support.tiny import Tiny, save_tiny
+from support.pruning import TEXT, everything, recipe, set_weight
+from support.tiny import Tiny, edit_json, save_tiny
 
 TOKENS = 4096
 HELPER = Path(__file__).parents[1] / "support" / "kill_every_write.py"
@@ -79,7 +86,7 @@ def test_the_recipe_of_a_timed_run_gives_its_bytes_again(tiny_model: Path, tmp_p
     result = prune(tiny_model, tmp_path / "timed", timed)
     assert result.recovery is not None
     again = Recipe.read(tmp_path / "timed" / "halfweave.json")
-    assert again.recover_tokens > result.recovery.tokens > 0
+    assert again.recover_tokens == result.recovery.tokens > 0
     prune(tiny_model, tmp_path / "again", again)
     for shard in (tmp_path / "timed").glob("*.safetensors"):
         assert shard.read_bytes() == (tmp_path / "again" / shard.name).read_bytes()
@@ -109,6 +116,109 @@ def test_recovery_goes_on_after_an_interrupt_and_only_if_asked_to(
     assert isinstance(seen[0], Progress)  # the training before the rounding was done
     recover(*arguments[:2], tmp_path / "whole", chosen)
     assert everything(tmp_path / "out") == everything(tmp_path / "whole")
+
+
+def test_recovery_is_not_resumed_with_another_thread_count(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """Not even before the second training has saved a state that says under which it began."""
+    prune(tiny_model, tmp_path / "plain", recipe())
+    arguments = (tmp_path / "plain", tiny_model, tmp_path / "out")
+    chosen = Recovery(calib=str(TEXT), tokens=TOKENS, bits=4, group=32)
+    seen: list[Progress | DistillProgress] = []
+
+    def stop(step: Progress | DistillProgress) -> None:
+        if isinstance(step, DistillProgress) and seen and isinstance(seen[-1], Progress):
+            raise KeyboardInterrupt
+        seen.append(step)
+
+    with pytest.raises(KeyboardInterrupt):
+        recover(*arguments, chosen, progress=stop)
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(RefusedError, match="cannot resume: threads changed"):
+            recover(*arguments, chosen, resume=True)
+    finally:
+        torch.set_num_threads(1)
+    began = json.loads((tmp_path / "out" / JOURNAL_FILE).read_text().strip().splitlines()[0])["key"]
+    made = read_json(tmp_path / "plain" / "halfweave.json")["provenance"]
+    for name in ("halfweave", "torch", "transformers", "device", "threads", "base"):
+        assert began[name] == made[name]
+
+
+def stopped_in_training(model: Path, out: Path, chosen: Recipe) -> None:
+    """Leave a run behind that has saved a state of its training, as a timed one does at once."""
+
+    def stop(step: ProgressEvent) -> None:
+        if isinstance(step, DistillProgress) and (out / STATE_FILE).exists():
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prune(model, out, chosen, progress=stop)
+
+
+@pytest.mark.parametrize("changes", [{}, DISTILL])
+def test_overwriting_leaves_nothing_of_an_unfinished_training(
+    tiny_model: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    out = tmp_path / "out"
+    stopped_in_training(tiny_model, out, recipe(recover="distill", recover_minutes=5.0))
+    prune(tiny_model, out, recipe(**changes), overwrite=True)
+    prune(tiny_model, tmp_path / "fresh", recipe(**changes))
+    assert everything(out) == everything(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_kill_after_the_manifest_leaves_no_state_in_the_finished_model(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alone: bool
+) -> None:
+    out, real = tmp_path / "out", run_module.write_checkpoint
+    prune(tiny_model, tmp_path / "plain", recipe())
+
+    def run(resume: bool) -> None:
+        if alone:
+            chosen = Recovery(calib=str(TEXT), tokens=TOKENS)
+            recover(tmp_path / "plain", tiny_model, out, chosen, resume=resume)
+        else:
+            prune(tiny_model, out, recipe(**DISTILL), resume=resume)
+
+    def killed(*arguments: Any) -> None:
+        real(*arguments)
+        (out / STATE_FILE).write_bytes(b"of a training that takes longer than this one")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_module, "write_checkpoint", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(resume=False)
+    monkeypatch.undo()
+    run(resume=True)
+    assert (out / "halfweave.json").exists()
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
+
+
+def test_recovery_that_is_refused_leaves_the_model_it_was_to_replace(
+    tiny_model: Path, copy_of: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    plain, out, other = tmp_path / "plain", tmp_path / "out", copy_of(tiny_model)
+    for directory in (plain, out):
+        prune(tiny_model, directory, recipe())
+    before = everything(out)
+    set_weight(other, "model.norm.weight", lambda w: w.add_(1))
+    chosen = Recovery(calib=str(TEXT), tokens=TOKENS)
+    with pytest.raises(RefusedError, match="was not pruned from"):
+        recover(plain, other, out, chosen, overwrite=True)
+    with pytest.raises(UsageError, match="--resume goes on with what --overwrite removes"):
+        recover(plain, tiny_model, out, chosen, resume=True, overwrite=True)
+    edit_json(plain / "halfweave.json", lambda file: file["recipe"].update(calib_length=10**6))
+    with pytest.raises(UsageError, match="the calibration text has"):
+        recover(plain, tiny_model, out, replace(chosen, bits=4), overwrite=True)
+    with pytest.raises(UsageError, match="1024 tokens are one step"):
+        recover(plain, tiny_model, out, replace(chosen, bits=4, tokens=1024), overwrite=True)
+    shard = plain / "model-00002-of-00003.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    with pytest.raises(CheckpointError, match="damaged"):
+        recover(plain, tiny_model, out, chosen, overwrite=True)
+    assert everything(out) == before
 
 
 def test_recovery_refuses_what_is_no_pruned_model_or_is_its_own_input(
