@@ -126,12 +126,7 @@ def _recipe(pruning: Pruning, file: Path | None) -> Recipe:
 
     base = Recipe() if file is None else Recipe.read(file)
     given = {name: value for name, value in vars(pruning).items() if value is not None}
-    if given.keys() & {"max_ppl_ratio", "target_bytes"} and given.keys() & {"pattern", "bits"}:
-        raise UsageError(
-            "a budget chooses pattern and bits for each linear itself",
-            "leave out --pattern and --bits, or --max-ppl-ratio and --target-bytes",
-        )
-    return Recipe(**{**vars(base), **given})
+    return base.changed(given)
 
 
 def _tell_progress(console: Console, bar: Progress, step: PruneEvent) -> None:

@@ -14,13 +14,16 @@ from typing import Protocol
 
 import torch
 
-from ..kernels.formats import Dense, Int4, Int8, Sparse24Int4
+from ..kernels.formats import Int4
 from .budget.search import MOST_MEASUREMENTS
-from .budget.sizes import stored_bytes
+from .budget.sizes import SOLVED, stored_bytes
 from .budget.windows import SENSED_TOKENS, checked_windows, judged_windows
 from .guard import held_out_windows
 from .methods.base import Target
+from .pack import why_not
 from .recipe import CHOICES, Pattern, Recipe
+from .recover.memory import MOST_TARGETS_BYTES, needed_bytes
+from .recover.settings import Distillation
 from .source import Source
 from .stream import TOKENS_PER_BATCH
 from .walk import waiting_bytes, waiting_share
@@ -96,10 +99,12 @@ def _search(source: Source, linears: Sequence[Linear], recipe: Recipe) -> tuple[
     judged = length * judged_windows(recipe)
     flops = (2 + _BACKWARD) * SENSED_TOKENS * forward
     flops += fitted * (_FORWARD_SLOWDOWN * forward + hessians)
-    flops += MOST_MEASUREMENTS * judged * (_FORWARD_SLOWDOWN * forward + head)
+    # The dense model on both sets of windows, those that are tried on one, the result on the other.
+    measured = (MOST_MEASUREMENTS + 3) * judged
+    flops += measured * (_FORWARD_SLOWDOWN * forward + head)
     seconds = 0.0
     for linear in linears:
-        for kind in (Sparse24Int4.kind, Int4.kind):
+        for kind in SOLVED:
             assumed = _Assumed(linear.name, linear.shape, recipe, kind)
             more, passes = _solver(linear, assumed.target, recipe.method)
             flops, seconds = flops + more, seconds + passes
@@ -164,9 +169,23 @@ def _distillation_seconds(source: Source, recipe: Recipe) -> float:
 
 
 def estimate_memory(source: Source, linears: Sequence[Linear], recipe: Recipe) -> int:
-    """Bytes at the peak, with the passes that wait for as long as there is room for them."""
+    """Bytes at the peak, with the passes that wait for as long as there is room for them.
+
+    Raises:
+        UsageError: the recipe asks for a distillation that means nothing.
+    """
     share, waiting = _waiting(source, linears, recipe)
-    return _least_memory(source, linears, recipe) + int(share * waiting)
+    pruning = _least_memory(source, linears, recipe) + int(share * waiting)
+    return max(pruning, _distillation_memory(source, recipe))
+
+
+def _distillation_memory(source: Source, recipe: Recipe) -> int:
+    """Of a text that is long enough to fill what the parent's outputs may take."""
+    if recipe.recover != "distill":
+        return 0
+    settings = Distillation(minutes=recipe.recover_minutes, tokens=recipe.recover_tokens)
+    fitted = settings.fitted(source.config.get("max_position_embeddings"))
+    return needed_bytes(source, fitted, MOST_TARGETS_BYTES)
 
 
 def _waiting(source: Source, linears: Sequence[Linear], recipe: Recipe) -> tuple[float, int]:
@@ -210,11 +229,12 @@ def _least_memory(source: Source, linears: Sequence[Linear], recipe: Recipe) -> 
 
 def estimate_scratch(source: Source, linears: Sequence[Linear], recipe: Recipe, output: int) -> int:
     """Bytes on the disk that only an unfinished run holds, beside its `output`."""
-    if recipe.has_budget:
-        solved = [kind for kind in CHOICES if kind not in (Dense.kind, Int8.kind)]
-        names = [linear.name for linear in linears]
-        return output + sum(
-            stored_bytes(source, name, kind, recipe.group) for name in names for kind in solved
+    if recipe.has_budget:  # candidates; the model is made beside them and moved, not copied
+        return sum(
+            stored_bytes(source, linear.name, kind, recipe.group)
+            for linear in linears
+            for kind in SOLVED
+            if not why_not(linear.shape, _Assumed(linear.name, linear.shape, recipe, kind).target)
         )
     if recipe.recover != "distill":
         return 0

@@ -35,10 +35,11 @@ def parse_device(name: str) -> torch.device:
 def available_memory_bytes(device: torch.device | None = None) -> int | None:
     """Memory that can be used without swapping, or None where the system does not say.
 
-    The computer's, or that of a GPU.
+    The computer's, or that of a GPU, with what this process keeps of it for tensors to come.
     """
     if device is not None and device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + idle
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
@@ -56,5 +57,6 @@ def explained_memory() -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise CapacityError(
             f"the GPU's memory is full: {str(error).splitlines()[0]}",
-            "use fewer or shorter calibration windows, or --device cpu; --resume goes on",
+            "--resume goes on once other programs have left the GPU; --overwrite starts anew, with "
+            "--device cpu or, where it was pruning, fewer windows (--calib-windows)",
         ) from error

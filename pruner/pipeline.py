@@ -39,8 +39,11 @@ class PruneResult:
 
 
 def plan_prune(model: str | Path, recipe: Recipe, device: str = "cpu") -> Plan:
-    """What `prune` would do, without doing it (`--dry-run`). Raises as `prune` does."""
-    return make_plan(Source.open(model, device), recipe)
+    """What `prune` would do, without doing it (`--dry-run`).
+
+    Raises what `prune` raises of the model and the recipe.
+    """
+    return _planned(Source.open(model, device), recipe)
 
 
 def prune(
@@ -68,8 +71,7 @@ def prune(
     started = time.perf_counter()
     recipe = recipe or Recipe()
     source = Source.open(model, device)
-    plan = make_plan(source, recipe)
-    check_reachable(source, recipe)
+    plan = _planned(source, recipe)
     text = load_text(recipe.calib)
     directory = prepare_directory(source, Path(out), resume, overwrite)
     with locked(directory), explained_memory():
@@ -89,6 +91,12 @@ def prune(
     )
 
 
+def _planned(source: Source, recipe: Recipe) -> Plan:
+    plan = make_plan(source, recipe)
+    check_reachable(source, recipe)
+    return plan
+
+
 def _ready(
     source: Source,
     directory: Path,
@@ -98,7 +106,7 @@ def _ready(
     progress: ProgressCallback | None,
 ) -> Callable[[bool], StepsResult]:
     """The run, which has drawn its windows and written nothing; call it with `resume`."""
-    if recipe.has_budget or recipe.recover == "distill":
+    if recipe.is_for_budget or recipe.recover == "distill":
         return InSteps(source, directory, recipe, text, progress).go
     sample = draw_sample(source, text, recipe)
     one_shot = OneShot(source, directory, recipe, plan, sample, progress)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 from ..errors import CapacityError, UsageError
 from ..kernels.formats import Dense, expected_tensors, needs_group
 from .cost import estimate_memory, estimate_scratch, estimate_seconds
-from .device import available_memory_bytes
+from .device import available_memory_bytes, parse_device
 from .methods.base import Target
 from .pack import stored_format, why_not
 from .recipe import CHOICES, Pattern, Recipe
@@ -42,8 +43,9 @@ class Plan:
     input_bytes: int
     output_bytes: int  # at most, where a budget has yet to choose formats
     scratch_bytes: int  # on the same disk, while the run lasts
-    peak_memory_bytes: int
+    peak_memory_bytes: int  # of `device`
     seconds: float
+    device: str
 
     @property
     def kept_dense(self) -> tuple[PlannedLinear, ...]:
@@ -66,13 +68,16 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     """Plan a run.
 
     Raises:
-        UsageError: `recipe.strict`, and some linear cannot take the pattern.
+        UsageError: the windows are longer than the model's context; a choice is of a linear that
+            the model does not have; or `recipe.strict`, and some linear cannot take the pattern.
     """
+    _check_length(source, recipe)
     linears = tuple(
         _plan_linear(name, source.linear_shape(name), target_of(recipe, name))
         for index in range(source.block_count)
         for name in source.linear_names(index)
     )
+    _check_names(linears, recipe)
     unfit = [linear for linear in linears if linear.reason and not recipe.choices]
     if recipe.strict and unfit:
         raise UsageError(
@@ -93,6 +98,7 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
         scratch_bytes=estimate_scratch(source, linears, recipe, output),
         peak_memory_bytes=estimate_memory(source, linears, recipe),
         seconds=estimate_seconds(source, linears, recipe),
+        device=str(source.device),
     )
 
 
@@ -104,12 +110,13 @@ def check_capacity(plan: Plan, out: Path, held: int) -> None:
     Raises:
         CapacityError: with both numbers.
     """
-    available = available_memory_bytes()
+    available = available_memory_bytes(parse_device(plan.device))
     if available is not None and plan.peak_memory_bytes > available:
         raise CapacityError(
             f"the run needs about {plan.peak_memory_bytes / 2**30:.1f} GiB of memory, "
             f"{available / 2**30:.1f} GiB are available",
-            "use fewer or shorter calibration windows (--calib-windows, --calib-length)",
+            "use fewer or shorter calibration windows (--calib-windows, --calib-length), and no "
+            "--recover distill",
         )
     free = shutil.disk_usage(out).free
     needed = plan.output_bytes + plan.scratch_bytes
@@ -117,6 +124,26 @@ def check_capacity(plan: Plan, out: Path, held: int) -> None:
         used = f", {held} used in it already" if held else ""
         raise CapacityError(
             f"the run needs {needed} bytes, {free} are free on the disk of {out}{used}"
+        )
+
+
+def _check_length(source: Source, recipe: Recipe) -> None:
+    context = source.config.get("max_position_embeddings")
+    if isinstance(context, int) and recipe.calib_length > context:
+        raise UsageError(
+            f"calib_length {recipe.calib_length} is more than the {context} positions that the "
+            "model has learned (max_position_embeddings)",
+            f"--calib-length {context} at most",
+        )
+
+
+def _check_names(linears: Sequence[PlannedLinear], recipe: Recipe) -> None:
+    unknown = sorted(recipe.choices.keys() - {linear.name for linear in linears})
+    if unknown:
+        raise UsageError(
+            f"{len(unknown)} of the recipe's choices are of linears that the model does not have, "
+            f"{unknown[0]} for one",
+            "prune the model that the recipe was made for, or take the choices out of it",
         )
 
 

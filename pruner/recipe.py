@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,10 @@ class Recipe:
 
     With a budget, `max_ppl_ratio` (perplexity over the dense model's) or `target_bytes` (a share of
     its weight files), every linear gets a format of its own, which `choices` records by name; 0 is
-    no budget.
+    no budget. A recipe of both repeats the run that chose: nothing is searched, the choices are
+    taken as they are. `changed` with a budget starts a new search. Choices may stand without a
+    budget too; a linear without one stays dense. With a budget or choices `pattern` and `bits` say
+    nothing, and must be left at their defaults.
     """
 
     method: str = "admm"
@@ -132,6 +135,9 @@ class Recipe:
         _require(self.block_epochs > 0, "block_epochs must be at least 1")
         _require(self.max_ppl_ratio == 0 or self.max_ppl_ratio > 1, "max_ppl_ratio must be above 1")
         _require(0 <= self.target_bytes < 1, "target_bytes is a share of the dense model, below 1")
+        self._check_formats()
+
+    def _check_formats(self) -> None:
         _require(
             not (self.max_ppl_ratio and self.target_bytes),
             "max_ppl_ratio and target_bytes are two budgets; give one",
@@ -142,11 +148,44 @@ class Recipe:
         )
         unknown = sorted(set(self.choices.values()) - CHOICES.keys())
         _require(not unknown, f"choices: {unknown} are none of {', '.join(CHOICES)}")
+        if (self.pattern, self.bits) != (Recipe.pattern, Recipe.bits):
+            self._require_one_format()
+
+    def _require_one_format(self) -> None:
+        """Refuse that a pattern or bits are asked for."""
+        if self.is_for_budget:
+            raise UsageError(
+                "a budget chooses pattern and bits for each linear itself",
+                "leave out --pattern and --bits, here and in the recipe, or --max-ppl-ratio and "
+                "--target-bytes",
+            )
+        _require(not self.choices, "the recipe's choices give each linear its pattern and bits")
+
+    @property
+    def is_for_budget(self) -> bool:
+        """Made for a budget, whether the formats are still to be chosen or were chosen before."""
+        return bool(self.max_ppl_ratio or self.target_bytes)
 
     @property
     def has_budget(self) -> bool:
         """Formats are still to be chosen."""
-        return bool(self.max_ppl_ratio or self.target_bytes) and not self.choices
+        return self.is_for_budget and not self.choices
+
+    def changed(self, changes: Mapping[str, Any]) -> Recipe:
+        """The recipe with other values of some fields, by name.
+
+        A budget among them, or its 0, replaces the other budget and what was chosen for it.
+
+        Raises:
+            UsageError: an impossible value; or a pattern or bits, be they the defaults, beside a
+                budget or choices.
+        """
+        budgets = {"max_ppl_ratio": 0.0, "target_bytes": 0.0}
+        before = {**budgets, "choices": {}} if changes.keys() & budgets.keys() else {}
+        found = replace(self, **{**before, **changes})
+        if changes.keys() & {"pattern", "bits"}:
+            found._require_one_format()
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as written into the manifest."""

@@ -21,7 +21,7 @@ from .journal import Journal, locked
 from .oneshot import Progress, Sample, draw_sample
 from .outdir import STEPS_DIRECTORY, prepare_directory, settle, tidy
 from .recipe import Recipe
-from .recover.distill import _check_pair, check, distill
+from .recover.distill import check, check_pair, distill
 from .recover.settings import Distillation, DistillProgress, DistillResult
 from .source import Source
 from .staged import StagedRecovery, check_steps
@@ -91,7 +91,7 @@ def recover(
     directory = prepare_directory(source, Path(out), resume, overwrite)
     with locked(directory), explained_memory():
         # All that can refuse the run comes before the one call that may remove a finished model.
-        _check_pair(source, Checkpoint.open(student), directory)
+        check_pair(source, Checkpoint.open(student), directory)
         sample = draw_sample(source, text, recipe) if recovery.bits == 4 else None
         key = _key(source, student, text, recovery)
         settle(directory, overwrite)

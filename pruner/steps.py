@@ -89,6 +89,9 @@ class InSteps:
         if manifest.exists():  # complete already, if the run was killed while it tidied up
             recipe = Recipe.read(manifest)
             pruned = self._one_shot(recipe, self._directory).result()
+            if distills:
+                record = read_json(manifest)["provenance"]["recovery"]
+                recovery = DistillResult.of_record(self._directory, record)
         else:
             formats = self._formats() if self._recipe.has_budget else None
             recipe = replace(self._recipe, choices=formats.choices) if formats else self._recipe
@@ -117,7 +120,7 @@ class InSteps:
 
     def _draw(self) -> Sample:
         """A budget's model is fitted to the budget's own windows, to keep the judging ones out."""
-        if self._recipe.has_budget:
+        if self._recipe.is_for_budget:
             return Sample(self._text, self._windows.fit)
         return draw_sample(self._source, self._text, self._recipe)
 

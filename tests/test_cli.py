@@ -295,8 +295,9 @@ def test_prune_json_is_one_document_with_every_linear(
 
 def test_the_plan_of_a_budget_promises_no_format(halfweave: Command, tiny_model: Path) -> None:
     dense = sum(file.stat().st_size for file in tiny_model.glob("*.safetensors"))
-    plain = halfweave("prune", tiny_model, "never", "--dry-run", "--json").document["plan"]
-    flags = ("--max-ppl-ratio", 1.2, "--dry-run")
+    short = ("--calib-length", 64, "--dry-run")
+    plain = halfweave("prune", tiny_model, "never", *short, "--json").document["plan"]
+    flags = ("--max-ppl-ratio", 1.2, *short)
     assert "formats of a budget's choice" in halfweave("prune", tiny_model, "never", *flags).out
     plan = halfweave("prune", tiny_model, "never", *flags, "--json").document["plan"]
     assert plain["output_bytes"] < plan["output_bytes"] == plan["input_bytes"] <= dense
@@ -343,6 +344,36 @@ def test_a_budget_beside_a_pattern_exits_2(
     flags = ("--max-ppl-ratio", 1.2, "--pattern", "2:4")
     ran = halfweave("prune", tiny_model, tmp_path / "out", *flags)
     assert_error(ran, 2, "a budget chooses pattern and bits", "leave out --pattern")
+
+
+def test_a_budget_over_the_recipe_of_another_starts_a_new_search(
+    halfweave: Command, tiny_model: Path, tmp_path: Path
+) -> None:
+    linear, file = "model.layers.0.mlp.up_proj", tmp_path / "old.json"
+    old = Recipe(calib_length=16, target_bytes=0.9, choices={linear: "int4"})
+    file.write_text(json.dumps(old.to_json()))
+    dry = ("prune", tiny_model, "never", "--recipe", file, "--dry-run", "--json")
+    again = halfweave(*dry).document
+    assert again["recipe"] == old.to_json()
+    assert "int4" in {entry["format"] for entry in again["plan"]["linears"]}
+    new = halfweave(*dry, "--max-ppl-ratio", 1.05).document
+    assert new["recipe"]["choices"] == {}
+    assert (new["recipe"]["max_ppl_ratio"], new["recipe"]["target_bytes"]) == (1.05, 0.0)
+    assert new["plan"]["scratch_bytes"] > again["plan"]["scratch_bytes"] == 0
+    plain = halfweave(*dry, "--target-bytes", 0, "--bits", 4).document
+    assert {entry["format"] for entry in plain["plan"]["linears"]} == {"sparse24_int4"}
+    assert_error(halfweave(*dry, "--bits", 4), 2, "a budget chooses pattern and bits")
+    assert_error(halfweave(*dry, "--pattern", "2:4"), 2, "a budget chooses pattern and bits")
+
+
+def test_a_dry_run_refuses_what_the_run_would(
+    halfweave: Command, tiny_model: Path, tmp_path: Path
+) -> None:
+    dry = ("prune", tiny_model, tmp_path / "out", "--dry-run")
+    out_of_reach = ("--target-bytes", 0.05, "--calib-length", 16)
+    assert_error(halfweave(*dry, *out_of_reach), 2, "cannot be reached", "is the least")
+    told = r"calib_length 512 is more than the 256 positions"
+    assert_error(halfweave(*dry), 2, told, "--calib-length 256 at most")
 
 
 # ---- recover

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError
-from ...kernels.formats import Dense, Int4, Int8, PackedLinear, Sparse24Int4
+from ...kernels.formats import Dense, Int8, PackedLinear
 from ..methods import METHODS
 from ..methods.base import InputStatistics, relative_error
 from ..pack import pack, why_not
@@ -25,12 +25,11 @@ from ..walk import Observation, Walk
 from .knapsack import Option
 from .scratch import Scratch
 from .sensitivity import predicted_loss
-from .sizes import stored_bytes
+from .sizes import SOLVED, stored_bytes
 from .windows import BudgetWindows
 
 # By rising bytes. No sparse24: 9 bits a weight, with less of the weight left, than int8's 8.
-FORMATS_TRIED = (Sparse24Int4.kind, Int4.kind, Int8.kind, Dense.kind)
-_SOLVED = (Sparse24Int4.kind, Int4.kind)  # what takes a solver, and is kept on the disk
+FORMATS_TRIED = (*SOLVED, Int8.kind, Dense.kind)
 
 
 def possible_formats(source: Source, recipe: Recipe, linear: str) -> list[str]:
@@ -85,7 +84,7 @@ def assembled(
     def read(index: int) -> dict[str, Tensor]:
         tensors = source.block_tensors(index)
         names = source.linear_names(index)
-        solved = {name: choices[name] for name in names if choices[name] in _SOLVED}
+        solved = {name: choices[name] for name in names if choices[name] in SOLVED}
         shapes = {name: source.linear_shape(name) for name in names}
         packed = scratch.packed(index, solved, shapes) if solved else {}
         for name in names:
@@ -125,7 +124,7 @@ class _Maker:
             candidates = self._candidates(name, weight, observation.fit)
             assert observation.check is not None
             options[name] = self._judged(name, weight, candidates, observation.check)
-            kept[name] = {kind: candidates[kind] for kind in _SOLVED if kind in candidates}
+            kept[name] = {kind: candidates[kind] for kind in SOLVED if kind in candidates}
         self._scratch.save_block(index, options, kept)
         return options
 
@@ -144,7 +143,7 @@ class _Maker:
         made[Int8.kind] = Int8.from_dense(weight.float())
         for kind in possible_formats(self._source, self._recipe, name):
             target = target_of(replace(self._recipe, choices={name: kind}), name)
-            if kind in _SOLVED and target is not None:
+            if kind in SOLVED and target is not None:
                 solved = METHODS[self._recipe.method](weight.float(), fit, target)
                 made[kind] = pack(solved, target, weight.dtype, name)
         return made

@@ -113,13 +113,15 @@ class Scratch:
             found[name] = from_tensors(kind, parts, shapes[name], group, name)
         return found
 
-    def measured(self, choices: Mapping[str, str]) -> list[float] | None:
-        """Losses per window of the model with these formats, if they were measured."""
-        return self._measured.get(_digest(choices))
+    def measured(self, choices: Mapping[str, str], windows: Tensor) -> list[float] | None:
+        """Losses on each of `windows` of the model with these formats, if they were measured."""
+        return self._measured.get(_digest(choices, windows))
 
-    def save_measured(self, choices: Mapping[str, str], losses: list[float]) -> None:
+    def save_measured(
+        self, choices: Mapping[str, str], windows: Tensor, losses: list[float]
+    ) -> None:
         """Keep a measurement."""
-        self._measured[_digest(choices)] = losses
+        self._measured[_digest(choices, windows)] = losses
         write_json(self._directory / _MEASURED, self._measured)
 
     def _shard(self, index: int) -> Path:
@@ -130,7 +132,7 @@ def run_key(source: Source, recipe: Recipe, windows: BudgetWindows) -> dict[str,
     """All that candidates and measurements depend on."""
     fields = ("method", "group", "damping", "seed", "allow_nonfinite")
     asked = recipe.to_json()
-    parts = (windows.fit, windows.check, windows.judge)
+    parts = (windows.fit, windows.check, windows.search, windows.judge)
     return {
         "halfweave": __version__,
         "torch": torch.__version__,
@@ -138,9 +140,14 @@ def run_key(source: Source, recipe: Recipe, windows: BudgetWindows) -> dict[str,
         "threads": torch.get_num_threads(),
         "base": source.hashes,
         "recipe": {field: asked[field] for field in fields},
-        "windows": [hashlib.sha256(part.numpy().tobytes()).hexdigest() for part in parts],
+        "windows": [_hash(part) for part in parts],
     }
 
 
-def _digest(choices: Mapping[str, str]) -> str:
-    return hashlib.sha256(json.dumps(sorted(choices.items())).encode()).hexdigest()
+def _hash(windows: Tensor) -> str:
+    return hashlib.sha256(windows.numpy().tobytes()).hexdigest()
+
+
+def _digest(choices: Mapping[str, str], windows: Tensor) -> str:
+    measured = [sorted(choices.items()), _hash(windows)]
+    return hashlib.sha256(json.dumps(measured).encode()).hexdigest()

@@ -7,9 +7,11 @@ from math import prod
 
 import torch
 
-from ...kernels.formats import Sparse24, expected_tensors, needs_group
+from ...kernels.formats import Int4, Sparse24, Sparse24Int4, expected_tensors, needs_group
 from ..source import Source
 
+# The formats that take a solver: only their candidates are kept on the disk.
+SOLVED = (Sparse24Int4.kind, Int4.kind)
 # Of each file: the header's length, its braces and metadata, and up to 7 spaces that align it.
 _PER_FILE = 8 + len('{"__metadata__":{"format":"pt"},}') + 7
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ... import __version__
 from ...errors import CheckpointError, RefusedError
-from ...files import read_json, sha256_file
+from ...files import sha256_file
 from ...kernels.schema import MANIFEST_FILE
 from ...runtime.checkpoint import Checkpoint
 from ..plan import target_of
@@ -25,7 +25,7 @@ from ..recipe import Recipe
 from ..save import is_leftover
 from ..source import Source, token_ids
 from .latents import Latent
-from .memory import check_memory, needed_bytes
+from .memory import MOST_TARGETS_BYTES, check_memory, needed_bytes
 from .network import Network, evenly_spaced
 from .run import Job, Run
 from .settings import Distillation, DistillResult, ProgressCallback
@@ -33,9 +33,6 @@ from .state import STATE_FILE, load_state
 from .targets import Targets
 from .trainer import Trainer
 from .windows import Windows
-
-# What the parent's outputs may take in memory; windows beyond it are computed in every epoch.
-_TARGETS_BYTES = 2**30
 
 
 def distill(
@@ -67,7 +64,7 @@ def distill(
     """
     settings = settings or Distillation()
     checkpoint = Checkpoint.open(student)
-    _check_pair(parent, checkpoint, out)
+    check_pair(parent, checkpoint, out)
     settings, windows, targets_bytes = _prepare(parent, text, settings)
     floats = None if near is None else Checkpoint.open(near)
     key = _key(parent, (student, near), text, settings)
@@ -92,8 +89,8 @@ def _prepare(
     """Settings that fit the model, the windows, and bytes for the parent's outputs."""
     settings = settings.fitted(source.config.get("max_position_embeddings"))
     windows = Windows.cut(token_ids(source, text), settings.length, settings.held_out)
-    targets_bytes = min(_TARGETS_BYTES, _targets_bytes(source, windows, settings))
-    check_memory(needed_bytes(source, settings, targets_bytes))
+    targets_bytes = min(MOST_TARGETS_BYTES, _targets_bytes(source, windows, settings))
+    check_memory(needed_bytes(source, settings, targets_bytes), source.device)
     return settings, windows, targets_bytes
 
 
@@ -137,7 +134,7 @@ def make_trainer(
 
 def _recipe_of(checkpoint: Checkpoint) -> Recipe | None:
     """What it was pruned by, if its manifest says so."""
-    saved = read_json(checkpoint.path / MANIFEST_FILE).get("recipe")
+    saved = (checkpoint.manifest or {}).get("recipe")
     return None if saved is None else Recipe.from_json(saved)
 
 
@@ -174,7 +171,13 @@ def _clear(out: Path, state_too: bool) -> None:
             entry.unlink()
 
 
-def _check_pair(source: Source, checkpoint: Checkpoint, out: Path) -> None:
+def check_pair(source: Source, checkpoint: Checkpoint, out: Path) -> None:
+    """Refuse a student that was not pruned from `source`, and an `out` that is one of the two.
+
+    Raises:
+        RefusedError: it is so, or nothing tells what the student was pruned from.
+        CheckpointError: a linear of theirs has two shapes.
+    """
     if out.resolve() in (checkpoint.path.resolve(), source.path.resolve()):
         raise RefusedError(f"{out} is an input; inputs are never modified")
     if checkpoint.manifest is None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from math import prod
 
+import torch
+
 from ...errors import CapacityError
 from ..device import available_memory_bytes
 from ..source import Source
@@ -15,10 +17,15 @@ _BYTES_PER_WEIGHT = 6 * 4 + 1 + 4
 # What a block keeps for the backward pass, in hidden and intermediate widths per position.
 _KEPT_HIDDEN, _KEPT_INTERMEDIATE = 16, 5
 _LOGITS_BYTES = 160 * 2**20
+# What the parent's outputs may take in memory; windows beyond it are computed in every epoch.
+MOST_TARGETS_BYTES = 2**30
 
 
 def needed_bytes(source: Source, settings: Distillation, targets_bytes: int) -> int:
-    """Peak memory of a run, an estimate from shapes alone."""
+    """Peak memory of a run, an estimate from shapes alone.
+
+    `targets_bytes` are those of the parent's outputs, MOST_TARGETS_BYTES at most.
+    """
     linears = sum(
         prod(source.linear_shape(name))
         for index in range(source.block_count)
@@ -35,16 +42,17 @@ def needed_bytes(source: Source, settings: Distillation, targets_bytes: int) -> 
     return _INTERPRETER_BYTES + weights + others + activations + targets_bytes + _LOGITS_BYTES
 
 
-def check_memory(needed: int) -> None:
-    """Refuse a run that does not fit.
+def check_memory(needed: int, device: torch.device) -> None:
+    """Refuse a run that does not fit in the memory of `device`.
 
     Raises:
         CapacityError: with both numbers.
     """
-    available = available_memory_bytes()
+    available = available_memory_bytes(device)
     if available is not None and needed > available:
         raise CapacityError(
             f"the recovery needs about {needed / 2**30:.1f} GiB of memory, "
             f"{available / 2**30:.1f} GiB are available",
-            "use a smaller micro_tokens or length",
+            "use a device with more (--device), or prune with --recover blocks, which trains one "
+            "block at a time",
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 import signal
 from collections import Counter
@@ -13,6 +15,7 @@ import pytest
 import torch
 from halfweave.errors import CheckpointError, RefusedError, UsageError
 from halfweave.kernels.formats import Dense, Int8
+from halfweave.kernels.shards import read_shard
 from halfweave.pruner.budget import candidates
 from halfweave.pruner.budget.candidates import possible_formats
 from halfweave.pruner.budget.check import check_budget
@@ -22,7 +25,8 @@ from halfweave.pruner.budget.sensitivity import output_sensitivity, predicted_lo
 from halfweave.pruner.budget.sizes import bytes_before, bytes_that_stay, stored_bytes
 from halfweave.pruner.budget.windows import BudgetWindows, cut_windows
 from halfweave.pruner.methods.base import Method
-from halfweave.pruner.pipeline import prune
+from halfweave.pruner.pipeline import plan_prune, prune
+from halfweave.pruner.plan import make_plan
 from halfweave.pruner.recipe import CHOICES, Recipe
 from halfweave.pruner.source import Source
 from halfweave.runtime.model import Model, load_model
@@ -98,16 +102,21 @@ def served_losses(model: Model, windows: Tensor) -> list[float]:
 # --- windows -----------------------------------------------------------------------------------
 
 
-def test_the_three_sets_of_windows_share_no_token(case: Case) -> None:
+def test_the_four_sets_of_windows_share_no_token() -> None:
     ids = list(range(32 * 100))
     windows = cut_windows(ids, asked())
-    everything = torch.cat([windows.fit, windows.check, windows.judge]).flatten().tolist()
-    assert len(windows.fit) == 16 and len(windows.check) == 2 and len(windows.judge) == 25
+    parts = (windows.fit, windows.check, windows.search, windows.judge)
+    everything = torch.cat(parts).flatten().tolist()
+    assert [len(part) for part in parts] == [16, 2, 12, 12]
     assert len(set(everything)) == len(everything)
+    for part in (windows.search, windows.judge):  # both of all of the text
+        places = [0, *part[:, 0].tolist(), len(ids)]
+        assert places == sorted(places)
+        assert max(b - a for a, b in itertools.pairwise(places)) <= len(ids) / 12 + 32
 
 
 def test_a_text_that_is_too_short_says_how_much_is_needed() -> None:
-    with pytest.raises(UsageError, match=r"has 100 tokens; 16 windows of 32 .* need \d+") as caught:
+    with pytest.raises(UsageError, match=r"has 100 tokens; 16 windows of 32 .* need 640") as caught:
         cut_windows(list(range(100)), asked())
     assert "--calib-windows" in str(caught.value.hint)
 
@@ -223,6 +232,10 @@ def test_a_ratio_is_met_by_the_finished_model(
     assert len(Counter(plan.choices.values())) > 1 and plan.share_of_bytes < 0.6
     assert 1.0 < plan.measured.value <= RATIO
     assert len(plan.measurements) <= 7
+    # The search leaves room for what other text may say.
+    margin = math.sqrt(2) * plan.measured.error
+    assert margin > 0
+    assert math.log(plan.measured.value) + margin <= math.log(RATIO)
     prune(case.path, tmp_path / "out", replace(wanted, choices=plan.choices))
     checked = check_budget(tmp_path / "out", case.source, wanted, case.windows.judge)
     assert checked.met and checked.ratio <= RATIO
@@ -236,6 +249,50 @@ def test_a_ratio_is_met_by_the_finished_model(
         tmp_path / "out", case.source, asked(max_ppl_ratio=1.0001), case.windows.judge
     )
     assert not strict.met
+
+
+def test_the_search_learns_nothing_of_the_windows_that_judge(
+    case: Case, chosen: tuple[BudgetPlan, Path], tmp_path: Path
+) -> None:
+    other = replace(case.windows, judge=case.windows.judge.flip(1))
+    plan = choose_formats(case.source, asked(max_ppl_ratio=RATIO), other, tmp_path / "scratch")
+    assert plan.choices == chosen[0].choices
+    assert plan.measurements == chosen[0].measurements
+    dense = window_losses(case.source, other.judge, case.source.block_tensors)
+    assert list(plan.dense_losses) == dense != list(chosen[0].dense_losses)
+
+
+def test_the_saved_recipe_of_a_budget_gives_its_weights_again(case: Case, tmp_path: Path) -> None:
+    first = prune(case.path, tmp_path / "first", asked(max_ppl_ratio=1.05))
+    again = Recipe.read(tmp_path / "first" / "halfweave.json")
+    assert again.choices and not again.has_budget and again.is_for_budget
+    assert first.budget == check_budget(first.path, case.source, again, case.windows.judge)
+    second = prune(case.path, tmp_path / "again", again)
+    assert second.plan == replace(first.plan, seconds=second.plan.seconds)
+    shards = list((tmp_path / "first").glob("*.safetensors"))
+    assert len(shards) == 3
+    for shard in shards:
+        assert shard.read_bytes() == (tmp_path / "again" / shard.name).read_bytes()
+    assert not list((tmp_path / "again").glob(".*"))
+
+
+def test_the_disk_that_a_search_needs_is_told_before(
+    case: Case, chosen: tuple[BudgetPlan, Path]
+) -> None:
+    shards = [read_shard(file) for file in chosen[1].glob("block-*.safetensors")]
+    written = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+    told = make_plan(case.source, asked(max_ppl_ratio=RATIO)).scratch_bytes
+    assert written <= told < 1.3 * written  # headers, which are not nothing for so small a model
+
+
+def test_no_disk_is_told_for_formats_that_a_linear_cannot_take(tmp_path: Path) -> None:
+    sizes = {}
+    for wide in (32, 30):  # where down_proj can, and cannot, take 2:4
+        tiny = Tiny(hidden=16, intermediate=wide, heads=2, layers=1)
+        source = Source.open(save_tiny(tmp_path / str(wide), tiny))
+        sizes[wide] = make_plan(source, asked(target_bytes=0.9)).scratch_bytes
+    whole = stored_bytes(source, "model.layers.0.mlp.down_proj", "int4", 32)
+    assert sizes[32] - sizes[30] > whole / 2
 
 
 @pytest.mark.parametrize("share", [0.4, 0.45, 0.6, 0.9])
@@ -252,7 +309,8 @@ def test_a_share_of_bytes_is_met_exactly(
     checked = check_budget(tmp_path / "out", case.source, wanted, case.windows.judge)
     assert checked.met and checked.share_of_bytes == written / bytes_before(case.source)
     if set(plan.choices.values()) <= {"int8", "dense"}:  # which calibration cannot change
-        assert checked.ratio == pytest.approx(plan.measured.value, rel=1e-6)
+        seen = check_budget(tmp_path / "out", case.source, wanted, case.windows.search)
+        assert seen.ratio == pytest.approx(plan.measured.value, rel=1e-6)
 
 
 def test_a_tighter_budget_never_gets_a_worse_prediction(
@@ -271,6 +329,8 @@ def test_bytes_out_of_reach_are_refused_before_any_work(case: Case, tmp_path: Pa
         choose_formats(case.source, asked(target_bytes=0.1), case.windows, tmp_path / "scratch")
     least = float(str(caught.value.hint).split()[1])
     assert not (tmp_path / "scratch").exists()
+    with pytest.raises(UsageError, match="cannot be reached"):
+        plan_prune(case.path, asked(target_bytes=0.1))
     smallest = bytes_that_stay(case.source) + sum(
         stored_bytes(case.source, name, "sparse24_int4", 32)
         for index in range(2)

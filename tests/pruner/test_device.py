@@ -20,7 +20,7 @@ from halfweave.pruner.methods import METHODS
 from halfweave.pruner.methods.base import InputStatistics, Target
 from halfweave.pruner.pipeline import prune
 from halfweave.pruner.plan import make_plan
-from halfweave.pruner.recipe import Pattern, Recipe
+from halfweave.pruner.recipe import Pattern
 from halfweave.pruner.recover.distill import make_trainer
 from halfweave.pruner.recover.latents import Latent
 from halfweave.pruner.recover.settings import Distillation
@@ -58,7 +58,7 @@ def test_methods_work_where_their_inputs_are(method: str, pattern: str, bits: in
 @pytest.mark.parametrize("recover", ["none", "blocks"])
 @pytest.mark.parametrize("bits", [16, 4])
 def test_a_block_is_pruned_where_its_source_is(tiny_model: Path, recover: str, bits: int) -> None:
-    asked = Recipe(bits=bits, group=32, recover=recover, block_epochs=1, calib_windows=16)
+    asked = recipe(bits=bits, group=32, recover=recover, block_epochs=1, calib_windows=16)
     source = Source.open(tiny_model)
     pruner = BlockPruner(source, asked, make_plan(source, asked), lambda *_: None)
     windows = torch.arange(16 * 32).view(16, 32) % 250

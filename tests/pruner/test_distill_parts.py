@@ -258,10 +258,10 @@ def test_rates_rise_then_fall_and_the_rise_does_not_depend_on_the_end() -> None:
 
 
 def test_too_little_memory_is_told_with_both_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("halfweave.pruner.recover.memory.available_memory_bytes", lambda: 2**30)
-    check_memory(2**30)
+    monkeypatch.setattr("halfweave.pruner.recover.memory.available_memory_bytes", lambda _: 2**30)
+    check_memory(2**30, torch.device("cpu"))
     with pytest.raises(CapacityError, match=r"about 3\.0 GiB.*1\.0 GiB are available"):
-        check_memory(3 * 2**30)
+        check_memory(3 * 2**30, torch.device("cpu"))
 
 
 def test_a_full_disk_is_told_apart_from_other_faults(

@@ -28,6 +28,8 @@ from halfweave.pruner.oneshot import Progress
 from halfweave.pruner.pipeline import plan_prune, prune
 from halfweave.pruner.recipe import METHODS, Recipe
 from halfweave.pruner.recover import memory as memory_module
+from halfweave.pruner.recover.settings import Distillation
+from halfweave.pruner.source import Source
 from halfweave.runtime.checkpoint import Checkpoint
 from support.pruning import TEXT, everything, recipe, set_weight
 from support.tiny import Tiny, dense_model, edit_json, save_tiny
@@ -307,7 +309,7 @@ def test_row_11_a_finished_model_is_replaced_only_when_asked(
 def test_row_12_and_16_a_run_that_cannot_fit_is_refused_with_both_numbers(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan_module, "available_memory_bytes", lambda: 2**20)
+    monkeypatch.setattr(plan_module, "available_memory_bytes", lambda _: 2**20)
     with pytest.raises(CapacityError, match=r"GiB of memory, 0\.0 GiB are available"):
         prune(tiny_model, tmp_path / "a", recipe())
     monkeypatch.undo()
@@ -407,3 +409,91 @@ def test_what_is_stored_dense_loads_in_plain_transformers(tiny_model: Path, tmp_
     model = dense_model(tmp_path / "out")
     for name in result.linears:
         assert is_n_of_m(model.get_submodule(name).weight, 4, 8)
+
+
+def test_calibration_windows_are_no_longer_than_the_context(tiny_model: Path) -> None:
+    plan_prune(tiny_model, recipe(calib_length=256))
+    with pytest.raises(UsageError, match="calib_length 257 is more than the 256 positions"):
+        plan_prune(tiny_model, recipe(calib_length=257))
+
+
+def test_choices_of_linears_that_the_model_does_not_have_are_refused(tiny_model: Path) -> None:
+    linear = "model.layers.1.mlp.up_proj"
+    plan_prune(tiny_model, recipe(choices={linear: "int4"}))
+    with pytest.raises(
+        UsageError, match=r"1 of the .* have, model\.layers\.2\.mlp\.up_proj for one"
+    ):
+        plan_prune(tiny_model, recipe(choices={linear: "int4", linear.replace("1", "2"): "int4"}))
+
+
+@pytest.mark.parametrize("kind", [{"bits": 4}, {"pattern": "4:8"}])
+@pytest.mark.parametrize(
+    ("who", "words"),
+    [
+        ({"max_ppl_ratio": 1.1}, "a budget chooses pattern and bits"),
+        ({"target_bytes": 0.5, "choices": {"a": "int4"}}, "a budget chooses pattern and bits"),
+        ({"choices": {"a": "int4"}}, "choices give each linear its pattern and bits"),
+    ],
+)
+def test_a_pattern_or_bits_beside_formats_of_each_linear_are_refused(
+    kind: dict[str, object], who: dict[str, object], words: str
+) -> None:
+    for attempt in (
+        lambda: recipe(**kind, **who),
+        lambda: recipe(**who).changed(kind),
+        lambda: recipe(**kind).changed(who),
+        lambda: Recipe.from_json({**recipe(**who).to_json(), **kind}),
+        lambda: recipe(**who).changed({name: getattr(Recipe, name) for name in kind}),
+    ):
+        with pytest.raises(UsageError, match=words):
+            attempt()
+
+
+def test_a_new_budget_replaces_the_old_one_and_what_it_chose() -> None:
+    old = recipe(target_bytes=0.5, choices={"a": "int4"}, group=32)
+    assert old.is_for_budget and not old.has_budget
+    assert old.changed({"max_ppl_ratio": 1.1}) == recipe(max_ppl_ratio=1.1, group=32)
+    assert old.changed({"target_bytes": 0.5}) == recipe(target_bytes=0.5, group=32)
+    assert old.changed({"target_bytes": 0.0, "bits": 4}) == recipe(bits=4, group=32)
+    assert old.changed({"seed": 3}) == replace(old, seed=3)
+    assert recipe(bits=4).changed({"max_ppl_ratio": 0.0}) == recipe(bits=4)
+    with pytest.raises(UsageError, match="two budgets"):
+        old.changed({"max_ppl_ratio": 1.1, "target_bytes": 0.5})
+
+
+def test_the_plan_s_memory_is_that_of_the_training_where_that_takes_more(
+    tiny_model: Path,
+) -> None:
+    plain = plan_prune(tiny_model, recipe()).peak_memory_bytes
+    trained = plan_prune(tiny_model, recipe(recover="distill")).peak_memory_bytes
+    settings = Distillation().fitted(256)
+    needed = memory_module.needed_bytes(Source.open(tiny_model), settings, 2**30)
+    assert plain < trained == needed
+
+
+def test_memory_is_that_of_the_device(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def little(device: torch.device) -> int:
+        seen.append(device)
+        return 2**20
+
+    gpu = torch.device("cuda:3")  # which need not be there
+    monkeypatch.setattr(plan_module, "parse_device", {"cpu": gpu}.__getitem__)
+    monkeypatch.setattr(plan_module, "available_memory_bytes", little)
+    monkeypatch.setattr(memory_module, "available_memory_bytes", little)
+    with pytest.raises(CapacityError):
+        prune(tiny_model, tmp_path / "out", recipe())
+    with pytest.raises(CapacityError) as caught:
+        memory_module.check_memory(2**30, gpu)
+    assert seen == [gpu, gpu]
+    assert "--recover blocks" in str(caught.value.hint)
+
+
+def test_a_full_gpu_is_told_with_what_helps_in_any_step() -> None:
+    full = pytest.raises(CapacityError, match="GPU's memory is full: no room")
+    with full as caught, explained_memory():
+        raise torch.OutOfMemoryError("no room\nand much detail")
+    assert re.search(r"--resume .* --overwrite .* --device cpu", str(caught.value.hint))
