@@ -133,6 +133,10 @@ class Recipe:
         _require(self.recover_minutes > 0, "recover_minutes must be above 0")
         _require(self.recover_tokens >= 0, "recover_tokens must not be negative")
         _require(self.block_epochs > 0, "block_epochs must be at least 1")
+        _require(
+            self.recover != "blocks" or self.calib_windows > 1,
+            "recover blocks takes 2 calibration windows at least: one of them judges",
+        )
         _require(self.max_ppl_ratio == 0 or self.max_ppl_ratio > 1, "max_ppl_ratio must be above 1")
         _require(0 <= self.target_bytes < 1, "target_bytes is a share of the dense model, below 1")
         self._check_formats()

@@ -215,6 +215,7 @@ def test_choices_give_every_linear_its_own_format_and_the_result_is_served(
 def test_impossible_recipes_say_what_is_wrong() -> None:
     for changes, words in (
         ({"recover": "magic"}, "none, blocks, distill"),
+        ({"recover": "blocks", "calib_windows": 1}, "one of them judges"),
         ({"bits": 8}, "pattern dense only"),
         ({"max_ppl_ratio": 0.9}, "above 1"),
         ({"target_bytes": 1.5}, "below 1"),
