@@ -14,7 +14,7 @@ from typing import Protocol
 
 import torch
 
-from ..kernels.formats import Int4
+from ..kernels.formats import Dense, Int4, Sparse24
 from .budget.search import MOST_MEASUREMENTS
 from .budget.sizes import SOLVED, stored_bytes
 from .budget.windows import SENSED_TOKENS, checked_windows, judged_windows
@@ -229,21 +229,29 @@ def _least_memory(source: Source, linears: Sequence[Linear], recipe: Recipe) -> 
 
 def estimate_scratch(source: Source, linears: Sequence[Linear], recipe: Recipe, output: int) -> int:
     """Bytes on the disk that only an unfinished run holds, beside its `output`."""
+    scratch = 0
     if recipe.has_budget:  # candidates; the model is made beside them and moved, not copied
-        return sum(
+        scratch += sum(
             stored_bytes(source, linear.name, kind, recipe.group)
             for linear in linears
             for kind in SOLVED
             if not why_not(linear.shape, _Assumed(linear.name, linear.shape, recipe, kind).target)
         )
     if recipe.recover != "distill":
-        return 0
+        return scratch
     kept = sum(
         prod(linear.shape) * (1 - linear.target.pattern.fraction if linear.target else 1)
         for linear in linears
     )
     # Latents and two moments, fp32, and the state before while the next one is being written.
-    return output + int(2 * 3 * 4 * kept)
+    scratch += output + int(2 * 3 * 4 * kept)
+    if recipe.bits == 4:  # it is pruned and trained as floats first, and both lie beside it
+        floats = Sparse24.kind if Pattern.parse(recipe.pattern).is_24 else Dense.kind
+        scratch += 2 * output
+        for linear in linears:
+            kind = floats if linear.target else Dense.kind
+            scratch += 2 * stored_bytes(source, linear.name, kind, recipe.group)
+    return scratch
 
 
 def is_staged(recipe: Recipe) -> bool:

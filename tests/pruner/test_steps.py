@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from halfweave.files import read_json
 from halfweave.kernels.schema import JOURNAL_FILE
 from halfweave.pruner.budget.choose import BudgetPlan
 from halfweave.pruner.oneshot import Progress
-from halfweave.pruner.pipeline import prune
+from halfweave.pruner.pipeline import plan_prune, prune
 from halfweave.pruner.recipe import Recipe
 from halfweave.pruner.recover import run as run_module
 from halfweave.pruner.recover.settings import DistillProgress
@@ -79,6 +80,24 @@ def test_recovery_on_its_own_gives_the_same_weights(
     for shard in (tmp_path / "whole").glob("*.safetensors"):
         assert shard.read_bytes() == (tmp_path / "out" / shard.name).read_bytes()
     assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_the_plan_counts_every_model_that_lies_on_the_disk(
+    tiny_model: Path, tmp_path: Path, bits: int
+) -> None:
+    out, seen = tmp_path / "out", [0]
+
+    def look(_: object) -> None:
+        models = (path for path in out.rglob("model*.safetensors"))
+        seen.append(sum(path.stat().st_size for path in models))
+
+    chosen = recipe(bits=bits, group=32, **DISTILL)
+    prune(tiny_model, out, chosen, progress=look)
+    plan = plan_prune(tiny_model, chosen)
+    kept = sum(prod(linear.shape) for linear in plan.linears) // 2
+    state = 2 * 3 * 4 * kept  # of the training, which is no model
+    assert plan.output_bytes < max(seen) <= plan.output_bytes + plan.scratch_bytes - state
 
 
 def test_the_recipe_of_a_timed_run_gives_its_bytes_again(tiny_model: Path, tmp_path: Path) -> None:
