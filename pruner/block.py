@@ -173,9 +173,8 @@ class BlockPruner:
             everything = torch.ones_like(weight, dtype=torch.bool)
             return Solved(Pruned(weight, everything), "round to nearest")
         method = self._recipe.method
-        if (
-            isinstance(self._source, Trained) and target.bits == 4
-        ):  # on masks that were chosen before
+        if isinstance(self._source, Trained) and target.bits == 4:
+            # Its masks were chosen before the training.
             return Solved(admm.quantize(weight, weight != 0, observation.fit, target), "round")
         if pattern.of and is_n_of_m(weight, pattern.kept, pattern.of):
             if target.bits == 16:

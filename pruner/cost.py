@@ -175,7 +175,8 @@ def estimate_memory(source: Source, linears: Sequence[Linear], recipe: Recipe) -
         UsageError: the recipe asks for a distillation that means nothing.
     """
     share, waiting = _waiting(source, linears, recipe)
-    pruning = _least_memory(source, linears, recipe) + int(share * waiting)
+    held = int(_HEAP_SLACK * share * waiting)
+    pruning = _least_memory(source, linears, recipe) + held
     return max(pruning, _distillation_memory(source, recipe))
 
 

@@ -13,10 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .. import __version__
 from ..files import read_json
 from ..kernels.formats import FORMATS, from_tensors
 from ..kernels.schema import JOURNAL_FILE, MANIFEST_FILE
@@ -30,6 +28,7 @@ from .recipe import Recipe
 from .save import finish, shard_name, write_shard
 from .source import Source, token_ids
 from .stream import BlockStream
+from .surroundings import surroundings
 
 
 @dataclass(frozen=True)
@@ -143,16 +142,9 @@ class OneShot:
         stream.drop_block(index)
 
     def _provenance(self) -> dict[str, Any]:
-        import transformers
-
         recipe = self._recipe
         return {
-            "halfweave": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "device": str(self._source.device),
-            "threads": torch.get_num_threads(),
-            "base": {"name": self._source.path.resolve().name, "sha256": self._source.hashes},
+            **surroundings(self._source),
             "calibration": {
                 "origin": self._sample.text.origin,
                 "text_sha256": self._sample.text.sha256,

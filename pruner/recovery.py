@@ -7,9 +7,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from .. import __version__
 from ..errors import CheckpointError, RefusedError
 from ..files import find_directory, read_json, sha256_file
 from ..kernels.formats import Sparse24
@@ -25,6 +22,7 @@ from .recover.distill import check, check_pair, distill
 from .recover.settings import Distillation, DistillProgress, DistillResult
 from .source import Source
 from .staged import StagedRecovery, check_steps
+from .surroundings import surroundings
 
 
 @dataclass(frozen=True)
@@ -120,18 +118,11 @@ def _key(
     source: Source, student: Path, text: CalibrationText, recovery: Recovery
 ) -> dict[str, Any]:
     """All that decides the output, as `OneShot.key`; a run is only ever resumed under the same."""
-    import transformers
-
     return {
         "recovery": {k: v for k, v in asdict(recovery).items() if k != "calib"},
         "student": sha256_file(student / MANIFEST_FILE),
         "text": text.sha256,
-        "halfweave": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "device": str(source.device),
-        "threads": torch.get_num_threads(),
-        "base": {"name": source.path.resolve().name, "sha256": source.hashes},
+        **surroundings(source),
     }
 
 

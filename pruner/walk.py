@@ -187,7 +187,7 @@ def _drop(batch: _Batch) -> None:
 
 
 def waiting_bytes(tokens: int, widths: tuple[int, int], copies: int) -> int:
-    """What passes hold that wait, at most: a residual, a norm, heads or an intermediate state.
+    """What passes hold that wait: a residual, a norm, heads or an intermediate state.
 
     `widths` are those of the hidden state and of the widest linear; `copies` is 2 where the dense
     model goes along.

@@ -1,13 +1,20 @@
-"""Tiny models, made once for the whole run. Tests that change a directory copy it first."""
+"""Tiny models, made once for the whole run, and the command line in this process.
+
+Tests that change a directory copy it first.
+"""
 
 from __future__ import annotations
 
+import io
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from halfweave.cli import main
+from support.command import QUICK, Command, Ran
 from support.smollm2 import import_smollm2
 from support.tiny import pack_directory, save_tiny
 
@@ -47,3 +54,26 @@ def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
         return Path(shutil.copytree(directory, tmp_path / f"copy-of-{directory.name}"))
 
     return copy
+
+
+@pytest.fixture
+def halfweave(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs one command line in this process."""
+
+    def run(*arguments: object, stdin: str = "") -> Ran:
+        monkeypatch.setattr(sys, "argv", ["halfweave", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        captured = capsys.readouterr()
+        return Ran(int(exit_.value.code or 0), captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def pruned(halfweave: Command, tiny_model: Path, tmp_path: Path) -> Path:
+    out = tmp_path / "out"
+    assert halfweave("prune", tiny_model, out, *QUICK).code == 0
+    return out

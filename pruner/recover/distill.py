@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import __version__
 from ...errors import CheckpointError, RefusedError
 from ...files import sha256_file
 from ...kernels.schema import MANIFEST_FILE
@@ -24,6 +23,7 @@ from ..plan import target_of
 from ..recipe import Recipe
 from ..save import is_leftover
 from ..source import Source, token_ids
+from ..surroundings import surroundings
 from .latents import Latent
 from .memory import MOST_TARGETS_BYTES, check_memory, needed_bytes
 from .network import Network, evenly_spaced
@@ -211,10 +211,6 @@ def _key(
     return {
         "settings": {**settings.to_json(), **budget},
         "student": [sha256_file(path / MANIFEST_FILE) for path in students if path],
-        "parent": source.hashes,
         "text": hashlib.sha256(text.encode()).hexdigest(),
-        "device": str(source.device),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "halfweave": __version__,
+        **surroundings(source),
     }
