@@ -7,8 +7,9 @@
 Every row (quality_rows.py) is one `halfweave prune`, one `halfweave eval --against MODEL` and one
 run of last_word.py, in processes of their own, so that time and peak memory belong to the row. The
 figures are kept in WORK_DIR, so a run that was killed goes on where it stopped; a row that fails
-is reported and passed over. The pages are written after every row, from all rows that are known
-under the same settings, and name those that are not.
+is reported and passed over. What the page in --results holds under the same settings is known
+already, on whichever machine it was measured. The pages are written after every row, from all rows
+that are known under the same settings, and name those that are not.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from quality_measure import (
 )
 from quality_page import write_page
 from quality_rows import SEEDS, all_rows, chosen, curve_rows
+from quality_twin import adopt
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 
@@ -58,11 +60,11 @@ def parse_options() -> argparse.Namespace:
     add("--text", type=Path, required=True, help="directory of make_text.py")
     add("--work", type=Path, required=True, help="checkpoints and raw figures")
     add("--results", type=Path, default=RESULTS, help="where the pages go")
-    add("--windows", type=int, default=128, help="calibration windows")
-    add("--length", type=int, default=1024, help="tokens per calibration window")
+    add("--windows", type=int, default=64, help="calibration windows")
+    add("--length", type=int, default=512, help="tokens per calibration window")
     add("--eval-windows", type=int, default=32, help="at most so many of 1024")
     add("--last-word", type=int, default=1000, help="words to guess; 0 leaves the task out")
-    add("--recover-minutes", type=float, default=30.0, help="of the rows that recover")
+    add("--recover-minutes", type=float, default=30.0, help="of the rows that distill")
     add("--rows", nargs="+", default=[], help="labels as method:pattern:bits[:recover], with *")
     add("--seeds", type=int, nargs="+", default=list(SEEDS), help="only these")
     add("--curve", type=float, nargs="+", default=[], help="only the curve's row, at these minutes")
@@ -80,6 +82,10 @@ def main() -> None:
     if not options.model.exists():
         run([halfweave(), "import", locate_smollm2(), options.model])
     settings = Settings.of(options)
+    published = options.results / "quality.json"
+    if published.exists():
+        known = adopt(json.loads(published.read_text()), settings)
+        print(f"{known} runs are known from {published}", file=sys.stderr, flush=True)
     rows = chosen(all_rows(options.recover_minutes), options.rows, options.seeds)
     if options.curve:
         rows = curve_rows(options.curve_row, options.curve)

@@ -22,22 +22,31 @@ def to_document(settings: Settings) -> dict[str, Any] | None:
         return None
     scores = measured[0][1].scores.read() or {}
     return {
+        **protocol(settings),
         "eval": {key: scores[key] for key in ("text_sha256", "tokens", "window")},
+        "hardware": this_machine().line,
+        "versions": versions(),
+        "date": date.today().isoformat(),
+        "rows": [
+            dense_figures(scores, settings),
+            *(row_figures(row, files, settings) for row, files in measured),
+        ],
+        "missing": [identity(row, settings) for row, files in known if files.scores.read() is None],
+    }
+
+
+def protocol(settings: Settings) -> dict[str, Any]:
+    """What all runs of a document have in common; runs of another protocol are never mixed in."""
+    return {
+        "command": settings.command,
+        "model_digest": settings.model_sha,
+        "eval_sha256": settings.eval_sha,
         "calibration": {
             "text_sha256": settings.calib_sha,
             "windows": settings.windows,
             "length": settings.length,
         },
         "recover_minutes": settings.recover_minutes,
-        "hardware": this_machine().line,
-        "versions": versions(),
-        "date": date.today().isoformat(),
-        "command": settings.command,
-        "rows": [
-            dense_figures(scores, settings),
-            *(row_figures(row, files, settings) for row, files in measured),
-        ],
-        "missing": [identity(row, settings) for row, files in known if files.scores.read() is None],
     }
 
 
@@ -63,7 +72,7 @@ def row_figures(row: Row, files: Files, settings: Settings) -> dict[str, Any]:
     return {
         **identity(row, settings),
         "calib_tokens": tokens,
-        **{key: scores[key] for key in ("ppl", "kl", "agreement")},
+        **{key: scores[key] for key in ("ppl", "kl", "agreement", "against_ppl")},
         **pruned,
         **word_figures(files.words),
     }

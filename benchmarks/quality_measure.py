@@ -19,6 +19,7 @@ from typing import Any
 
 from halfweave.files import sha256_file
 from halfweave.kernels.schema import JOURNAL_FILE, MANIFEST_FILE
+from halfweave.runtime.hardware import this_machine
 from quality_cache import Entry, digest, entry
 from quality_rows import GROUP, Row, start_of
 
@@ -110,7 +111,7 @@ def prune_flags(row: Row, settings: Settings) -> dict[str, Any]:
         "calib-length": settings.length,
         "recover": row.recover,
     }
-    if row.recover != "none":
+    if row.minutes:
         flags["recover-minutes"] = row.minutes
     if row.max_ppl_ratio is not None:
         del flags["pattern"], flags["bits"]
@@ -130,7 +131,7 @@ def files_of(row: Row, settings: Settings) -> Files:
         settings.work / f"{row.file_name}-{digest(made)}",
         entry(settings.work, row.file_name, "prune", made),
         entry(settings.work, row.file_name, "eval", scored),
-        words_entry(row.file_name, made, settings),
+        words_entry(row.file_name, made, settings) if row.asks_words else None,
     )
 
 
@@ -213,6 +214,7 @@ def make(files: Files, command: list[Any]) -> dict[str, Any]:
         "peak_rss_gib": None if earlier else round(peak / 2**30, 2),
         "bytes": weight_bytes(files.checkpoint),
         "date": date.today().isoformat(),
+        "hardware": this_machine().line,
     }
 
 

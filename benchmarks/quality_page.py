@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from string import ascii_uppercase
 from typing import Any
 
 from quality_rows import BASELINE, COLUMNS, GROUP, MIXED, OURS, Column
@@ -24,8 +25,9 @@ PAGE = """# Quality of pruned models
 `{ours}` is halfweave's own method; magnitude, Wanda and SparseGPT are the published ones.
 **{measured} of {planned} planned runs are measured**; the rest is listed as such.
 
-- Command: `{command}`, with the paths; {date}; {hardware}; {versions}.
-- Runs were made {made}, in one or more goes; a run keeps its figures until it is measured again.
+- Command: `{command}`, with the paths; {date}; {versions}.
+- Runs were made {made}, in several goes; a run keeps its figures, and the machine they were
+  measured on, until it is measured again. Machines: {machines}.
 - Evaluation: {tokens} predicted tokens, windows of {window} that do not overlap, every k-th window
   of the text; text SHA-256 `{text_sha256}`. fp32, halfweave's own runtime.
 - Calibration: {calib} tokens ({windows} x {length}) drawn by the seed, from other articles than the
@@ -37,9 +39,11 @@ PAGE = """# Quality of pruned models
   there are several; "1 of 3" means one of three planned. With one seed, differences of a few
   percent mean nothing. "To dense" and "to SparseGPT" divide medians; the latter takes SparseGPT
   without recovery, of the same table.
-- Recovery: at most {recover_minutes:g} minutes per run, on this machine.
-- Last word: share of the last words of clauses, seen before in their paragraph, that are guessed
-  greedily, with its standard error in percent points; `benchmarks/last_word.py`, not LAMBADA.
+- Recovery: `blocks` trains each block behind its pruning; `distill` the whole model, for at most so
+  many minutes, and then rounds it where it is to end in codes.
+- Last word, asked of one run of each line of the headline columns: share of the last words of
+  clauses, seen before in their paragraph, that are guessed greedily, with its standard error in
+  percent points; `benchmarks/last_word.py`, not LAMBADA.
 - MiB are all weight files, embeddings included. 50 % and 4:8 are stored dense, with their zeros.
 - Minutes are wall minutes of the whole `prune` command, loading and recovery included, with other
   work on the machine: upper bounds, not a benchmark. RSS is the greatest of the runs.
@@ -47,11 +51,11 @@ PAGE = """# Quality of pruned models
 
 HEADER = (
     "method", "recovery", "runs", "perplexity", "to dense", "to SparseGPT", "KL, nats",
-    "agreement", "last word, %", "MiB", "minutes", "RSS, GiB",
+    "agreement", "last word, %", "MiB", "minutes", "RSS, GiB", "machine",
 )  # fmt: skip
 BUDGET_HEADER = (
     "method", "asked", "runs", "perplexity", "to dense", "KL, nats", "MiB",
-    "of dense", "minutes",
+    "of dense", "minutes", "machine",
 )  # fmt: skip
 
 
@@ -61,6 +65,7 @@ class Line:
 
     method: str
     recover: str
+    minutes: float
     budget: float | None
     runs: Sequence[Figures]
     planned: int
@@ -79,6 +84,17 @@ class Line:
         return show(median(values)) + ends
 
     @property
+    def recovery(self) -> str:
+        """How it recovers, and the most minutes that it may train for."""
+        if self.recover == "none":
+            return ""
+        return f"{self.recover}, {self.minutes:g} min" if self.minutes else self.recover
+
+    def machines(self, letters: dict[str, str]) -> str:
+        """Where the runs were made."""
+        return ", ".join(sorted({letters[run["hardware"]] for run in self.runs}))
+
+    @property
     def count(self) -> str:
         """How many of the planned runs there are."""
         return f"{len(self.runs)} of {self.planned}"
@@ -95,6 +111,7 @@ def to_markdown(document: Figures) -> str:
     dense, *runs = document["rows"]
     calibration = document["calibration"]
     dates = sorted(run["date"] for run in runs)
+    letters = letters_of(document)
     tables = [table(column, dense, document) for column in COLUMNS]
     return PAGE.format(
         **document["eval"],
@@ -105,25 +122,30 @@ def to_markdown(document: Figures) -> str:
         command=document["command"],
         date=document["date"],
         made=dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}",
-        hardware=document["hardware"],
+        machines="; ".join(f"{letter} is {line}" for line, letter in letters.items()),
         versions=", ".join(f"{name} {value}" for name, value in document["versions"].items()),
         calib=calibration["windows"] * calibration["length"],
         windows=calibration["windows"],
         length=calibration["length"],
         group=GROUP,
-        recover_minutes=document["recover_minutes"],
         tables="\n".join(["", *tables, budgets(dense, document)]),
     )
+
+
+def letters_of(document: Figures) -> dict[str, str]:
+    """A letter for each machine that has a run, in the order of their runs."""
+    lines = dict.fromkeys(run["hardware"] for run in document["rows"] if run["method"] != "dense")
+    return dict(zip(lines, ascii_uppercase, strict=False))
 
 
 def lines_of(column: Column, document: Figures) -> list[Line]:
     """The column's lines, best first; those without a run last, in planned order."""
     runs = [run for run in document["rows"] if is_in(column, run) and run["method"] != "dense"]
     missing = [run for run in document["missing"] if is_in(column, run)]
-    grouped: dict[tuple[str, str, float | None], list[Figures]] = {}
-    planned: dict[tuple[str, str, float | None], int] = {}
+    grouped: dict[tuple[str, str, float, float | None], list[Figures]] = {}
+    planned: dict[tuple[str, str, float, float | None], int] = {}
     for run in [*runs, *missing]:
-        kind = (run["method"], run["recover"], run["max_ppl_ratio"])
+        kind = (run["method"], run["recover"], run["recover_minutes"], run["max_ppl_ratio"])
         planned[kind] = planned.get(kind, 0) + 1
         grouped.setdefault(kind, []).extend([run] if "ppl" in run else [])
     lines = [Line(*kind, found, planned[kind]) for kind, found in grouped.items()]
@@ -140,24 +162,26 @@ def table(column: Column, dense: Figures, document: Figures) -> str:
     baseline = next(
         (x.middle("ppl") for x in lines if (x.method, x.recover) == (BASELINE, "none")), None
     )
-    parent = Line("dense", "none", None, [dense], 1)
-    rows = [cells(parent, column, dense["ppl"], baseline)]
-    rows += [cells(line, column, dense["ppl"], baseline) for line in lines]
+    parent = Line("dense", "none", 0.0, None, [dense], 1)
+    letters = letters_of(document)
+    rows = [cells(parent, column, dense["ppl"], baseline, letters)]
+    rows += [cells(line, column, dense["ppl"], baseline, letters) for line in lines]
     return f"## {column.title}\n\n" + markdown(HEADER, rows)
 
 
-def cells(line: Line, column: Column, dense: float, baseline: float | None) -> list[str]:
+def cells(
+    line: Line, column: Column, dense: float, baseline: float | None, letters: dict[str, str]
+) -> list[str]:
     """One line of a column's table."""
     name = method_name(line.method, column)
-    recovery = "" if line.recover == "none" else line.recover
     ppl = line.middle("ppl")
     if ppl is None:
-        return [name, recovery, line.count, "not yet measured", *[""] * (len(HEADER) - 4)]
+        return [name, line.recovery, line.count, "not yet measured", *[""] * (len(HEADER) - 4)]
     minutes = "" if line.method == "dense" else line.spread("minutes", "{:.1f}".format)
     peaks = [run["peak_rss_gib"] for run in line.runs if run["peak_rss_gib"] is not None]
     return [
         name,
-        recovery,
+        line.recovery,
         "" if line.method == "dense" else line.count,
         line.spread("ppl", "{:.2f}".format),
         f"{ppl / dense:.2f}x",
@@ -168,6 +192,7 @@ def cells(line: Line, column: Column, dense: float, baseline: float | None) -> l
         line.spread("bytes", mebibytes),
         minutes,
         f"{max(peaks):.2f}" if peaks else "",
+        "" if line.method == "dense" else line.machines(letters),
     ]
 
 
@@ -193,12 +218,13 @@ def mebibytes(size: float) -> str:
 
 def budgets(dense: Figures, document: Figures) -> str:
     """The runs that were asked for a quality instead of a size."""
-    rows = [budget_cells(line, dense) for line in lines_of(MIXED, document)]
+    letters = letters_of(document)
+    rows = [budget_cells(line, dense, letters) for line in lines_of(MIXED, document)]
     intro = "Asked for a perplexity of so many times the dense one, as small as it gets with that."
     return f"## Quality budgets\n\n{intro}\n\n" + markdown(BUDGET_HEADER, rows)
 
 
-def budget_cells(line: Line, dense: Figures) -> list[str]:
+def budget_cells(line: Line, dense: Figures, letters: dict[str, str]) -> list[str]:
     """One line of the table of budgets."""
     start = [line.method, f"{line.budget:g}x", line.count]
     ppl, size = line.middle("ppl"), line.middle("bytes")
@@ -212,6 +238,7 @@ def budget_cells(line: Line, dense: Figures) -> list[str]:
         mebibytes(size),
         f"{size / dense['bytes']:.2f}x",
         line.spread("minutes", "{:.1f}".format),
+        line.machines(letters),
     ]
 
 

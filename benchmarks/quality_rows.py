@@ -13,6 +13,7 @@ GROUP = 64  # divides both widths of SmolLM2-135M; its own weights were 4-bit in
 SEEDS = (0, 1, 2)
 OURS, BASELINE = "admm", "sparsegpt"
 MAX_PPL_RATIO = 1.15  # the quality that the budget rows ask for
+ASIDE = 0.25  # the part of the minutes that columns beside the headlines are trained for
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Row:
         method: a name of the pruner's table of methods.
         column: pattern and bits.
         recover: "none", "blocks" or "distill".
-        minutes: most minutes of recovery; 0 where there is none.
+        minutes: most minutes of distillation; 0 where there is none.
         max_ppl_ratio: the quality budget, or None.
         seed: draws the calibration windows.
     """
@@ -66,6 +67,11 @@ class Row:
         return ":".join(parts)
 
     @property
+    def asks_words(self) -> bool:
+        """Whether the last words are asked for: of one run of each line of the headlines."""
+        return self.seed == SEEDS[0] and self.column in (*HEADLINES, MIXED)
+
+    @property
     def file_name(self) -> str:
         """The label and the seed, as the beginning of a file's name."""
         label = self.label.replace("%", "pct").replace(":", "-")
@@ -73,16 +79,20 @@ class Row:
 
 
 def all_rows(minutes: float) -> list[Row]:
-    """Every row, the most telling ones first; recovery may take `minutes`."""
+    """Every row, the most telling ones first.
+
+    Training may take `minutes` where a comparison rests on it, and a part of that elsewhere.
+    """
     order = [
         *_one_shot(HEADLINES, (BASELINE, OURS)),
         *_one_shot(COLUMNS, (BASELINE, OURS, "magnitude", "wanda")),
-        *_recovered(HEADLINES, minutes),
+        *_distilled(HEADLINES, (OURS, BASELINE), minutes),
+        *_tuned(HEADLINES),
         Row(OURS, MIXED, max_ppl_ratio=MAX_PPL_RATIO),
         *_more_seeds(_one_shot(HEADLINES, (BASELINE, OURS))),
         *_more_seeds(_one_shot(COLUMNS, (BASELINE, OURS))),
-        *_more_seeds(_recovered(HEADLINES, minutes)),
-        *_recovered(COLUMNS, minutes),
+        *_distilled([c for c in COLUMNS if c not in HEADLINES], (OURS,), minutes * ASIDE),
+        *_tuned(COLUMNS),
     ]
     return list(dict.fromkeys(order))
 
@@ -97,14 +107,14 @@ def chosen(rows: Sequence[Row], filters: Sequence[str], seeds: Sequence[int]) ->
 
 
 def curve_rows(label: str, minutes: Sequence[float]) -> list[Row]:
-    """One recovered row at several budgets of minutes; no minutes is the same without recovery.
+    """One distilled row at several budgets of minutes; no minutes is the same without recovery.
 
     Raises:
-        ValueError: no row has that label, or it is no recovered one.
+        ValueError: no row has that label, or it is no distilled one.
     """
     found = [row for row in all_rows(1.0) if row.label == label and row.seed == 0]
-    if not found or found[0].recover == "none":
-        raise ValueError(f"{label!r} is no recovered row")
+    if not found or not found[0].minutes:
+        raise ValueError(f"{label!r} is no distilled row")
     row = found[0]
     unrecovered = replace(row, recover="none", minutes=0.0)
     return [replace(row, minutes=m) if m else unrecovered for m in minutes]
@@ -126,10 +136,12 @@ def _one_shot(columns: Sequence[Column], methods: Sequence[str]) -> Iterator[Row
                 yield Row(method, column)
 
 
-def _recovered(columns: Sequence[Column], minutes: float) -> Iterator[Row]:
-    for column in columns:
-        for method, recover in ((OURS, "distill"), (OURS, "blocks"), (BASELINE, "distill")):
-            yield Row(method, column, recover, minutes)
+def _distilled(columns: Sequence[Column], methods: Sequence[str], minutes: float) -> Iterator[Row]:
+    return (Row(method, column, "distill", minutes) for column in columns for method in methods)
+
+
+def _tuned(columns: Sequence[Column]) -> Iterator[Row]:
+    return (Row(OURS, column, "blocks") for column in columns)
 
 
 def _more_seeds(rows: Iterator[Row]) -> list[Row]:

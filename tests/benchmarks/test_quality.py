@@ -42,14 +42,21 @@ def test_all_columns_have_all_methods_and_recoveries() -> None:
     for column in COLUMNS:
         ways = {(row.method, row.recover) for row in all_rows(30) if row.column == column}
         wanda = set() if column.pattern == "dense" else {("wanda", "none")}
-        assert ways == wanda | {
+        trained = {("sparsegpt", "distill")} if column in HEADLINES else set()
+        assert ways == wanda | trained | {
             ("magnitude", "none"),
             ("sparsegpt", "none"),
-            ("sparsegpt", "distill"),
             ("admm", "none"),
             ("admm", "blocks"),
             ("admm", "distill"),
         }
+
+
+def test_both_methods_are_trained_equally_long_and_asides_shorter() -> None:
+    trained = [row for row in all_rows(30) if row.recover == "distill"]
+    assert {row.minutes for row in trained if row.column in HEADLINES} == {30}
+    assert {row.minutes for row in trained if row.column not in HEADLINES} == {7.5}
+    assert {row.minutes for row in all_rows(30) if row.recover != "distill"} == {0}
 
 
 def test_rows_are_chosen_by_label_and_seed() -> None:
@@ -70,7 +77,7 @@ def test_the_curve_begins_with_the_row_that_does_not_recover() -> None:
         ("admm:2:4:4", 0),
         ("admm:2:4:4:distill", 5),
     ]
-    with pytest.raises(ValueError, match="no recovered row"):
+    with pytest.raises(ValueError, match="no distilled row"):
         curve_rows("admm:2:4:4", [5])
 
 
@@ -129,6 +136,7 @@ def figures(method: str, seed: int | None, ppl: float, **more: Any) -> dict[str,
     run = {"model": "M", "method": method, "pattern": "2:4", "bits": 4, "group": 64, "seed": seed}
     run |= {"recover": "none", "recover_minutes": 0.0, "max_ppl_ratio": None, "ppl": ppl}
     run |= {"kl": 1.0, "agreement": 0.5, "minutes": 2.0, "peak_rss_gib": 1.0, "bytes": 2**20}
+    run |= {"against_ppl": 10.0, "hardware": "a machine"}
     return {**run, "date": "2026-01-01", **more}
 
 
@@ -137,7 +145,7 @@ def document(rows: list[dict[str, Any]], missing: list[dict[str, Any]]) -> dict[
     return {
         "eval": {"text_sha256": "ab", "tokens": 1023, "window": 1024},
         "calibration": {"windows": 2, "length": 32},
-        **{"recover_minutes": 30.0, "hardware": "a machine", "versions": {}, "command": "c"},
+        **{"recover_minutes": 30.0, "versions": {}, "command": "c"},
         **{"date": "2026-01-02", "rows": [parent, *rows], "missing": missing},
     }
 
@@ -163,11 +171,19 @@ def test_the_page_names_what_is_not_measured() -> None:
     assert "**1 of 3 planned runs are measured**" in page
 
 
+def test_a_run_is_shown_with_the_machine_it_was_measured_on() -> None:
+    runs = [figures("admm", 0, 30.0), figures("admm", 1, 31.0, hardware="another machine")]
+    page = to_markdown(document([*runs, figures("wanda", 0, 99.0, hardware="another machine")], []))
+    assert "Machines: A is a machine; B is another machine." in page
+    assert [line[-8:] for line in page.splitlines() if line.startswith("| admm")] == ["| A, B |"]
+    assert [line[-5:] for line in page.splitlines() if line.startswith("| wanda")] == ["| B |"]
+
+
 def test_quality_budgets_have_a_table_of_their_own() -> None:
     mixed = {"pattern": "mixed", "bits": None, "max_ppl_ratio": 1.15}
     budget = figures("admm", 0, 11.0, bytes=2 * 2**20, **mixed)
     page = to_markdown(document([budget], []))
-    assert "| admm | 1.15x | 1 of 1 | 11.00 | 1.10x | 1.000 | 2.0 | 0.50x | 2.0 |" in page
+    assert "| admm | 1.15x | 1 of 1 | 11.00 | 1.10x | 1.000 | 2.0 | 0.50x | 2.0 | A |" in page
     assert "| admm |  | 1 of 1" not in page
     missing = [unmeasured("admm", 0, **mixed)]
     page = to_markdown(document([figures("admm", 0, 30.0)], missing))
@@ -206,7 +222,7 @@ def bench(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_row_is_measured_once_and_its_checkpoint_dropped(
     bench: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench("--rows", "sparsegpt:dense:4", "--seeds", "0")
+    bench("--rows", "sparsegpt:2:4:4", "--seeds", "0")
     written = json.loads((tmp_path / "results" / "quality.json").read_text())
     dense, row = written["rows"]
     assert row["method"] == "sparsegpt"
@@ -214,13 +230,35 @@ def test_a_row_is_measured_once_and_its_checkpoint_dropped(
     assert row["bytes"] < dense["bytes"]
     assert row["last_word_items"] == dense["last_word_items"] == 2
     assert len(written["missing"]) == len(all_rows(30)) - 1
-    assert "GPTQ (sparsegpt)" in (tmp_path / "results" / "quality.md").read_text()
+    assert "| sparsegpt |  | 1 of 3 |" in (tmp_path / "results" / "quality.md").read_text()
     assert not [path for path in (tmp_path / "work").iterdir() if path.is_dir()]
 
     monkeypatch.setattr(quality_measure, "run", lambda _: pytest.fail("measured again"))
     shutil.rmtree(tmp_path / "results")
-    bench("--rows", "sparsegpt:dense:4", "--seeds", "0")
+    bench("--rows", "sparsegpt:2:4:4", "--seeds", "0")
     assert json.loads((tmp_path / "results" / "quality.json").read_text()) == written
+
+
+def test_what_is_published_is_known_on_another_machine(
+    bench: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = tmp_path / "results" / "quality.json"
+    bench("--rows", "sparsegpt:2:4:4", "--seeds", "0")
+    published = json.loads(page.read_text())
+    published["rows"][1] |= {"hardware": "another machine", "date": "2026-01-01"}
+    page.write_text(json.dumps(published))
+    shutil.rmtree(tmp_path / "work")
+
+    asked: list[list[Any]] = []
+    monkeypatch.setattr(quality_measure, "run", lambda command: asked.append(command))
+    bench("--rows", "sparsegpt:2:4:4", "--seeds", "0")
+    assert not asked
+    assert json.loads(page.read_text())["rows"] == published["rows"]
+
+    # Under another protocol the published run counts for nothing, and is measured.
+    with pytest.raises(TypeError, match="NoneType"):
+        bench("--rows", "sparsegpt:2:4:4", "--seeds", "0", "--eval-windows", "1")
+    assert asked
 
 
 def test_a_row_that_fails_is_named_and_the_next_one_is_measured(
