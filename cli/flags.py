@@ -77,6 +77,10 @@ class Pruning:
     fast: Annotated[
         bool | None, Flag("--fast", help="Observe a block once, not stage by stage.")
     ] = None
+    reorder: Annotated[
+        bool | None,
+        Flag("--reorder/--no-reorder", help="Let admm reorder an MLP's channels. [reorder]"),
+    ] = None
     recover: Annotated[str | None, Flag(help="none, blocks or distill. [none]")] = None
     recover_minutes: Annotated[float | None, Flag(help="Time to distill for. [30.0]")] = None
     recover_tokens: Annotated[int | None, Flag(help="Instead of a time: so many tokens. [0]")] = (

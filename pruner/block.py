@@ -21,6 +21,13 @@ from .pack import pack
 from .plan import Plan
 from .recipe import Recipe
 from .recover.blocks import Activations, BlockTuning, TuningResult, tune_block
+from .reorder import (
+    order_for,
+    reorder_module,
+    reorder_weights,
+    reordered_rows,
+    reordered_solution,
+)
 from .source import Source, Trained, first_nonfinite
 from .stream import BlockStream
 from .walk import Observation, Walk
@@ -28,7 +35,7 @@ from .walk import Observation, Walk
 Report = Callable[[str, LinearRecord, float], None]
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Block:
     """A block in memory: its stored tensors by full name, and the module that they fill."""
 
@@ -38,6 +45,7 @@ class _Block:
     broken: frozenset[str]  # linears with NaN or infinity
     module: nn.Module
     parent: nn.Module | None  # the same, never to be changed
+    reordered: bool = False  # passes that wait in the module have another order of channels
 
     def original(self, short: str) -> Tensor:
         """The source's weight [N, K] of one of its linears."""
@@ -100,6 +108,7 @@ class BlockPruner:
                 self._leave(block, walk)
         if self._tunes:
             self._tune(block, linears, stream)
+            block.reordered = False  # the passes of another walk are in the new order
             with self._walk(block, stream) as walk:
                 self._quantize_all(block, linears, walk)
                 self._leave(block, walk)
@@ -141,13 +150,14 @@ class BlockPruner:
 
     def _leave(self, block: _Block, walk: Walk) -> None:
         if block.index + 1 < self._source.block_count:
-            walk.finish()
+            walk.finish(anew=block.reordered)
 
     def _solve_all(self, block: _Block, walk: Walk) -> dict[str, _Linear]:
-        linears = {}
+        linears: dict[str, _Linear] = {}
         for stages in self._passes():
             for short, observation in walk.observe(stages).items():
                 started = time.perf_counter()
+                observation = self._reorder(block, short, observation, linears)
                 linear = self._begin(block, short, observation)
                 if linear.target is not None:
                     weight = block.original(short).float()
@@ -157,6 +167,35 @@ class BlockPruner:
                 if not self._tunes:
                     self._tell(block, short, linear, started)
         return linears
+
+    def _reorder(
+        self, block: _Block, short: str, observation: Observation, linears: dict[str, _Linear]
+    ) -> Observation:
+        """Before a reader of free channels is solved, put them into the order that suits it best.
+
+        The block, and those of its `linears` that are solved, are in the new order from then on, as
+        is the observation that is returned.
+        """
+        free, name = self._source.family.free, block.prefix + short
+        target = self._planned[name].target
+        asked = self._recipe.reorder and self._recipe.method == "admm"
+        if not asked or free is None or short != free.reader or target is None:
+            return observation
+        if name in block.broken or isinstance(self._source, Trained):
+            return observation
+        order = order_for(block.original(short).float(), observation.fit, target)
+        if order is None:
+            return observation
+        reorder_weights(block.tensors, free, order, block.prefix)
+        reorder_module(block.module, free, order)
+        for maker in free.makers:
+            linear = linears[maker]
+            linear.packed = reordered_rows(linear.packed, order)
+            if linear.solved is not None:
+                pruned = reordered_solution(linear.solved.pruned, order)
+                linear.solved = replace(linear.solved, pruned=pruned)
+        block.reordered = True
+        return observation.reordered(order)
 
     def _begin(self, block: _Block, short: str, observation: Observation) -> _Linear:
         name, original = block.prefix + short, block.original(short)

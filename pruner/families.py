@@ -14,6 +14,14 @@ from ..errors import CheckpointError, UnsupportedModel
 
 
 @dataclass(frozen=True)
+class FreeChannels:
+    """Linears of a block, by short name: the rows of `makers` are the columns of `reader`."""
+
+    makers: tuple[str, ...]
+    reader: str
+
+
+@dataclass(frozen=True)
 class Family:
     """Layout of one architecture.
 
@@ -24,6 +32,7 @@ class Family:
     blocks: str
     embedding: str
     stages: tuple[tuple[str, ...], ...]
+    free: FreeChannels | None = None  # channels inside a block whose order is nobody's business
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -44,6 +53,7 @@ _LLAMA = Family(
         ("mlp.gate_proj", "mlp.up_proj"),
         ("mlp.down_proj",),
     ),
+    free=FreeChannels(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),
 )
 
 FAMILIES: Mapping[str, Family] = {"llama": _LLAMA}

@@ -75,9 +75,10 @@ class Recipe:
 
     `calib` is "builtin" or the path of a text file; `damping` is relative to the mean of the
     Hessian's diagonal; `mix` is the share of the dense model's outputs in what a layer should
-    repeat; `fast` observes a block once, dense, instead of stage by stage; `strict` makes a linear
-    that cannot take the pattern an error instead of keeping it dense; `allow_nonfinite` keeps
-    linears with NaN or infinity as they are.
+    repeat; `fast` observes a block once, dense, instead of stage by stage; `reorder` lets admm put
+    channels inside a block into the order that suits an N:M pattern; `strict` makes a linear that
+    cannot take the pattern an error instead of keeping it dense; `allow_nonfinite` keeps linears
+    with NaN or infinity as they are.
 
     `recover` trains what is left: "none"; "blocks", each block against the dense one for
     `block_epochs`; or "distill", the whole model against the dense one on `recover_tokens` tokens,
@@ -102,6 +103,7 @@ class Recipe:
     damping: float = 0.01
     mix: float = 0.5
     fast: bool = False
+    reorder: bool = True
     recover: str = "none"
     recover_minutes: float = 30.0
     recover_tokens: int = 0

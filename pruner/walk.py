@@ -31,6 +31,11 @@ class Observation:
     fit: InputStatistics
     check: InputStatistics | None
 
+    def reordered(self, order: Tensor) -> Observation:
+        """The same for inputs in the order `order` [K]."""
+        check = None if self.check is None else self.check.reordered(order)
+        return Observation(self.fit.reordered(order), check)
+
 
 @dataclass(frozen=True)
 class _Batch:
@@ -112,9 +117,14 @@ class Walk:
         }
 
     @torch.no_grad()
-    def finish(self) -> None:
-        """Run every window to the block's end: the stream then holds what enters the next one."""
+    def finish(self, anew: bool = False) -> None:
+        """Run every window to the block's end: the stream then holds what enters the next one.
+
+        `anew` begins at the block's input, for a block that changed where passes have been.
+        """
         for batch in self._batches:
+            if anew:
+                batch.ours.drop()
             self._stream.hidden[batch.windows].copy_(batch.ours.output())
             if batch.dense is not None and self._stream.dense is not None:
                 self._stream.dense[batch.windows].copy_(batch.dense.output())

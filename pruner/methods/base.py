@@ -34,6 +34,16 @@ class InputStatistics:
             self._curvatures[damping] = damp(self.hessian, damping)
         return self._curvatures[damping]
 
+    def reordered(self, order: Tensor) -> InputStatistics:
+        """The statistics of the same inputs in the order `order` [K]."""
+        hessian, drift, shift = (
+            None if matrix is None else matrix[order][:, order].contiguous()
+            for matrix in (self.hessian, self.drift, self.shift)
+        )
+        assert hessian is not None
+        known = {damping: each.reordered(order) for damping, each in self._curvatures.items()}
+        return InputStatistics(hessian, self.tokens, drift, shift, known)
+
 
 @dataclass(frozen=True)
 class Target:

@@ -53,6 +53,15 @@ class Curvature:
         """Of the matrix, [K]."""
         return self.matrix.diagonal().contiguous()
 
+    def reordered(self, order: Tensor) -> Curvature:
+        """The same for inputs in the order `order` [K]; what was decomposed is not again."""
+        moved = Curvature(self.matrix[order][:, order].contiguous(), self.damping)
+        spectrum = vars(self).get("spectrum")
+        if spectrum is not None:
+            vectors, norm = spectrum.vectors[order].contiguous(), spectrum.norm[order]
+            vars(moved)["spectrum"] = Spectrum(spectrum.values, vectors, norm)
+        return moved
+
 
 def damp(hessian: Tensor, damping: float) -> Curvature:
     """`hessian` [K, K], damped until it is positive definite.

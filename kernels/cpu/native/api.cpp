@@ -1,0 +1,188 @@
+#include "api.h"
+
+#include <cmath>
+#include <new>
+#include <vector>
+
+#include "decoder.hpp"
+#include "pack.hpp"
+
+using namespace halfweave;
+
+namespace {
+
+constexpr int64_t kMostRows = (int64_t)1 << 26, kMostColumns = (int64_t)1 << 22;
+constexpr int64_t kMostTokens = (int64_t)1 << 20;
+
+bool shape_is_legal(int32_t kind, int32_t group, int64_t rows, int64_t columns) {
+  if (kind < 0 || kind >= kKinds || (group != 32 && group != 64 && group != 128)) return false;
+  if (rows < 1 || rows > kMostRows || columns < 1 || columns > kMostColumns) return false;
+  const int64_t multiple = kind == kSparse24Int4 ? 4 : kind == kInt4 ? 2 : 1;
+  return columns % multiple == 0;
+}
+
+Weight to_weight(const hw_weight& w) { return {w.kind, w.group, w.rows, w.columns, w.data}; }
+
+int check(const hw_weight& w) {
+  if (!w.data) return HW_NULL;
+  if (!shape_is_legal(w.kind, w.group, w.rows, w.columns)) return HW_SHAPE;
+  if ((uintptr_t)w.data % kLine || w.bytes != to_weight(w).bytes()) return HW_SIZE;
+  return HW_OK;
+}
+
+int check(const hw_weight& w, int64_t rows, int64_t columns) {
+  if (int code = check(w)) return code;
+  return w.rows == rows && w.columns == columns ? HW_OK : HW_SHAPE;
+}
+
+int check(const hw_shape& s) {
+  const int64_t sizes[] = {s.layers, s.hidden, s.heads, s.kv_heads, s.head_dim, s.ffn, s.vocab};
+  for (int64_t size : sizes)
+    if (size < 1 || size > kMostRows) return HW_SHAPE;
+  if (s.heads % s.kv_heads || s.head_dim % 2 || s.heads * s.head_dim > kMostColumns)
+    return HW_SHAPE;
+  return std::isfinite(s.norm_eps) && s.norm_eps >= 0 ? HW_OK : HW_SHAPE;
+}
+
+int check(const hw_shape& s, const hw_block& block) {
+  if (!block.attention_norm || !block.mlp_norm) return HW_NULL;
+  const int64_t q = s.heads * s.head_dim, kv = s.kv_heads * s.head_dim;
+  const int64_t rows[] = {q, kv, kv, s.hidden, s.ffn, s.ffn, s.hidden};
+  const int64_t columns[] = {s.hidden, s.hidden, s.hidden, q, s.hidden, s.hidden, s.ffn};
+  for (int i = 0; i < kLinears; i++)
+    if (int code = check(block.linears[i], rows[i], columns[i])) return code;
+  return HW_OK;
+}
+
+Cache cache_of(const DecoderShape& s, const hw_cache* cache) {
+  return {cache ? cache->data : nullptr, cache ? cache->pages : 0, s.layers, s.kv_heads,
+          Cache::padded(s.head_dim), s.head_dim};
+}
+
+int check(const DecoderShape& shape, const hw_batch& b, const hw_cache& cache) {
+  if (!b.ids || !b.positions || !b.pages || !b.pages_start || !cache.data) return HW_NULL;
+  if (b.tokens < 1 || b.tokens > kMostTokens) return HW_SHAPE;
+  const int64_t page_bytes = 2 * cache_of(shape, &cache).page_size();
+  if (cache.pages < 1 || cache.bytes / page_bytes < cache.pages) return HW_SIZE;
+  for (int64_t i = 0; i < b.page_count; i++)
+    if (b.pages[i] < 0 || b.pages[i] >= cache.pages) return HW_RANGE;
+  for (int64_t t = 0; t < b.tokens; t++) {
+    if (b.ids[t] < 0 || b.ids[t] >= shape.vocab) return HW_RANGE;
+    if (b.positions[t] < 0 || b.pages_start[t] < 0 || b.pages_start[t] >= b.page_count)
+      return HW_RANGE;
+    if (b.positions[t] / kPagePositions >= b.page_count - b.pages_start[t]) return HW_RANGE;
+  }
+  return HW_OK;
+}
+
+// Memory may run out in any call that grows a buffer; nothing may be thrown into C.
+template <class Call>
+int guarded(const Call& call) {
+  try {
+    call();
+    return HW_OK;
+  } catch (const std::exception&) {
+    return HW_MEMORY;
+  }
+}
+
+}  // namespace
+
+const void* hw_level(const char* name) { return find_level(name); }
+const char* hw_level_name(const void* level) { return level ? ((const Level*)level)->name : ""; }
+
+void* hw_pool_new(int32_t threads) {
+  Pool* pool = nullptr;
+  if (threads < 1 || threads > 1024 || guarded([&] { pool = new Pool(threads); })) return nullptr;
+  return pool;
+}
+void hw_pool_free(void* pool) { delete (Pool*)pool; }
+
+int64_t hw_packed_bytes(int32_t kind, int32_t group, int64_t rows, int64_t columns) {
+  if (!shape_is_legal(kind, group, rows, columns)) return -1;
+  return Weight{kind, group, rows, columns, nullptr}.bytes();
+}
+
+int hw_pack(void* pool, hw_weight shape, const uint8_t* values, const uint8_t* meta,
+            const uint16_t* scales, uint8_t* out) {
+  if (!pool || !values || !scales || !out) return HW_NULL;
+  if (shape.kind == kSparse24Int4 && !meta) return HW_NULL;
+  shape.data = out;
+  if (int code = check(shape)) return code;
+  const Weight w = to_weight(shape);
+  return guarded([&] {
+    ((Pool*)pool)->run([&](int thread, int threads) {
+      pack(w, {values, meta, scales}, out, share(w.tiles(), thread, threads),
+           share(w.tiles(), thread + 1, threads));
+    });
+  });
+}
+
+int hw_linear(const void* level, void* pool, const hw_weight* weight, const float* x,
+              int64_t tokens, const float* bias, float* y) {
+  if (!level || !pool || !weight || !x || !y) return HW_NULL;
+  if (tokens < 1 || tokens > kMostTokens) return HW_SHAPE;
+  if (int code = check(*weight)) return code;
+  return guarded([&] {
+    const Level& kernels = *(const Level*)level;
+    const Weight w = to_weight(*weight);
+    QuantizedInputs inputs;
+    inputs.set(kernels, *(Pool*)pool, x, tokens, w.columns);
+    const Product product = {&w, bias, y};
+    multiply_all(kernels, *(Pool*)pool, inputs.get(), &product, 1);
+  });
+}
+
+int hw_decoder_new(const hw_shape* shape, const hw_block* blocks, const float* norm,
+                   const hw_weight* embedding, const hw_weight* head, const float* frequencies,
+                   void** decoder) {
+  if (!shape || !blocks || !norm || !embedding || !head || !frequencies || !decoder)
+    return HW_NULL;
+  if (int code = check(*shape)) return code;
+  for (int64_t i = 0; i < shape->layers; i++)
+    if (int code = check(*shape, blocks[i])) return code;
+  for (const hw_weight* each : {embedding, head})
+    if (int code = check(*each, shape->vocab, shape->hidden)) return code;
+  if (embedding->kind != kInt8) return HW_SHAPE;
+  return guarded([&] {
+    std::vector<DecoderBlock> own(shape->layers);
+    for (int64_t i = 0; i < shape->layers; i++) {
+      own[i].attention_norm = blocks[i].attention_norm;
+      own[i].mlp_norm = blocks[i].mlp_norm;
+      for (int j = 0; j < kLinears; j++) {
+        own[i].linears[j] = to_weight(blocks[i].linears[j]);
+        own[i].biases[j] = blocks[i].biases[j];
+      }
+    }
+    const hw_shape& s = *shape;
+    *decoder = new Decoder({s.layers, s.hidden, s.heads, s.kv_heads, s.head_dim, s.ffn, s.vocab,
+                            s.norm_eps},
+                           own, norm, to_weight(*embedding), to_weight(*head), frequencies);
+  });
+}
+void hw_decoder_free(void* decoder) { delete (Decoder*)decoder; }
+
+int64_t hw_page_bytes(const void* decoder) {
+  return decoder ? 2 * cache_of(((const Decoder*)decoder)->shape(), nullptr).page_size() : -1;
+}
+
+int hw_forward(void* decoder, const void* level, void* pool, const hw_batch* batch,
+               const hw_cache* cache, float* hidden) {
+  if (!decoder || !level || !pool || !batch || !cache || !hidden) return HW_NULL;
+  Decoder& own = *(Decoder*)decoder;
+  if (int code = check(own.shape(), *batch, *cache)) return code;
+  const Batch tokens = {batch->tokens, batch->ids, batch->positions, batch->pages,
+                        batch->pages_start};
+  return guarded([&] {
+    own.forward(*(const Level*)level, *(Pool*)pool, tokens, cache_of(own.shape(), cache), hidden);
+  });
+}
+
+int hw_logits(void* decoder, const void* level, void* pool, const float* hidden, int64_t tokens,
+              float* scores) {
+  if (!decoder || !level || !pool || !hidden || !scores) return HW_NULL;
+  if (tokens < 1 || tokens > kMostTokens) return HW_SHAPE;
+  return guarded([&] {
+    ((Decoder*)decoder)->logits(*(const Level*)level, *(Pool*)pool, hidden, tokens, scores);
+  });
+}

@@ -1,0 +1,78 @@
+/* The library's C interface: no torch, no Python headers. Every size is checked here again, in 64
+ * bits, although the binding has checked it: a wrong call must not end the process.
+ *
+ * Functions that return int give 0, or one of the codes below. Tensors are contiguous; floats are
+ * fp32. One caller at a time per pool and per decoder. */
+#ifndef HALFWEAVE_API_H
+#define HALFWEAVE_API_H
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum { HW_OK = 0, HW_NULL = 1, HW_SHAPE = 2, HW_SIZE = 3, HW_RANGE = 4, HW_MEMORY = 5 };
+
+typedef struct {
+  int32_t kind;  /* 0 sparse24_int4, 1 int4, 2 int8 */
+  int32_t group; /* columns that share a scale: 32, 64 or 128 */
+  int64_t rows, columns;
+  const uint8_t* data; /* packed; aligned to 64 bytes */
+  int64_t bytes;
+} hw_weight;
+
+typedef struct {
+  const float *attention_norm, *mlp_norm;
+  hw_weight linears[7]; /* q k v o gate up down */
+  const float* biases[7];
+} hw_block;
+
+typedef struct {
+  int64_t layers, hidden, heads, kv_heads, head_dim, ffn, vocab;
+  float norm_eps;
+} hw_shape;
+
+typedef struct {
+  uint16_t* data;
+  int64_t bytes, pages;
+} hw_cache;
+
+typedef struct {
+  int64_t tokens;
+  const int32_t* ids;
+  const int64_t* positions;
+  const int32_t* pages;
+  int64_t page_count;         /* of all sequences together */
+  const int64_t* pages_start; /* [tokens] */
+} hw_batch;
+
+/* The level of that name, the best one for NULL; NULL where this machine cannot run it. */
+const void* hw_level(const char* name);
+const char* hw_level_name(const void* level);
+
+void* hw_pool_new(int32_t threads);
+void hw_pool_free(void* pool);
+
+/* Bytes of a packed weight; -1 for a shape that there cannot be. */
+int64_t hw_packed_bytes(int32_t kind, int32_t group, int64_t rows, int64_t columns);
+int hw_pack(void* pool, hw_weight shape, const uint8_t* values, const uint8_t* meta,
+            const uint16_t* scales, uint8_t* out);
+
+/* y [tokens, rows] = x [tokens, columns] W^T + bias, where bias may be NULL. */
+int hw_linear(const void* level, void* pool, const hw_weight* weight, const float* x,
+              int64_t tokens, const float* bias, float* y);
+
+int hw_decoder_new(const hw_shape* shape, const hw_block* blocks, const float* norm,
+                   const hw_weight* embedding, const hw_weight* head, const float* frequencies,
+                   void** decoder);
+void hw_decoder_free(void* decoder);
+int64_t hw_page_bytes(const void* decoder);
+int hw_forward(void* decoder, const void* level, void* pool, const hw_batch* batch,
+               const hw_cache* cache, float* hidden);
+int hw_logits(void* decoder, const void* level, void* pool, const float* hidden, int64_t tokens,
+              float* scores);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,164 @@
+#include "decoder.hpp"
+
+#include <algorithm>
+#include <cmath>
+
+#include "half.hpp"
+#include "walk.hpp"
+
+namespace halfweave {
+namespace {
+
+constexpr int64_t kFewTokens = 2;  // that one thread is done with sooner than it wakes another
+
+// Calls use(token) for every token, on all threads where that pays.
+template <class Use>
+void each_token(Pool& pool, int64_t tokens, const Use& use) {
+  if (tokens <= kFewTokens) {
+    for (int64_t t = 0; t < tokens; t++) use(t);
+    return;
+  }
+  pool.run([&](int thread, int threads) {
+    const int64_t end = share(tokens, thread + 1, threads);
+    for (int64_t t = share(tokens, thread, threads); t < end; t++) use(t);
+  });
+}
+
+// One row of an int8 weight, as floats.
+void unpack_row(const Weight& w, int64_t row, float* out) {
+  const int64_t lane = row % kTileRows;
+  each_unit(w, w.data + row / kTileRows * w.tile_bytes(), 0, w.columns,
+            [&](const uint8_t* data, const uint16_t* scales, int64_t column, int64_t blocks) {
+              const float scale = half_to_float(scales[lane]);
+              for (int64_t i = 0; i < blocks * kBlock && column + i < w.columns; i++)
+                out[column + i] = scale * (int8_t)data[i / 4 * kLine + 4 * lane + i % 4];
+            });
+}
+
+}  // namespace
+
+Decoder::Decoder(const DecoderShape& shape, const std::vector<DecoderBlock>& blocks,
+                 const float* norm, const Weight& embedding, const Weight& head,
+                 const float* frequencies)
+    : shape_(shape),
+      blocks_(blocks),
+      norm_(norm),
+      frequencies_(frequencies),
+      embedding_(embedding),
+      head_(head) {}
+
+void Decoder::forward(const Level& level, Pool& pool, const Batch& batch, const Cache& cache,
+                      float* hidden) {
+  reserve(batch, pool.size());
+  embed(batch);
+  find_angles(batch);
+  for (int64_t layer = 0; layer < shape_.layers; layer++) {
+    norm(level, pool, blocks_[layer].attention_norm, batch.tokens, normed_.data());
+    attention(level, pool, batch, cache, layer);
+    add(pool, batch.tokens);
+    norm(level, pool, blocks_[layer].mlp_norm, batch.tokens, normed_.data());
+    mlp(level, pool, batch.tokens, layer);
+    add(pool, batch.tokens);
+  }
+  norm(level, pool, norm_, batch.tokens, hidden);
+}
+
+void Decoder::logits(const Level& level, Pool& pool, const float* hidden, int64_t tokens,
+                     float* scores) {
+  inputs_.set(level, pool, hidden, tokens, shape_.hidden);
+  const Product product = {&head_, nullptr, scores};
+  multiply_all(level, pool, inputs_.get(), &product, 1);
+}
+
+void Decoder::attention(const Level& level, Pool& pool, const Batch& batch, const Cache& cache,
+                        int64_t layer) {
+  const DecoderBlock& block = blocks_[layer];
+  const int64_t dim = shape_.head_dim, heads = shape_.heads, kv_heads = shape_.kv_heads;
+  inputs_.set(level, pool, normed_.data(), batch.tokens, shape_.hidden);
+  const Product qkv[] = {{&block.linears[kQ], block.biases[kQ], q_.data()},
+                         {&block.linears[kK], block.biases[kK], k_.data()},
+                         {&block.linears[kV], block.biases[kV], v_.data()}};
+  multiply_all(level, pool, inputs_.get(), qkv, 3);
+  each_token(pool, batch.tokens, [&](int64_t t) {
+    const float *cosine = &cosine_[t * dim / 2], *sine = &sine_[t * dim / 2];
+    level.rotate(&q_[t * heads * dim], heads, dim, cosine, sine);
+    level.rotate(&k_[t * kv_heads * dim], kv_heads, dim, cosine, sine);
+    const int64_t position = batch.positions[t];
+    const int32_t page = batch.pages[batch.pages_start[t] + position / kPagePositions];
+    level.remember(cache, page, position % kPagePositions, layer, &k_[t * kv_heads * dim],
+                   &v_[t * kv_heads * dim]);
+  });
+  pool.run([&](int thread, int threads) {
+    float* scores = &scores_[thread * longest_];
+    const int64_t parts = batch.tokens * heads, end = share(parts, thread + 1, threads);
+    for (int64_t part = share(parts, thread, threads); part < end; part++) {
+      const int64_t t = part / heads, head = part % heads;
+      level.attend(cache, batch.pages + batch.pages_start[t], layer, head / (heads / kv_heads),
+                   batch.positions[t] + 1, &q_[part * dim], scores, &attended_[part * dim]);
+    }
+  });
+  inputs_.set(level, pool, attended_.data(), batch.tokens, heads * dim);
+  const Product o = {&block.linears[kO], block.biases[kO], delta_.data()};
+  multiply_all(level, pool, inputs_.get(), &o, 1);
+}
+
+void Decoder::mlp(const Level& level, Pool& pool, int64_t tokens, int64_t layer) {
+  const DecoderBlock& block = blocks_[layer];
+  inputs_.set(level, pool, normed_.data(), tokens, shape_.hidden);
+  const Product both[] = {{&block.linears[kGate], block.biases[kGate], gate_.data()},
+                          {&block.linears[kUp], block.biases[kUp], up_.data()}};
+  multiply_all(level, pool, inputs_.get(), both, 2);
+  each_token(pool, tokens, [&](int64_t t) {
+    level.silu_times(&gate_[t * shape_.ffn], &up_[t * shape_.ffn], shape_.ffn);
+  });
+  inputs_.set(level, pool, gate_.data(), tokens, shape_.ffn);
+  const Product down = {&block.linears[kDown], block.biases[kDown], delta_.data()};
+  multiply_all(level, pool, inputs_.get(), &down, 1);
+}
+
+void Decoder::norm(const Level& level, Pool& pool, const float* gain, int64_t tokens, float* out) {
+  const int64_t hidden = shape_.hidden;
+  each_token(pool, tokens, [&](int64_t t) {
+    level.rms_norm(&residual_[t * hidden], gain, shape_.norm_eps, hidden, out + t * hidden);
+  });
+}
+
+void Decoder::add(Pool& pool, int64_t tokens) {
+  const int64_t hidden = shape_.hidden;
+  each_token(pool, tokens, [&](int64_t t) {
+    for (int64_t i = t * hidden; i < (t + 1) * hidden; i++) residual_[i] += delta_[i];
+  });
+}
+
+void Decoder::embed(const Batch& batch) {
+  for (int64_t t = 0; t < batch.tokens; t++)
+    unpack_row(embedding_, batch.ids[t], &residual_[t * shape_.hidden]);
+}
+
+void Decoder::find_angles(const Batch& batch) {
+  const int64_t half = shape_.head_dim / 2;
+  for (int64_t t = 0; t < batch.tokens; t++)
+    for (int64_t d = 0; d < half; d++) {
+      const float angle = (float)batch.positions[t] * frequencies_[d];
+      cosine_[t * half + d] = std::cos(angle);
+      sine_[t * half + d] = std::sin(angle);
+    }
+}
+
+void Decoder::reserve(const Batch& batch, int threads) {
+  const auto grow = [&](std::vector<float>& values, int64_t size) {
+    values.resize(std::max(values.size(), (size_t)size));
+  };
+  const int64_t n = batch.tokens, dim = shape_.head_dim;
+  for (auto* values : {&residual_, &normed_, &delta_}) grow(*values, n * shape_.hidden);
+  for (auto* values : {&q_, &attended_}) grow(*values, n * shape_.heads * dim);
+  for (auto* values : {&k_, &v_}) grow(*values, n * shape_.kv_heads * dim);
+  for (auto* values : {&gate_, &up_}) grow(*values, n * shape_.ffn);
+  for (auto* values : {&cosine_, &sine_}) grow(*values, n * (dim / 2));
+  longest_ = 0;
+  for (int64_t t = 0; t < n; t++) longest_ = std::max(longest_, batch.positions[t] + 1);
+  longest_ = ceil_div(longest_, kPagePositions) * kPagePositions;
+  grow(scores_, threads * longest_);
+}
+
+}  // namespace halfweave

@@ -1,0 +1,131 @@
+// The 16 rows of a tile as two registers of eight 32-bit lanes: AVX2, FMA, F16C.
+#pragma once
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace halfweave {
+
+struct Avx2 {
+  static constexpr int kLanes = 8;
+  static constexpr int kWidth = 6;        // tokens at a time: two sums each, 12 of 16 registers
+  static constexpr float kNibbleUnit = 1.f;  // what `low` and `high` multiply a code by
+
+  using Bytes = __m256i;
+  using Ints = __m256i;
+  using Floats = __m256;
+
+  static Bytes load(const uint8_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
+  static void store(uint8_t* p, Bytes v) { _mm256_storeu_si256((__m256i*)p, v); }
+  static Ints load_ints(const int32_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
+  static void store_ints(int32_t* p, Ints v) { _mm256_storeu_si256((__m256i*)p, v); }
+
+  // Four or sixteen bytes of the input, the same for every lane or group of four lanes.
+  static Bytes quad(const uint8_t* x) {
+    int32_t word;
+    __builtin_memcpy(&word, x, 4);
+    return _mm256_set1_epi32(word);
+  }
+  static Bytes sixteen(const uint8_t* x) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)x));
+  }
+  static Bytes pick(Bytes sixteen, Bytes selectors) {
+    return _mm256_shuffle_epi8(sixteen, selectors);
+  }
+
+  // Signed codes from the low and high nibbles of every byte.
+  static Bytes low(Bytes v) {
+    return _mm256_shuffle_epi8(signed_nibbles(), _mm256_and_si256(v, _mm256_set1_epi8(15)));
+  }
+  static Bytes high(Bytes v) { return low(_mm256_srli_epi16(v, 4)); }
+
+  // Which of sixteen bytes each kept value of step S meets; the second eight columns when S is odd.
+  template <int S>
+  static Bytes selectors(Bytes indices) {
+    const Bytes base = _mm256_set1_epi32(S & 1 ? 0x0C0C0808 : 0x04040000);
+    const Bytes two_bits = _mm256_and_si256(_mm256_srli_epi16(indices, 2 * S), _mm256_set1_epi8(3));
+    return _mm256_or_si256(two_bits, base);
+  }
+
+  // Sums of (input byte) * (code), inputs taken as 0..255. A pair of products of codes of 4 bits is
+  // at most 2 * 255 * 8, so eight of them fit the 16-bit sums between two calls of `settle`.
+  struct Narrow {
+    Ints wide = _mm256_setzero_si256(), pairs = _mm256_setzero_si256();
+    void add(Bytes x, Bytes codes) {
+      pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(x, codes));
+    }
+    void settle() {
+      wide = _mm256_add_epi32(wide, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+      pairs = _mm256_setzero_si256();
+    }
+    Ints total() const { return wide; }
+  };
+  // Codes of 8 bits: products of signed inputs, since pairs of unsigned ones pass 16 bits.
+  struct Wide {
+    static constexpr bool kSigned = true;
+    Ints wide = _mm256_setzero_si256();
+    void add(Bytes x, Bytes codes) {
+      const Bytes inputs = _mm256_xor_si256(x, _mm256_set1_epi8(-128));
+      const Bytes pairs =
+          _mm256_maddubs_epi16(_mm256_abs_epi8(codes), _mm256_sign_epi8(inputs, codes));
+      wide = _mm256_add_epi32(wide, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    }
+    void settle() {}
+    Ints total() const { return wide; }
+  };
+  // Sum of codes, which is what an input's offset of 128 has to be taken back by.
+  struct CodeSum {
+    Ints pairs = _mm256_setzero_si256();
+    void add(Bytes codes) {
+      pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(_mm256_set1_epi8(1), codes));
+    }
+    Ints total() const { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
+  };
+
+  static Ints minus_128_times(Ints a, Ints b) {
+    return _mm256_sub_epi32(a, _mm256_slli_epi32(b, 7));
+  }
+  static Ints plus(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
+  static Floats to_floats(Ints v) { return _mm256_cvtepi32_ps(v); }
+  static Floats zero() { return _mm256_setzero_ps(); }
+  static Floats all(float v) { return _mm256_set1_ps(v); }
+  static Floats load_floats(const float* p) { return _mm256_loadu_ps(p); }
+  static Floats load_halves(const uint16_t* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+  }
+  static void store_halves(uint16_t* p, Floats v) {
+    _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
+  static void store_floats(float* p, Floats v) { _mm256_storeu_ps(p, v); }
+  static Floats times(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
+  static Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+  static Floats larger_size(Floats a, Floats b) {
+    return _mm256_max_ps(a, _mm256_andnot_ps(_mm256_set1_ps(-0.f), b));
+  }
+  static float greatest(Floats v) {
+    __m128 m = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+    return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
+  }
+  static float sum(Floats v) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+  }
+  // 128 plus the nearest integer of each, as bytes; |v| is at most 127.
+  static void store_offset_bytes(uint8_t* p, Floats v) {
+    const __m256i q = _mm256_cvtps_epi32(v);
+    const __m128i words =
+        _mm_packs_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
+    const __m128i bytes = _mm_xor_si128(_mm_packs_epi16(words, words), _mm_set1_epi8(-128));
+    _mm_storel_epi64((__m128i*)p, bytes);
+  }
+
+ private:
+  static Bytes signed_nibbles() {
+    return _mm256_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5,
+                            6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
+  }
+};
+
+}  // namespace halfweave

@@ -1,0 +1,38 @@
+// The kernels of one instruction set. Each level_*.cpp is compiled with flags of its own and makes
+// one; nothing else in this library may contain instructions that a plain machine lacks.
+#pragma once
+#include "cache.hpp"
+#include "layout.hpp"
+
+namespace halfweave {
+
+struct Level {
+  const char* name;
+  int64_t width;  // tokens in a bundle of Inputs
+
+  void (*quantize)(const float* x, int64_t columns, int64_t first, int64_t last,
+                   const Inputs& shape, uint8_t* bytes, float* scales);
+  void (*matvec[kKinds])(const Weight& w, const Inputs& x, const float* bias, float* y,
+                         int64_t first, int64_t last);
+  void (*matmul[kKinds])(const Weight& w, const Inputs& x, const float* bias, float* y,
+                         int64_t stride, int64_t first, int64_t last);
+
+  // What stands between the linears of a block; attention.hpp.
+  void (*rms_norm)(const float* x, const float* gain, float eps, int64_t count, float* y);
+  void (*silu_times)(float* gate, const float* up, int64_t count);
+  void (*rotate)(float* x, int64_t heads, int64_t dim, const float* cosine, const float* sine);
+  void (*remember)(const Cache& cache, int32_t page, int64_t slot, int64_t layer, const float* k,
+                   const float* v);
+  void (*attend)(const Cache& cache, const int32_t* pages, int64_t layer, int64_t kv_head,
+                 int64_t count, const float* q, float* scores, float* out);
+};
+
+// Null where this build has no such level.
+const Level* portable_level();
+const Level* avx2_level();
+const Level* avx512_vnni_level();
+
+// The level of that name, or the best one for null; null if this machine cannot run it.
+const Level* find_level(const char* name);
+
+}  // namespace halfweave

@@ -1,0 +1,133 @@
+// Several tokens: a piece of a tile is taken apart once, into the first-level cache, and meets all
+// tokens there, as many at a time as there are registers for their sums.
+#pragma once
+#include "blocks.hpp"
+#include "walk.hpp"
+
+namespace halfweave {
+
+constexpr int64_t kPieceColumns = 512;  // of a tile; its codes and selectors take 8 KiB
+constexpr int64_t kPieceUnits = kPieceColumns / kBlock;
+
+// A piece of one tile, taken apart: one register of rows behind the other.
+struct Piece {
+  alignas(64) uint8_t lines[kPieceColumns / 4 * kLine];  // per slice: [selectors] codes, by step
+  alignas(64) int32_t offsets[kPieceUnits * kTileRows];  // of the sums of each unit
+  alignas(64) float scales[kPieceUnits * kTileRows];
+  int64_t column[kPieceUnits], blocks[kPieceUnits];
+  int64_t units;
+};
+
+// Takes apart the columns [from, to); returns where the tile's stream goes on.
+template <class L, class F>
+const uint8_t* take_apart(const Weight& w, const uint8_t* p, int64_t from, int64_t to,
+                          Piece& piece) {
+  constexpr int kSlices = kTileRows / L::kLanes, kSliceBytes = kLine / kSlices;
+  constexpr int kPerStep = F::kPicks ? 2 : 1;
+  uint8_t* out[kSlices];
+  for (int s = 0; s < kSlices; s++) out[s] = piece.lines + s * (sizeof piece.lines / kSlices);
+  int64_t unit = 0;
+  p = each_unit(w, p, from, to,
+                [&](const uint8_t* data, const uint16_t* scales, int64_t column, int64_t blocks) {
+                  for (int s = 0; s < kSlices; s++) {
+                    typename L::CodeSum sum;
+                    const uint8_t* block = data + s * kSliceBytes;
+                    for (int64_t b = 0; b < blocks; b++, block += block_bytes(F::kKind))
+                      F::each_step(block, [&](int, auto codes, auto selectors) {
+                        if (F::kPicks) L::store(out[s], selectors);
+                        L::store(out[s] + (kPerStep - 1) * kSliceBytes, codes);
+                        out[s] += kPerStep * kSliceBytes;
+                        if (!F::kSigned) sum.add(codes);
+                      });
+                    const int64_t at = unit * kTileRows + s * L::kLanes;
+                    const auto none = typename L::Narrow{}.total();
+                    L::store_ints(piece.offsets + at, L::minus_128_times(none, sum.total()));
+                    const auto scale = L::load_halves(scales + s * L::kLanes);
+                    L::store_floats(piece.scales + at, L::times(scale, L::all(1.f / F::kUnit)));
+                  }
+                  piece.column[unit] = column;
+                  piece.blocks[unit++] = blocks;
+                });
+  piece.units = unit;
+  return p;
+}
+
+// Adds the piece's part to out[W][16] for W tokens, whose bytes are `x` and whose scales `scales`.
+template <class L, class F, int W>
+void multiply(const Piece& piece, const uint8_t* x, const float* scales, int64_t groups,
+              float* out) {
+  constexpr int kSlices = kTileRows / L::kLanes, kSliceBytes = kLine / kSlices;
+  constexpr int64_t kStride = 16 * W;
+  for (int s = 0; s < kSlices; s++) {
+    const uint8_t* line = piece.lines + s * (sizeof piece.lines / kSlices);
+    for (int64_t unit = 0; unit < piece.units; unit++) {
+      typename F::Sum sums[W];
+      const uint8_t* at = x + piece.column[unit] / 16 * kStride;
+      for (int64_t block = 0; block < piece.blocks[unit]; block++, at += 2 * kStride) {
+#pragma GCC unroll 8
+        for (int step = 0; step < F::kSteps; step++) {
+          const auto first = L::load(line);
+          const auto codes = F::kPicks ? L::load(line + kSliceBytes) : first;
+          line += (F::kPicks ? 2 : 1) * kSliceBytes;
+#pragma GCC unroll 16
+          for (int t = 0; t < W; t++)
+            sums[t].add(F::input(at + 16 * t, step, first, kStride), codes);
+        }
+        if (F::kSettlesEachBlock)
+          for (int t = 0; t < W; t++) sums[t].settle();
+      }
+      const int64_t rows = unit * kTileRows + s * L::kLanes;
+      const auto offset = L::load_ints(piece.offsets + rows);
+      const auto scale = L::load_floats(piece.scales + rows);
+      const int64_t group = piece.column[unit] / kActivationGroup;
+#pragma GCC unroll 16
+      for (int t = 0; t < W; t++) {
+        sums[t].settle();
+        auto total = sums[t].total();
+        if (!F::kSigned) total = L::plus(total, offset);
+        float* to = out + t * kTileRows + s * L::kLanes;
+        const auto both = L::times(scale, L::all(scales[t * groups + group]));
+        L::store_floats(to, L::fma(L::to_floats(total), both, L::load_floats(to)));
+      }
+    }
+  }
+}
+
+template <class L, class F, int W>
+void multiply_up_to(int64_t tokens, const Piece& piece, const uint8_t* x, const float* scales,
+                    int64_t groups, float* out) {
+  if (tokens == W) return multiply<L, F, W>(piece, x, scales, groups, out);
+  if constexpr (W > 1) multiply_up_to<L, F, W - 1>(tokens, piece, x, scales, groups, out);
+}
+
+// y[tokens, rows] for the rows of the tiles [first, last); consecutive tokens are `stride` apart.
+// Bit for bit what `matvec` gives each token: the sums go on from piece to piece in one order.
+template <class L, class F>
+void matmul(const Weight& w, const Inputs& x, const float* bias, float* y, int64_t stride,
+            int64_t first, int64_t last) {
+  Piece piece;
+  for (int64_t tile = first; tile < last; tile++) {
+    const int64_t row = tile * kTileRows;
+    const int64_t count = w.rows - row < kTileRows ? w.rows - row : kTileRows;
+    const uint8_t* p = w.data + tile * w.tile_bytes();
+    for (int64_t from = 0; from < w.columns; from += kPieceColumns) {
+      const int64_t to = from + kPieceColumns < w.columns ? from + kPieceColumns : w.columns;
+      p = take_apart<L, F>(w, p, from, to, piece);
+      for (int64_t token = 0; token < x.tokens; token += x.width) {
+        const int64_t tokens = x.tokens - token < x.width ? x.tokens - token : x.width;
+        alignas(64) float out[L::kWidth * kTileRows] = {};
+        float* rows = y + token * stride + row;
+        for (int64_t t = 0; from && t < tokens; t++)
+          for (int64_t i = 0; i < count; i++) out[t * kTileRows + i] = rows[t * stride + i];
+        multiply_up_to<L, F, L::kWidth>(tokens, piece, x.bytes + token * x.columns,
+                                        x.scales + token * x.groups(), x.groups(), out);
+        const float* added = bias && to == w.columns ? bias + row : nullptr;
+        for (int64_t t = 0; t < tokens; t++)
+          for (int64_t i = 0; i < count; i++)
+            rows[t * stride + i] = out[t * kTileRows + i] + (added ? added[i] : 0.f);
+      }
+    }
+  }
+}
+
+}  // namespace halfweave

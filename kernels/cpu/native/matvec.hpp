@@ -1,0 +1,53 @@
+// One token: every weight is read once, in order, and nothing of it is kept.
+#pragma once
+#include "blocks.hpp"
+#include "walk.hpp"
+
+namespace halfweave {
+
+// The sums of one unit for one register of rows.
+template <class L, class F>
+inline __attribute__((always_inline)) typename L::Ints unit_sum(const uint8_t* p, const uint8_t* x,
+                                                                int64_t blocks) {
+  typename F::Sum sum;
+  typename L::CodeSum codes_sum;
+  for (int64_t block = 0; block < blocks; block++, p += block_bytes(F::kKind), x += kBlock) {
+    F::each_step(p, [&](int step, auto codes, auto selectors) {
+      sum.add(F::input(x, step, selectors, 16), codes);
+      if (!F::kSigned) codes_sum.add(codes);
+    });
+    if (F::kSettlesEachBlock) sum.settle();
+  }
+  sum.settle();
+  return F::kSigned ? sum.total() : L::minus_128_times(sum.total(), codes_sum.total());
+}
+
+// y[rows] for the rows of the tiles [first, last). `x` is one token; `bias` may be null.
+template <class L, class F>
+void matvec(const Weight& w, const Inputs& x, const float* bias, float* y, int64_t first,
+            int64_t last) {
+  constexpr int kSlices = kTileRows / L::kLanes, kSliceBytes = kLine / kSlices;
+  for (int64_t tile = first; tile < last; tile++) {
+    typename L::Floats total[kSlices];
+    for (auto& each : total) each = L::zero();
+    each_unit(w, w.data + tile * w.tile_bytes(), 0, w.columns,
+              [&](const uint8_t* p, const uint16_t* scales, int64_t column, int64_t blocks) {
+                const float input_scale = x.scales[column / kActivationGroup] / F::kUnit;
+                for (int slice = 0; slice < kSlices; slice++) {
+                  const auto sum =
+                      unit_sum<L, F>(p + slice * kSliceBytes, x.bytes + column, blocks);
+                  const auto scale = L::times(L::load_halves(scales + slice * L::kLanes),
+                                              L::all(input_scale));
+                  total[slice] = L::fma(L::to_floats(sum), scale, total[slice]);
+                }
+              });
+    float rows[kTileRows];
+    for (int slice = 0; slice < kSlices; slice++)
+      L::store_floats(rows + slice * L::kLanes, total[slice]);
+    const int64_t row = tile * kTileRows;
+    const int64_t count = w.rows - row < kTileRows ? w.rows - row : kTileRows;
+    for (int64_t i = 0; i < count; i++) y[row + i] = rows[i] + (bias ? bias[row + i] : 0.f);
+  }
+}
+
+}  // namespace halfweave

@@ -1,0 +1,48 @@
+// A few threads that share the work of one caller: they spin for a moment between two pieces of
+// work, because those come microseconds apart, and then sleep, because the machine is not ours.
+#pragma once
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace halfweave {
+
+class Pool {
+ public:
+  explicit Pool(int threads);
+  ~Pool();
+  Pool(const Pool&) = delete;
+  Pool& operator=(const Pool&) = delete;
+
+  int size() const { return (int)workers_.size() + 1; }
+
+  // Calls task(thread, threads) on every thread and returns when all have. One caller at a time.
+  template <class Task>
+  void run(const Task& task) {
+    run_erased([](const void* t, int i, int n) { (*(const Task*)t)(i, n); }, &task);
+  }
+
+ private:
+  using Call = void (*)(const void* task, int thread, int threads);
+
+  void run_erased(Call call, const void* task);
+  void work(int thread);
+  uint64_t next_round(uint64_t seen);
+
+  std::vector<std::thread> workers_;
+  std::atomic<uint64_t> round_{0};
+  std::atomic<int> left_{0}, asleep_{0};
+  std::atomic<bool> closing_{false};
+  Call call_ = nullptr;
+  const void* task_ = nullptr;
+  std::mutex mutex_;
+  std::condition_variable wake_;
+};
+
+// The part of `count` that falls to a thread: as even as it goes, in order.
+inline int64_t share(int64_t count, int thread, int threads) { return count * thread / threads; }
+
+}  // namespace halfweave

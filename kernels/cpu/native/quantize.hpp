@@ -1,0 +1,44 @@
+// Inputs to bytes: per token and 64 columns one scale, so that the largest becomes 127.
+#pragma once
+#include <cstring>
+
+#include "layout.hpp"
+
+namespace halfweave {
+
+constexpr float kSmallest = 1e-30f;  // below, 127 / size is no number any more: taken as zero
+
+// Writes the tokens [first, last) of x [tokens, columns] into the places that Inputs says.
+template <class L>
+void quantize(const float* x, int64_t columns, int64_t first, int64_t last, const Inputs& shape,
+              uint8_t* bytes, float* scales) {
+  for (int64_t token = first; token < last; token++) {
+    const int64_t bundle = token / shape.width * shape.width, left = shape.tokens - bundle;
+    const int64_t width = left < shape.width ? left : shape.width;
+    uint8_t* out = bytes + bundle * shape.columns + (token - bundle) * 16;
+    for (int64_t group = 0; group < shape.groups(); group++) {
+      const int64_t start = group * kActivationGroup;
+      const float* values = x + token * columns + start;
+      const int64_t padded = shape.columns - start < kActivationGroup ? shape.columns - start
+                                                                      : kActivationGroup;
+      float ragged[kActivationGroup] = {};
+      if (columns - start < padded) {
+        memcpy(ragged, values, (columns - start) * sizeof(float));
+        values = ragged;
+      }
+      typename L::Floats most = L::zero();
+      for (int64_t i = 0; i < padded; i += L::kLanes)
+        most = L::larger_size(most, L::load_floats(values + i));
+      const float size = L::greatest(most);
+      scales[token * shape.groups() + group] = size / 127.f;
+      const auto factor = L::all(size > kSmallest ? 127.f / size : 0.f);
+      alignas(64) uint8_t codes[kActivationGroup];
+      for (int64_t i = 0; i < padded; i += L::kLanes)
+        L::store_offset_bytes(codes + i, L::times(L::load_floats(values + i), factor));
+      for (int64_t i = 0; i < padded; i += 16)
+        memcpy(out + (start + i) / 16 * width * 16, codes + i, 16);
+    }
+  }
+}
+
+}  // namespace halfweave

@@ -1,0 +1,70 @@
+"""Free reordering inside a block: some channels may come in any order, and N:M cares which.
+
+The channels between an MLP's two halves are named by nobody outside it: their order changes no
+output as long as the rows of what makes them and the columns of what reads them change alike. So
+the order under which the reader's pattern costs least is free, in bytes and in time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..kernels.formats import PackedLinear
+from .families import FreeChannels
+from .masks import is_n_of_m
+from .methods.base import InputStatistics, Pruned, Target
+from .solvers.reorder import find_order, saliency
+
+
+def order_for(weight: Tensor, fit: InputStatistics, target: Target) -> Tensor | None:
+    """The best order of a reader's inputs, int64 [K]; None where no order is better.
+
+    That is where the pattern has no groups, or where fp32 `weight` [N, K] obeys it already: its
+    zeros stand in groups.
+    """
+    pattern = target.pattern
+    if not pattern.of or is_n_of_m(weight, pattern.kept, pattern.of):
+        return None
+    return find_order(saliency(weight, fit.curvature(target.damping)), pattern)
+
+
+def reorder_weights(
+    weights: MutableMapping[str, Tensor], channels: FreeChannels, order: Tensor, prefix: str = ""
+) -> None:
+    """Put a block's tensors into the new order; `prefix` stands before their short names."""
+    for maker in channels.makers:
+        for suffix in ("weight", "bias"):
+            name = f"{prefix}{maker}.{suffix}"
+            if name in weights:
+                weights[name] = weights[name][order]
+    reader = f"{prefix}{channels.reader}.weight"
+    weights[reader] = weights[reader][:, order].contiguous()
+
+
+def reorder_module(block: nn.Module, channels: FreeChannels, order: Tensor) -> None:
+    """Put the block's parameters into the new order, in place."""
+    parameters = dict(block.named_parameters())
+    weights = {name: parameter.data for name, parameter in parameters.items()}
+    reorder_weights(weights, channels, order)
+    for name, parameter in parameters.items():
+        if weights[name] is not parameter.data:
+            parameter.data = weights[name]
+
+
+def reordered_rows(packed: PackedLinear, order: Tensor) -> PackedLinear:
+    """A maker as stored. Every format keeps rows apart, so its tensors are merely reordered."""
+    moved: Mapping[str, Any] = {name: tensor[order] for name, tensor in packed.tensors().items()}
+    return replace(packed, **moved)
+
+
+def reordered_solution(pruned: Pruned, order: Tensor) -> Pruned:
+    """A maker's solution."""
+    codes = None if pruned.codes is None else pruned.codes[order]
+    scale = None if pruned.scale is None else pruned.scale[order]
+    return replace(
+        pruned, weight=pruned.weight[order], keep=pruned.keep[order], codes=codes, scale=scale
+    )
