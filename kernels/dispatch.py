@@ -1,8 +1,8 @@
 """Which kernel serves which format on which device: one table, printable, without hidden rules.
 
-At this point every format is expanded to a dense matrix when a model is loaded and multiplied by
-torch: right on every machine, but no faster than dense. Kernels that multiply by the packed form
-join by adding a row.
+On a CPU the C++ kernels multiply by the packed form and round inputs to 8 bits. Where they are not
+installed, do not know the format, or exact results are asked for, a weight is expanded to a dense
+matrix when it is loaded, and multiplied by torch.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..errors import UnsupportedModel
+from .cpu.library import Library, library
+from .cpu.packed import KINDS, linear, pack_weight
 from .formats import FORMATS, PackedLinear
 
 LinearFunction = Callable[[Tensor], Tensor]
@@ -41,16 +43,34 @@ def _expand_once(
     return apply
 
 
+def _packed(library: Library) -> Kernel:
+    def make(
+        weight: PackedLinear, bias: Tensor | None, device: torch.device, dtype: torch.dtype
+    ) -> LinearFunction:
+        packed = pack_weight(library, weight)
+
+        def apply(x: Tensor) -> Tensor:
+            return linear(library, packed, x, bias).to(dtype)
+
+        return apply
+
+    return Kernel(f"cpu-{library.level}", "multiplied as packed, inputs in 8 bits", make)
+
+
 _EXPAND = Kernel("torch-dense", "expanded to dense at load, torch linear", _expand_once)
 _TABLE = {(kind, device): _EXPAND for kind in FORMATS for device in ("cpu", "cuda")}
 
 
-def choose(kind: str, device_type: str) -> Kernel:
-    """The kernel for a format on a kind of device.
+def choose(kind: str, device_type: str, exact: bool = False) -> Kernel:
+    """The kernel for a format on a kind of device; `exact` wants what rounds nothing.
 
     Raises:
         UnsupportedModel: there is none.
     """
+    if device_type == "cpu" and kind in KINDS and not exact:
+        native = library()
+        if native is not None:
+            return _packed(native)
     kernel = _TABLE.get((kind, device_type))
     if kernel is None:
         raise UnsupportedModel(f"no kernel for format {kind} on {device_type}")
@@ -58,10 +78,14 @@ def choose(kind: str, device_type: str) -> Kernel:
 
 
 def prepare(
-    weight: PackedLinear, bias: Tensor | None, device: torch.device, dtype: torch.dtype
+    weight: PackedLinear,
+    bias: Tensor | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    exact: bool = False,
 ) -> LinearFunction:
     """Bind a weight [N, K] and bias [N] to the chosen kernel.
 
     Returns a function from x [..., K] to [..., N], both of `dtype` on `device`.
     """
-    return choose(weight.kind, device.type).make(weight, bias, device, dtype)
+    return choose(weight.kind, device.type, exact).make(weight, bias, device, dtype)

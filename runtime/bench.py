@@ -301,7 +301,7 @@ def _row(
         name=name,
         path=str(checkpoint.path),
         is_baseline=is_baseline,
-        kernels=_kernels(checkpoint),
+        kernels=_kernels(model),
         disk_bytes=sum(f.stat().st_size for f in checkpoint.path.iterdir() if f.is_file()),
         weight_bytes=checkpoint.weight_bytes,
         ppl=quality.ppl,
@@ -315,9 +315,9 @@ def _row(
     )
 
 
-def _kernels(checkpoint: Checkpoint) -> dict[str, str]:
-    kinds = sorted({entry.format for entry in checkpoint.linears.values()}) or [Dense.kind]
-    chosen = {kind: choose(kind, "cpu") for kind in kinds}
+def _kernels(model: Model) -> dict[str, str]:
+    kinds = sorted({e.format for e in model.checkpoint.linears.values()}) or [Dense.kind]
+    chosen = {kind: choose(kind, "cpu", model.exact) for kind in kinds}
     return {kind: f"{kernel.name}: {kernel.why}" for kind, kernel in chosen.items()}
 
 

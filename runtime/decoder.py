@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..errors import CheckpointError
 from ..kernels.dispatch import LinearFunction, prepare
-from ..kernels.formats import FLOAT_DTYPES, Dense
+from ..kernels.formats import Dense
 from .cache import SequenceCache
 from .checkpoint import Checkpoint
+from .loading import Loader
 from .rope import inverse_frequencies, rotate, rotation
 from .spec import DecoderSpec
 
@@ -36,21 +36,26 @@ class Decoder:
     """All blocks of a model, ready to run. One thread at a time, any number of sequences."""
 
     def __init__(
-        self, checkpoint: Checkpoint, spec: DecoderSpec, dtype: torch.dtype, device: torch.device
+        self,
+        checkpoint: Checkpoint,
+        spec: DecoderSpec,
+        dtype: torch.dtype,
+        device: torch.device,
+        exact: bool = True,
     ) -> None:
-        """Read and bind every weight.
+        """Read and bind every weight; with `exact`, only to kernels that round nothing.
 
         Raises:
             CheckpointError: a tensor is missing, illegal, or does not fit the config.
         """
         self.spec = spec
         self._dtype, self._device = dtype, device
-        loader = _Loader(checkpoint, spec, dtype, device)
-        embedding = loader.matrix("model.embed_tokens.weight", (spec.vocab, spec.hidden))
+        loader = Loader(checkpoint, spec, dtype, device)
+        embedding = loader.embedding()
         self._embedding = embedding
-        self._blocks = [loader.block(f"model.layers.{i}.") for i in range(spec.layers)]
+        self._blocks = [_block(loader, f"model.layers.{i}.", exact) for i in range(spec.layers)]
         self._norm = loader.vector("model.norm.weight", spec.hidden)
-        self._head = loader.head(embedding)
+        self._head = _head(loader, embedding, exact)
         self._frequencies = inverse_frequencies(spec.rope, spec.head_dim).to(device)
 
     def new_cache(self, limit: int | None = None) -> SequenceCache:
@@ -135,55 +140,21 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Ten
     )[0]
 
 
-@dataclass(frozen=True)
-class _Loader:
-    """Reads weights under their names, against the shapes that the spec expects."""
+def _bound(loader: Loader, linear: str, exact: bool) -> LinearFunction:
+    weight, bias = loader.packed(linear), loader.bias(linear)
+    return prepare(weight, bias, loader.device, loader.dtype, exact)
 
-    checkpoint: Checkpoint
-    spec: DecoderSpec
-    dtype: torch.dtype
-    device: torch.device
 
-    def matrix(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        found = self.checkpoint.shape(name)
-        if found != shape:
-            raise CheckpointError(
-                f"tensor {name}: config.json says {list(shape)}, found {list(found)}"
-            )
-        tensor = self.checkpoint.tensor(name)
-        if tensor.dtype not in FLOAT_DTYPES:
-            raise CheckpointError(f"tensor {name}: expected a float dtype, found {tensor.dtype}")
-        return tensor.to(device=self.device, dtype=self.dtype)
+def _block(loader: Loader, prefix: str, exact: bool) -> _Block:
+    hidden = loader.spec.hidden
+    return _Block(
+        loader.vector(f"{prefix}input_layernorm.weight", hidden),
+        loader.vector(f"{prefix}post_attention_layernorm.weight", hidden),
+        *(_bound(loader, prefix + name, exact) for name in loader.spec.linear_shapes),
+    )
 
-    def vector(self, name: str, size: int) -> Tensor:
-        return self.matrix(name, (size,))
 
-    def linear(self, prefix: str, shape: tuple[int, int], bias: bool) -> LinearFunction:
-        found = self.checkpoint.linear_shape(prefix)
-        if found != shape:
-            raise CheckpointError(
-                f"linear {prefix}: config.json says {list(shape)}, found {list(found)}"
-            )
-        offset = self.vector(f"{prefix}.bias", shape[0]) if bias else None
-        return prepare(self.checkpoint.linear(prefix), offset, self.device, self.dtype)
-
-    def block(self, prefix: str) -> _Block:
-        bound = {
-            name: self.linear(
-                prefix + name,
-                shape,
-                self.spec.attention_bias if name.startswith("self_attn") else self.spec.mlp_bias,
-            )
-            for name, shape in self.spec.linear_shapes.items()
-        }
-        hidden = self.spec.hidden
-        return _Block(
-            self.vector(f"{prefix}input_layernorm.weight", hidden),
-            self.vector(f"{prefix}post_attention_layernorm.weight", hidden),
-            *bound.values(),
-        )
-
-    def head(self, embedding: Tensor) -> LinearFunction:
-        if self.spec.tied:
-            return prepare(Dense(embedding), None, self.device, self.dtype)
-        return self.linear("lm_head", (self.spec.vocab, self.spec.hidden), bias=False)
+def _head(loader: Loader, embedding: Tensor, exact: bool) -> LinearFunction:
+    if loader.spec.tied:
+        return prepare(Dense(embedding), None, loader.device, loader.dtype)
+    return _bound(loader, "lm_head", exact)

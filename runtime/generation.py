@@ -8,7 +8,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .cache import SequenceCache
 from .model import Model
 from .request import FinishReason, GenerationRequest, TextDelta
 from .sampler import make_generator, sample
@@ -24,7 +23,7 @@ class Generation:
         self._model, self._params = model, request.params
         self._prompt = torch.tensor(request.prompt_ids, dtype=torch.int64)
         self._limit = min(model.max_model_len, len(request.prompt_ids) + request.params.max_tokens)
-        self._cache: SequenceCache = model.decoder.new_cache(self._limit)
+        self._cache = model.decoder.new_cache(self._limit)
         self._generator = make_generator(request.params)
         self._text = model.tokenizer.stream()
         self._stops = StopFinder(request.params.stop)

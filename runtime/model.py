@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from ..errors import CheckpointError, UsageError
+from ..kernels.cpu.library import library
 from .checkpoint import Checkpoint
 from .decoder import Decoder
+from .fused import FusedDecoder, can_fuse
 from .spec import DecoderSpec, decoder_spec
 from .threads import in_passing_thread
 from .tokenizer import Tokenizer
@@ -17,15 +21,44 @@ from .tokenizer import Tokenizer
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+class AnyCache(Protocol):
+    """What one sequence remembers: `length` positions."""
+
+    length: int
+
+
+class AnyDecoder(Protocol):
+    """Token ids in, logits out; a cache goes with the decoder that made it."""
+
+    spec: DecoderSpec
+
+    def new_cache(self, limit: int | None = None) -> AnyCache:
+        """An empty cache for one sequence of at most `limit` positions."""
+
+    def forward(self, token_ids: Tensor, cache: Any) -> Tensor:
+        """Append tokens [T] to a sequence; returns their final hidden states [T, hidden].
+
+        Raises:
+            CapacityError: the sequence would be longer than its cache allows.
+        """
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores of every next token, fp32 [..., vocab], for final hidden states [..., hidden]."""
+
+
 @dataclass(frozen=True)
 class Model:
-    """Everything the engine needs. `name` is the directory's."""
+    """Everything the engine needs.
+
+    `name` is the directory's; `exact` says that nothing is rounded for the sake of speed.
+    """
 
     name: str
     checkpoint: Checkpoint
     spec: DecoderSpec
-    decoder: Decoder
+    decoder: AnyDecoder
     tokenizer: Tokenizer
+    exact: bool = True
 
     @property
     def max_model_len(self) -> int:
@@ -36,7 +69,8 @@ class Model:
 def load_model(path: str | Path, dtype: str = "auto", verify: bool = True) -> Model:
     """Open a directory and make it ready to run on the CPU.
 
-    `dtype` is what is computed in: "auto" (float32 on a CPU), "float32" or "bfloat16".
+    `dtype` is what is computed in: "float32" or "bfloat16" throughout, or "auto": whatever is
+    fastest here, which for packed weights rounds the inputs of linears to 8 bits.
 
     Raises:
         UsageError: no such directory, or unknown dtype.
@@ -48,10 +82,19 @@ def load_model(path: str | Path, dtype: str = "auto", verify: bool = True) -> Mo
     spec = decoder_spec(checkpoint.config)
     tokenizer = Tokenizer.open(checkpoint.path)
     _check_vocabulary(checkpoint.path, spec, tokenizer)
-    compute, device = _DTYPES.get(dtype, torch.float32), torch.device("cpu")
-    decoder = in_passing_thread(lambda: Decoder(checkpoint, spec, compute, device))
+    decoder = in_passing_thread(lambda: _decoder(checkpoint, spec, dtype))
     checkpoint.warn_of_unused()
-    return Model(checkpoint.path.resolve().name, checkpoint, spec, decoder, tokenizer)
+    name, exact = checkpoint.path.resolve().name, dtype != "auto"
+    return Model(name, checkpoint, spec, decoder, tokenizer, exact)
+
+
+def _decoder(checkpoint: Checkpoint, spec: DecoderSpec, dtype: str) -> AnyDecoder:
+    if dtype == "auto" and can_fuse(checkpoint, spec):
+        native = library()
+        if native is not None:
+            return FusedDecoder(checkpoint, spec, native)
+    compute, exact = _DTYPES.get(dtype, torch.float32), dtype != "auto"
+    return Decoder(checkpoint, spec, compute, torch.device("cpu"), exact)
 
 
 def _check_vocabulary(path: Path, spec: DecoderSpec, tokenizer: Tokenizer) -> None:

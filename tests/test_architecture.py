@@ -32,7 +32,8 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 @cache
 def product_files() -> tuple[Path, ...]:
     inside = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
-    return (*sorted(ROOT.glob("*.py")), *inside)
+    roots = [path for path in sorted(ROOT.glob("*.py")) if path.name != "setup.py"]
+    return (*roots, *inside)
 
 
 @cache

@@ -102,8 +102,16 @@ def test_the_document_has_hardware_versions_and_raw_samples(result: BenchResult)
     assert document["peak_memory_bytes"] > 2**20
 
 
-def test_weights_that_are_expanded_at_load_are_said_to_be_no_faster(result: BenchResult) -> None:
-    assert any("can be no faster than dense" in note for note in result.notes)
+def test_the_kernels_are_named_and_weights_that_are_expanded_said_to_be_no_faster(
+    result: BenchResult, tiny_model: Path, packed_model: Path
+) -> None:
+    _, packed = result.models
+    assert next(iter(packed.kernels.values())).startswith("cpu-")
+    assert not any("can be no faster than dense" in note for note in result.notes)
+    paths: dict[str, str | Path] = {"tiny": tiny_model, "packed": packed_model}
+    exact = bench_offline(paths, TEXT, plan=PLAN, dtype="float32")
+    assert next(iter(exact.models[1].kernels.values())).startswith("torch-dense")
+    assert any("can be no faster than dense" in note for note in exact.notes)
 
 
 def test_a_pruned_model_alone_is_refused(packed_model: Path) -> None:

@@ -74,9 +74,18 @@ def test_a_model_agrees_with_itself(model: Model) -> None:
 def test_a_packed_model_is_measured_like_its_unpacked_twin(tmp_path: Path, directory: Path) -> None:
     packed = pack_directory(directory, tmp_path / "packed", "sparse24_int4")
     twin = load_model(tmp_path / "packed-dense")
-    result = evaluate(load_model(packed), TEXT, window=WINDOW, against=twin)
+    result = evaluate(load_model(packed, "float32"), TEXT, window=WINDOW, against=twin)
     assert result.kl == pytest.approx(0.0, abs=1e-6)
     assert result.agreement == 1.0
+
+
+def test_the_fastest_kernels_measure_nearly_the_same(tmp_path: Path, directory: Path) -> None:
+    packed = pack_directory(directory, tmp_path / "packed", "sparse24_int4")
+    exact = load_model(packed, "float32")
+    result = evaluate(load_model(packed), TEXT, window=WINDOW, against=exact)
+    assert result.kl is not None and result.against_ppl is not None
+    assert 0 < result.kl < 0.005
+    assert result.ppl == pytest.approx(result.against_ppl, rel=0.02)
 
 
 def test_the_last_partial_window_is_dropped(model: Model) -> None:

@@ -17,7 +17,7 @@ GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
 
 @pytest.fixture(scope="module")
 def llm(packed_model: Path) -> Iterator[LLM]:
-    with LLM(packed_model) as llm:
+    with LLM(packed_model, dtype="float32") as llm:  # comparable with an oracle
         yield llm
 
 

@@ -7,6 +7,12 @@
 #define HALFWEAVE_API_H
 #include <stdint.h>
 
+#if defined(__GNUC__)
+#define HW_API __attribute__((visibility("default")))
+#else
+#define HW_API
+#endif
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -47,29 +53,29 @@ typedef struct {
 } hw_batch;
 
 /* The level of that name, the best one for NULL; NULL where this machine cannot run it. */
-const void* hw_level(const char* name);
-const char* hw_level_name(const void* level);
+HW_API const void* hw_level(const char* name);
+HW_API const char* hw_level_name(const void* level);
 
-void* hw_pool_new(int32_t threads);
-void hw_pool_free(void* pool);
+HW_API void* hw_pool_new(int32_t threads);
+HW_API void hw_pool_free(void* pool);
 
 /* Bytes of a packed weight; -1 for a shape that there cannot be. */
-int64_t hw_packed_bytes(int32_t kind, int32_t group, int64_t rows, int64_t columns);
-int hw_pack(void* pool, hw_weight shape, const uint8_t* values, const uint8_t* meta,
+HW_API int64_t hw_packed_bytes(int32_t kind, int32_t group, int64_t rows, int64_t columns);
+HW_API int hw_pack(void* pool, hw_weight shape, const uint8_t* values, const uint8_t* meta,
             const uint16_t* scales, uint8_t* out);
 
 /* y [tokens, rows] = x [tokens, columns] W^T + bias, where bias may be NULL. */
-int hw_linear(const void* level, void* pool, const hw_weight* weight, const float* x,
+HW_API int hw_linear(const void* level, void* pool, const hw_weight* weight, const float* x,
               int64_t tokens, const float* bias, float* y);
 
-int hw_decoder_new(const hw_shape* shape, const hw_block* blocks, const float* norm,
+HW_API int hw_decoder_new(const hw_shape* shape, const hw_block* blocks, const float* norm,
                    const hw_weight* embedding, const hw_weight* head, const float* frequencies,
                    void** decoder);
-void hw_decoder_free(void* decoder);
-int64_t hw_page_bytes(const void* decoder);
-int hw_forward(void* decoder, const void* level, void* pool, const hw_batch* batch,
+HW_API void hw_decoder_free(void* decoder);
+HW_API int64_t hw_page_bytes(const void* decoder);
+HW_API int hw_forward(void* decoder, const void* level, void* pool, const hw_batch* batch,
                const hw_cache* cache, float* hidden);
-int hw_logits(void* decoder, const void* level, void* pool, const float* hidden, int64_t tokens,
+HW_API int hw_logits(void* decoder, const void* level, void* pool, const float* hidden, int64_t tokens,
               float* scores);
 
 #ifdef __cplusplus

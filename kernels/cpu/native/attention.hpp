@@ -78,52 +78,76 @@ void softmax(float* v, int64_t count) {
   for (int64_t i = 0; i < count; i++) v[i] /= total;
 }
 
-// The scores of 16 positions of one page: q . k, not yet divided by anything.
-template <class L>
-inline void page_scores(const float* q, const uint16_t* keys, int64_t dim, float* scores) {
+// The scores of 16 positions of one page for N queries: q . k, not yet divided by anything.
+template <class L, int N>
+inline void page_scores(const Query* queries, const uint16_t* keys, int64_t dim, int64_t at) {
   constexpr int kSlices = kPagePositions / L::kLanes;
-  typename L::Floats sums[kSlices];
-  for (auto& sum : sums) sum = L::zero();
+  typename L::Floats sums[N][kSlices];
+  for (auto& query : sums)
+    for (auto& sum : query) sum = L::zero();
   for (int64_t d = 0; d < dim; d++)
+    for (int s = 0; s < kSlices; s++) {
+      const auto key = L::load_halves(keys + d * kPagePositions + s * L::kLanes);
+      for (int n = 0; n < N; n++) sums[n][s] = L::fma(L::all(queries[n].q[d]), key, sums[n][s]);
+    }
+  for (int n = 0; n < N; n++)
     for (int s = 0; s < kSlices; s++)
-      sums[s] = L::fma(L::all(q[d]), L::load_halves(keys + d * kPagePositions + s * L::kLanes),
-                       sums[s]);
-  for (int s = 0; s < kSlices; s++) L::store_floats(scores + s * L::kLanes, sums[s]);
+      L::store_floats(queries[n].scores + at + s * L::kLanes, sums[n][s]);
 }
 
-// One head of one token over `count` positions; q and out are [dim], `scores` has room for count
-// rounded up to pages. `kv_head` is the head's pair of keys and values.
-template <class L>
-void attend(const Cache& cache, const int32_t* pages, int64_t layer, int64_t kv_head,
-            int64_t count, const float* q, float* scores, float* out) {
-  const int64_t dim = cache.dim;
-  for (int64_t page = 0; page * kPagePositions < count; page++)
-    page_scores<L>(q, cache.keys(pages[page], layer, kv_head), cache.true_dim,
-                   scores + page * kPagePositions);
-  const float factor = 1.f / std::sqrt((float)cache.true_dim);
-  for (int64_t i = 0; i < count; i++) scores[i] *= factor;
-  softmax<L>(scores, count);
-  constexpr int64_t kAtOnce = 4;  // registers of sums; four of them hide the sums' latency
-  for (int64_t d = 0; d < dim; d += kAtOnce * L::kLanes) {
-    typename L::Floats sums[kAtOnce];
-    for (auto& sum : sums) sum = L::zero();
-    const int64_t left = (dim - d) / L::kLanes, wide = left < kAtOnce ? left : kAtOnce;
-    for (int64_t i = 0; i < count; i++) {
-      const uint16_t* value = cache.values(pages[i / kPagePositions], layer, kv_head) +
-                              i % kPagePositions * dim + d;
-      const auto weight = L::all(scores[i]);
-      if (wide == kAtOnce)
-        for (int64_t s = 0; s < kAtOnce; s++)
-          sums[s] = L::fma(weight, L::load_halves(value + s * L::kLanes), sums[s]);
-      else
-        for (int64_t s = 0; s < wide; s++)
-          sums[s] = L::fma(weight, L::load_halves(value + s * L::kLanes), sums[s]);
-    }
-    float buffer[kAtOnce * L::kLanes];
-    for (int64_t s = 0; s < wide; s++) L::store_floats(buffer + s * L::kLanes, sums[s]);
-    const int64_t end = cache.true_dim - d;
-    for (int64_t i = 0; i < wide * L::kLanes && i < end; i++) out[d + i] = buffer[i];
+// The mean of the first `most` positions' values, weighted by the scores, for N queries and 16
+// dimensions from `d` on.
+template <class L, int N>
+inline void mix_values(const Query* queries, const Cache& cache, const int32_t* pages,
+                       int64_t layer, int64_t kv_head, int64_t most, int64_t d) {
+  constexpr int kSlices = 16 / L::kLanes;
+  typename L::Floats sums[N][kSlices];
+  for (auto& query : sums)
+    for (auto& sum : query) sum = L::zero();
+  for (int64_t start = 0; start < most; start += kPagePositions) {
+    const uint16_t* value = cache.values(pages[start / kPagePositions], layer, kv_head) + d;
+    const int64_t end = most - start < kPagePositions ? most - start : kPagePositions;
+    for (int64_t i = 0; i < end; i++, value += cache.dim)
+      for (int s = 0; s < kSlices; s++) {
+        const auto part = L::load_halves(value + s * L::kLanes);
+        for (int n = 0; n < N; n++)
+          sums[n][s] = L::fma(L::all(queries[n].scores[start + i]), part, sums[n][s]);
+      }
   }
+  const int64_t left = cache.true_dim - d < 16 ? cache.true_dim - d : 16;
+  for (int n = 0; n < N; n++) {
+    float buffer[16];
+    for (int s = 0; s < kSlices; s++) L::store_floats(buffer + s * L::kLanes, sums[n][s]);
+    for (int64_t i = 0; i < left; i++) queries[n].out[d + i] = buffer[i];
+  }
+}
+
+// N queries of one sequence by one pair of keys and values (Ainslie et al., 2305.13245). What one
+// gets does not depend on the others: those that see less give what they do not see no weight.
+template <class L, int N>
+void attend_together(const Cache& cache, const int32_t* pages, int64_t layer, int64_t kv_head,
+                     const Query* queries) {
+  int64_t most = 0;
+  for (int n = 0; n < N; n++) most = queries[n].count > most ? queries[n].count : most;
+  for (int64_t at = 0; at < most; at += kPagePositions)
+    page_scores<L, N>(queries, cache.keys(pages[at / kPagePositions], layer, kv_head),
+                      cache.true_dim, at);
+  const float factor = 1.f / std::sqrt((float)cache.true_dim);
+  for (int n = 0; n < N; n++) {
+    const Query& query = queries[n];
+    for (int64_t i = 0; i < query.count; i++) query.scores[i] *= factor;
+    softmax<L>(query.scores, query.count);
+    for (int64_t i = query.count; i < most; i++) query.scores[i] = 0;
+  }
+  for (int64_t d = 0; d < cache.dim; d += 16)
+    mix_values<L, N>(queries, cache, pages, layer, kv_head, most, d);
+}
+
+template <class L, int N = kQueries>
+void attend(const Cache& cache, const int32_t* pages, int64_t layer, int64_t kv_head,
+            const Query* queries, int64_t count) {
+  if (count == N) return attend_together<L, N>(cache, pages, layer, kv_head, queries);
+  if constexpr (N > 1) attend<L, N - 1>(cache, pages, layer, kv_head, queries, count);
 }
 
 // Turns q [heads, true_dim] and k [kv_heads, true_dim] in place; dimension d pairs with d + dim / 2.

@@ -14,7 +14,6 @@ struct Sparse24Int4Block {
   static constexpr int32_t kKind = kSparse24Int4;
   static constexpr int kSteps = 4;
   static constexpr bool kPicks = true, kSigned = false;
-  static constexpr bool kSettlesEachBlock = false;  // two blocks are eight steps
   static constexpr float kUnit = L::kNibbleUnit;
 
   template <class Use>
@@ -48,7 +47,7 @@ struct Int4Block : DenseBlock<L> {
   using typename DenseBlock<L>::Bytes;
   using Sum = typename L::Narrow;
   static constexpr int32_t kKind = kInt4;
-  static constexpr bool kSigned = false, kSettlesEachBlock = true;
+  static constexpr bool kSigned = false;
   static constexpr float kUnit = L::kNibbleUnit;
 
   template <class Use>
@@ -66,7 +65,7 @@ struct Int8Block : DenseBlock<L> {
   using typename DenseBlock<L>::Bytes;
   using Sum = typename L::Wide;
   static constexpr int32_t kKind = kInt8;
-  static constexpr bool kSigned = Sum::kSigned, kSettlesEachBlock = false;
+  static constexpr bool kSigned = Sum::kSigned;
   static constexpr float kUnit = 1.f;
 
   template <class Use>

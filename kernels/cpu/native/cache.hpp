@@ -26,4 +26,14 @@ struct Cache {
   }
 };
 
+constexpr int64_t kQueries = 4;  // that look at the same keys and values at a time
+
+// One head of one token, which sees the first `count` positions of its sequence.
+struct Query {
+  const float* q;  // [true_dim]
+  float* out;      // [true_dim]
+  float* scores;   // room for the positions that any query beside it sees, rounded up to pages
+  int64_t count;
+};
+
 }  // namespace halfweave

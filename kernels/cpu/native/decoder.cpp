@@ -9,6 +9,7 @@
 namespace halfweave {
 namespace {
 
+constexpr int64_t kRunTokens = 16;  // of one sequence that one thread attends for in one go
 constexpr int64_t kFewTokens = 2;  // that one thread is done with sooner than it wakes another
 
 // Calls use(token) for every token, on all threads where that pays.
@@ -27,12 +28,12 @@ void each_token(Pool& pool, int64_t tokens, const Use& use) {
 // One row of an int8 weight, as floats.
 void unpack_row(const Weight& w, int64_t row, float* out) {
   const int64_t lane = row % kTileRows;
-  each_unit(w, w.data + row / kTileRows * w.tile_bytes(), 0, w.columns,
-            [&](const uint8_t* data, const uint16_t* scales, int64_t column, int64_t blocks) {
-              const float scale = half_to_float(scales[lane]);
-              for (int64_t i = 0; i < blocks * kBlock && column + i < w.columns; i++)
-                out[column + i] = scale * (int8_t)data[i / 4 * kLine + 4 * lane + i % 4];
-            });
+  each_block(w, w.data + row / kTileRows * w.tile_bytes(), 0, w.columns,
+             [&](const uint8_t* data, const uint16_t* scales, int64_t column) {
+               const float scale = half_to_float(scales[lane]);
+               for (int64_t i = 0; i < kBlock && column + i < w.columns; i++)
+                 out[column + i] = scale * (int8_t)data[i / 4 * kLine + 4 * lane + i % 4];
+             });
 }
 
 }  // namespace
@@ -52,6 +53,7 @@ void Decoder::forward(const Level& level, Pool& pool, const Batch& batch, const 
   reserve(batch, pool.size());
   embed(batch);
   find_angles(batch);
+  find_runs(batch);
   for (int64_t layer = 0; layer < shape_.layers; layer++) {
     norm(level, pool, blocks_[layer].attention_norm, batch.tokens, normed_.data());
     attention(level, pool, batch, cache, layer);
@@ -88,18 +90,37 @@ void Decoder::attention(const Level& level, Pool& pool, const Batch& batch, cons
     level.remember(cache, page, position % kPagePositions, layer, &k_[t * kv_heads * dim],
                    &v_[t * kv_heads * dim]);
   });
-  pool.run([&](int thread, int threads) {
-    float* scores = &scores_[thread * longest_];
-    const int64_t parts = batch.tokens * heads, end = share(parts, thread + 1, threads);
-    for (int64_t part = share(parts, thread, threads); part < end; part++) {
-      const int64_t t = part / heads, head = part % heads;
-      level.attend(cache, batch.pages + batch.pages_start[t], layer, head / (heads / kv_heads),
-                   batch.positions[t] + 1, &q_[part * dim], scores, &attended_[part * dim]);
-    }
-  });
+  attend_all(level, pool, batch, cache, layer);
   inputs_.set(level, pool, attended_.data(), batch.tokens, heads * dim);
   const Product o = {&block.linears[kO], block.biases[kO], delta_.data()};
   multiply_all(level, pool, inputs_.get(), &o, 1);
+}
+
+// Tokens that stand one behind the other in a sequence, and heads that share keys and values, look
+// at them together.
+void Decoder::attend_all(const Level& level, Pool& pool, const Batch& batch, const Cache& cache,
+                         int64_t layer) {
+  const int64_t dim = shape_.head_dim, heads = shape_.heads, kv_heads = shape_.kv_heads;
+  const int64_t sharing = heads / kv_heads, parts = (int64_t)runs_.size() * kv_heads;
+  pool.run([&](int thread, int threads) {
+    float* scores = &scores_[thread * kQueries * longest_];
+    const int64_t end = share(parts, thread + 1, threads);
+    for (int64_t part = share(parts, thread, threads); part < end; part++) {
+      const Run& run = runs_[part / kv_heads];
+      const int64_t kv_head = part % kv_heads, all = (run.last - run.first) * sharing;
+      Query queries[kQueries];
+      for (int64_t start = 0; start < all; start += kQueries) {
+        const int64_t count = std::min(all - start, kQueries);
+        for (int64_t i = 0; i < count; i++) {
+          const int64_t t = run.first + (start + i) / sharing;
+          const int64_t at = (t * heads + kv_head * sharing + (start + i) % sharing) * dim;
+          queries[i] = {&q_[at], &attended_[at], scores + i * longest_, batch.positions[t] + 1};
+        }
+        level.attend(cache, batch.pages + batch.pages_start[run.first], layer, kv_head, queries,
+                     count);
+      }
+    }
+  });
 }
 
 void Decoder::mlp(const Level& level, Pool& pool, int64_t tokens, int64_t layer) {
@@ -135,6 +156,18 @@ void Decoder::embed(const Batch& batch) {
     unpack_row(embedding_, batch.ids[t], &residual_[t * shape_.hidden]);
 }
 
+void Decoder::find_runs(const Batch& batch) {
+  runs_.clear();
+  for (int64_t t = 0; t < batch.tokens; t++) {
+    const bool follows = t && batch.pages_start[t] == batch.pages_start[t - 1] &&
+                         batch.positions[t] == batch.positions[t - 1] + 1;
+    if (follows && t - runs_.back().first < kRunTokens)
+      runs_.back().last = t + 1;
+    else
+      runs_.push_back({t, t + 1});
+  }
+}
+
 void Decoder::find_angles(const Batch& batch) {
   const int64_t half = shape_.head_dim / 2;
   for (int64_t t = 0; t < batch.tokens; t++)
@@ -158,7 +191,7 @@ void Decoder::reserve(const Batch& batch, int threads) {
   longest_ = 0;
   for (int64_t t = 0; t < n; t++) longest_ = std::max(longest_, batch.positions[t] + 1);
   longest_ = ceil_div(longest_, kPagePositions) * kPagePositions;
-  grow(scores_, threads * longest_);
+  grow(scores_, threads * kQueries * longest_);
 }
 
 }  // namespace halfweave

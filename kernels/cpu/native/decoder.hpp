@@ -48,13 +48,20 @@ class Decoder {
   const DecoderShape& shape() const { return shape_; }
 
  private:
+  struct Run {  // tokens [first, last) of one sequence, in order
+    int64_t first, last;
+  };
+
   void attention(const Level& level, Pool& pool, const Batch& batch, const Cache& cache,
                  int64_t layer);
+  void attend_all(const Level& level, Pool& pool, const Batch& batch, const Cache& cache,
+                  int64_t layer);
   void mlp(const Level& level, Pool& pool, int64_t tokens, int64_t layer);
   void norm(const Level& level, Pool& pool, const float* gain, int64_t tokens, float* out);
   void add(Pool& pool, int64_t tokens);
   void embed(const Batch& batch);
   void find_angles(const Batch& batch);
+  void find_runs(const Batch& batch);
   void reserve(const Batch& batch, int threads);
 
   DecoderShape shape_;
@@ -64,6 +71,7 @@ class Decoder {
   QuantizedInputs inputs_;
   std::vector<float> residual_, normed_, q_, k_, v_, attended_, gate_, up_, delta_;
   std::vector<float> cosine_, sine_, scores_;
+  std::vector<Run> runs_;
   int64_t longest_ = 0;  // positions that a token of the batch attends to, at most
 };
 

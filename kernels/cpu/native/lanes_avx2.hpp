@@ -8,7 +8,7 @@ namespace halfweave {
 
 struct Avx2 {
   static constexpr int kLanes = 8;
-  static constexpr int kWidth = 6;        // tokens at a time: two sums each, 12 of 16 registers
+  static constexpr int kWidth = 8;          // tokens at a time: a sum each, 8 of 16 registers
   static constexpr float kNibbleUnit = 1.f;  // what `low` and `high` multiply a code by
 
   using Bytes = __m256i;
@@ -47,18 +47,14 @@ struct Avx2 {
     return _mm256_or_si256(two_bits, base);
   }
 
-  // Sums of (input byte) * (code), inputs taken as 0..255. A pair of products of codes of 4 bits is
-  // at most 2 * 255 * 8, so eight of them fit the 16-bit sums between two calls of `settle`.
+  // Sums of (input byte) * (code) over a block, inputs taken as 0..255. A pair of products of codes
+  // of 4 bits is at most 2 * 255 * 8, so a block's eight steps at most fit sums of 16 bits.
   struct Narrow {
-    Ints wide = _mm256_setzero_si256(), pairs = _mm256_setzero_si256();
+    Ints pairs = _mm256_setzero_si256();
     void add(Bytes x, Bytes codes) {
       pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(x, codes));
     }
-    void settle() {
-      wide = _mm256_add_epi32(wide, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-      pairs = _mm256_setzero_si256();
-    }
-    Ints total() const { return wide; }
+    Ints total() const { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
   };
   // Codes of 8 bits: products of signed inputs, since pairs of unsigned ones pass 16 bits.
   struct Wide {
@@ -70,7 +66,6 @@ struct Avx2 {
           _mm256_maddubs_epi16(_mm256_abs_epi8(codes), _mm256_sign_epi8(inputs, codes));
       wide = _mm256_add_epi32(wide, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
     }
-    void settle() {}
     Ints total() const { return wide; }
   };
   // Sum of codes, which is what an input's offset of 128 has to be taken back by.

@@ -48,7 +48,6 @@ struct Avx512Vnni {
   struct Narrow {
     Ints wide = _mm512_setzero_si512();
     void add(Bytes x, Bytes codes) { wide = _mm512_dpbusd_epi32(wide, x, codes); }
-    void settle() {}
     Ints total() const { return wide; }
   };
   struct Wide : Narrow {

@@ -57,7 +57,6 @@ struct Portable {
     void add(const Bytes& x, const Bytes& codes) {
       for (int i = 0; i < 4 * kLanes; i++) wide.of[i / 4] += x.of[i] * codes.code(i);
     }
-    void settle() {}
     Ints total() const { return wide; }
   };
   struct Wide : Narrow {

@@ -25,8 +25,7 @@ namespace halfweave {
 
 constexpr int64_t kTileRows = 16;
 constexpr int64_t kLine = 64;
-constexpr int64_t kBlock = 32;
-constexpr int64_t kActivationGroup = 64;  // columns of an input that share a scale
+constexpr int64_t kBlock = 32;  // also the columns of an input that share a scale
 
 enum Kind : int32_t { kSparse24Int4 = 0, kInt4 = 1, kInt8 = 2, kKinds = 3 };
 
@@ -51,7 +50,7 @@ struct Weight {
   int64_t bytes() const { return tiles() * tile_bytes(); }
 };
 
-// Inputs [tokens, columns] as bytes: x = scale * (byte - 128), a scale for 64 columns of a token.
+// Inputs [tokens, columns] as bytes: x = scale * (byte - 128), a scale for 32 columns of a token.
 //
 // Tokens are taken `width` at a time, the last ones fewer; the bytes of one such bundle lie as
 // [columns / 16][tokens of the bundle][16], so that a kernel reads them in its own order.
@@ -59,9 +58,9 @@ struct Inputs {
   int64_t tokens, columns;  // columns padded to whole blocks
   int64_t width;
   const uint8_t* bytes;
-  const float* scales;  // [tokens, groups()]
+  const float* scales;  // [tokens, columns / 32]
 
-  int64_t groups() const { return ceil_div(columns, kActivationGroup); }
+  int64_t groups() const { return columns / kBlock; }
 };
 
 }  // namespace halfweave

@@ -24,7 +24,7 @@ struct Level {
   void (*remember)(const Cache& cache, int32_t page, int64_t slot, int64_t layer, const float* k,
                    const float* v);
   void (*attend)(const Cache& cache, const int32_t* pages, int64_t layer, int64_t kv_head,
-                 int64_t count, const float* q, float* scores, float* out);
+                 const Query* queries, int64_t count);
 };
 
 // Null where this build has no such level.

@@ -7,15 +7,14 @@
 namespace halfweave {
 
 constexpr int64_t kPieceColumns = 512;  // of a tile; its codes and selectors take 8 KiB
-constexpr int64_t kPieceUnits = kPieceColumns / kBlock;
+constexpr int64_t kPieceBlocks = kPieceColumns / kBlock;
 
 // A piece of one tile, taken apart: one register of rows behind the other.
 struct Piece {
-  alignas(64) uint8_t lines[kPieceColumns / 4 * kLine];  // per slice: [selectors] codes, by step
-  alignas(64) int32_t offsets[kPieceUnits * kTileRows];  // of the sums of each unit
-  alignas(64) float scales[kPieceUnits * kTileRows];
-  int64_t column[kPieceUnits], blocks[kPieceUnits];
-  int64_t units;
+  alignas(64) uint8_t lines[kPieceColumns / 4 * kLine];   // per slice: [selectors] codes, by step
+  alignas(64) int32_t offsets[kPieceBlocks * kTileRows];  // of the sums of each block
+  alignas(64) float scales[kPieceBlocks * kTileRows];
+  int64_t first, blocks;
 };
 
 // Takes apart the columns [from, to); returns where the tile's stream goes on.
@@ -24,32 +23,29 @@ const uint8_t* take_apart(const Weight& w, const uint8_t* p, int64_t from, int64
                           Piece& piece) {
   constexpr int kSlices = kTileRows / L::kLanes, kSliceBytes = kLine / kSlices;
   constexpr int kPerStep = F::kPicks ? 2 : 1;
-  uint8_t* out[kSlices];
-  for (int s = 0; s < kSlices; s++) out[s] = piece.lines + s * (sizeof piece.lines / kSlices);
-  int64_t unit = 0;
-  p = each_unit(w, p, from, to,
-                [&](const uint8_t* data, const uint16_t* scales, int64_t column, int64_t blocks) {
-                  for (int s = 0; s < kSlices; s++) {
-                    typename L::CodeSum sum;
-                    const uint8_t* block = data + s * kSliceBytes;
-                    for (int64_t b = 0; b < blocks; b++, block += block_bytes(F::kKind))
-                      F::each_step(block, [&](int, auto codes, auto selectors) {
-                        if (F::kPicks) L::store(out[s], selectors);
-                        L::store(out[s] + (kPerStep - 1) * kSliceBytes, codes);
-                        out[s] += kPerStep * kSliceBytes;
-                        if (!F::kSigned) sum.add(codes);
-                      });
-                    const int64_t at = unit * kTileRows + s * L::kLanes;
-                    const auto none = typename L::Narrow{}.total();
-                    L::store_ints(piece.offsets + at, L::minus_128_times(none, sum.total()));
-                    const auto scale = L::load_halves(scales + s * L::kLanes);
-                    L::store_floats(piece.scales + at, L::times(scale, L::all(1.f / F::kUnit)));
-                  }
-                  piece.column[unit] = column;
-                  piece.blocks[unit++] = blocks;
-                });
-  piece.units = unit;
-  return p;
+  constexpr int64_t kBlockLines = F::kSteps * kPerStep * kSliceBytes;
+  piece.first = from / kBlock;
+  piece.blocks = ceil_div(to - from, kBlock);
+  return each_block(w, p, from, to,
+                    [&](const uint8_t* data, const uint16_t* scales, int64_t column) {
+                      const int64_t block = (column - from) / kBlock;
+                      for (int s = 0; s < kSlices; s++) {
+                        typename L::CodeSum sum;
+                        uint8_t* out = piece.lines + s * (sizeof piece.lines / kSlices) +
+                                       block * kBlockLines;
+                        F::each_step(data + s * kSliceBytes, [&](int, auto codes, auto selectors) {
+                          if (F::kPicks) L::store(out, selectors);
+                          L::store(out + (kPerStep - 1) * kSliceBytes, codes);
+                          out += kPerStep * kSliceBytes;
+                          if (!F::kSigned) sum.add(codes);
+                        });
+                        const int64_t at = block * kTileRows + s * L::kLanes;
+                        const auto none = typename L::Narrow{}.total();
+                        L::store_ints(piece.offsets + at, L::minus_128_times(none, sum.total()));
+                        const auto scale = L::load_halves(scales + s * L::kLanes);
+                        L::store_floats(piece.scales + at, L::times(scale, L::all(1.f / F::kUnit)));
+                      }
+                    });
 }
 
 // Adds the piece's part to out[W][16] for W tokens, whose bytes are `x` and whose scales `scales`.
@@ -57,36 +53,30 @@ template <class L, class F, int W>
 void multiply(const Piece& piece, const uint8_t* x, const float* scales, int64_t groups,
               float* out) {
   constexpr int kSlices = kTileRows / L::kLanes, kSliceBytes = kLine / kSlices;
+  constexpr int kPerStep = F::kPicks ? 2 : 1;
   constexpr int64_t kStride = 16 * W;
   for (int s = 0; s < kSlices; s++) {
     const uint8_t* line = piece.lines + s * (sizeof piece.lines / kSlices);
-    for (int64_t unit = 0; unit < piece.units; unit++) {
+    const uint8_t* at = x + piece.first * 2 * kStride;
+    for (int64_t block = 0; block < piece.blocks; block++, at += 2 * kStride) {
       typename F::Sum sums[W];
-      const uint8_t* at = x + piece.column[unit] / 16 * kStride;
-      for (int64_t block = 0; block < piece.blocks[unit]; block++, at += 2 * kStride) {
 #pragma GCC unroll 8
-        for (int step = 0; step < F::kSteps; step++) {
-          const auto first = L::load(line);
-          const auto codes = F::kPicks ? L::load(line + kSliceBytes) : first;
-          line += (F::kPicks ? 2 : 1) * kSliceBytes;
+      for (int step = 0; step < F::kSteps; step++, line += kPerStep * kSliceBytes) {
+        const auto first = L::load(line);
+        const auto codes = F::kPicks ? L::load(line + kSliceBytes) : first;
 #pragma GCC unroll 16
-          for (int t = 0; t < W; t++)
-            sums[t].add(F::input(at + 16 * t, step, first, kStride), codes);
-        }
-        if (F::kSettlesEachBlock)
-          for (int t = 0; t < W; t++) sums[t].settle();
+        for (int t = 0; t < W; t++)
+          sums[t].add(F::input(at + 16 * t, step, first, kStride), codes);
       }
-      const int64_t rows = unit * kTileRows + s * L::kLanes;
+      const int64_t rows = block * kTileRows + s * L::kLanes;
       const auto offset = L::load_ints(piece.offsets + rows);
       const auto scale = L::load_floats(piece.scales + rows);
-      const int64_t group = piece.column[unit] / kActivationGroup;
 #pragma GCC unroll 16
       for (int t = 0; t < W; t++) {
-        sums[t].settle();
         auto total = sums[t].total();
         if (!F::kSigned) total = L::plus(total, offset);
         float* to = out + t * kTileRows + s * L::kLanes;
-        const auto both = L::times(scale, L::all(scales[t * groups + group]));
+        const auto both = L::times(scale, L::all(scales[t * groups + piece.first + block]));
         L::store_floats(to, L::fma(L::to_floats(total), both, L::load_floats(to)));
       }
     }

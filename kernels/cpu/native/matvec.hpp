@@ -5,20 +5,16 @@
 
 namespace halfweave {
 
-// The sums of one unit for one register of rows.
+// The sums of one block for one register of rows.
 template <class L, class F>
-inline __attribute__((always_inline)) typename L::Ints unit_sum(const uint8_t* p, const uint8_t* x,
-                                                                int64_t blocks) {
+inline __attribute__((always_inline)) typename L::Ints block_sum(const uint8_t* p,
+                                                                 const uint8_t* x) {
   typename F::Sum sum;
   typename L::CodeSum codes_sum;
-  for (int64_t block = 0; block < blocks; block++, p += block_bytes(F::kKind), x += kBlock) {
-    F::each_step(p, [&](int step, auto codes, auto selectors) {
-      sum.add(F::input(x, step, selectors, 16), codes);
-      if (!F::kSigned) codes_sum.add(codes);
-    });
-    if (F::kSettlesEachBlock) sum.settle();
-  }
-  sum.settle();
+  F::each_step(p, [&](int step, auto codes, auto selectors) {
+    sum.add(F::input(x, step, selectors, 16), codes);
+    if (!F::kSigned) codes_sum.add(codes);
+  });
   return F::kSigned ? sum.total() : L::minus_128_times(sum.total(), codes_sum.total());
 }
 
@@ -30,20 +26,17 @@ void matvec(const Weight& w, const Inputs& x, const float* bias, float* y, int64
   for (int64_t tile = first; tile < last; tile++) {
     typename L::Floats total[kSlices];
     for (auto& each : total) each = L::zero();
-    each_unit(w, w.data + tile * w.tile_bytes(), 0, w.columns,
-              [&](const uint8_t* p, const uint16_t* scales, int64_t column, int64_t blocks) {
-                const float input_scale = x.scales[column / kActivationGroup] / F::kUnit;
-                for (int slice = 0; slice < kSlices; slice++) {
-                  const auto sum =
-                      unit_sum<L, F>(p + slice * kSliceBytes, x.bytes + column, blocks);
-                  const auto scale = L::times(L::load_halves(scales + slice * L::kLanes),
-                                              L::all(input_scale));
-                  total[slice] = L::fma(L::to_floats(sum), scale, total[slice]);
-                }
-              });
+    each_block(w, w.data + tile * w.tile_bytes(), 0, w.columns,
+               [&](const uint8_t* p, const uint16_t* scales, int64_t column) {
+                 const auto input_scale = L::all(x.scales[column / kBlock] / F::kUnit);
+                 for (int s = 0; s < kSlices; s++) {
+                   const auto sum = block_sum<L, F>(p + s * kSliceBytes, x.bytes + column);
+                   const auto scale = L::times(L::load_halves(scales + s * L::kLanes), input_scale);
+                   total[s] = L::fma(L::to_floats(sum), scale, total[s]);
+                 }
+               });
     float rows[kTileRows];
-    for (int slice = 0; slice < kSlices; slice++)
-      L::store_floats(rows + slice * L::kLanes, total[slice]);
+    for (int s = 0; s < kSlices; s++) L::store_floats(rows + s * L::kLanes, total[s]);
     const int64_t row = tile * kTileRows;
     const int64_t count = w.rows - row < kTileRows ? w.rows - row : kTileRows;
     for (int64_t i = 0; i < count; i++) y[row + i] = rows[i] + (bias ? bias[row + i] : 0.f);

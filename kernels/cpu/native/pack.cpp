@@ -51,19 +51,17 @@ void pack(const Weight& shape, const Stored& stored, uint8_t* out, int64_t first
   for (int64_t tile = first; tile < last; tile++) {
     uint8_t* start = out + tile * shape.tile_bytes();
     memset(start, 0, shape.tile_bytes());
-    each_unit(shape, start, 0, shape.columns,
-              [&](const uint8_t* data, const uint16_t* scales, int64_t column, int64_t blocks) {
-                uint8_t* to = start + (data - start);
-                auto* to_scales = (uint16_t*)(start + ((const uint8_t*)scales - start));
-                for (int64_t r = 0; r < kTileRows; r++) {
-                  const int64_t row = tile * kTileRows + r;
-                  if (row >= shape.rows) break;
-                  to_scales[r] = stored.scales[row * shape.groups() + column / shape.group];
-                  for (int64_t b = 0; b < blocks; b++)
-                    pack_row(shape, stored, row, column + b * kBlock,
-                             to + b * block_bytes(shape.kind) + 4 * r);
-                }
-              });
+    each_block(shape, start, 0, shape.columns,
+               [&](const uint8_t* data, const uint16_t* scales, int64_t column) {
+                 uint8_t* to = start + (data - start);
+                 auto* to_scales = (uint16_t*)(start + ((const uint8_t*)scales - start));
+                 for (int64_t r = 0; r < kTileRows; r++) {
+                   const int64_t row = tile * kTileRows + r;
+                   if (row >= shape.rows) break;
+                   to_scales[r] = stored.scales[row * shape.groups() + column / shape.group];
+                   pack_row(shape, stored, row, column, to + 4 * r);
+                 }
+               });
   }
 }
 

@@ -1,4 +1,4 @@
-// Inputs to bytes: per token and 64 columns one scale, so that the largest becomes 127.
+// Inputs to bytes: per token and 32 columns one scale, so that the largest becomes 127.
 #pragma once
 #include <cstring>
 
@@ -17,26 +17,24 @@ void quantize(const float* x, int64_t columns, int64_t first, int64_t last, cons
     const int64_t width = left < shape.width ? left : shape.width;
     uint8_t* out = bytes + bundle * shape.columns + (token - bundle) * 16;
     for (int64_t group = 0; group < shape.groups(); group++) {
-      const int64_t start = group * kActivationGroup;
+      const int64_t start = group * kBlock, left = columns - start;
       const float* values = x + token * columns + start;
-      const int64_t padded = shape.columns - start < kActivationGroup ? shape.columns - start
-                                                                      : kActivationGroup;
-      float ragged[kActivationGroup] = {};
-      if (columns - start < padded) {
-        memcpy(ragged, values, (columns - start) * sizeof(float));
+      float ragged[kBlock] = {};
+      if (left < kBlock) {
+        memcpy(ragged, values, left * sizeof(float));
         values = ragged;
       }
       typename L::Floats most = L::zero();
-      for (int64_t i = 0; i < padded; i += L::kLanes)
+      for (int64_t i = 0; i < kBlock; i += L::kLanes)
         most = L::larger_size(most, L::load_floats(values + i));
       const float size = L::greatest(most);
       scales[token * shape.groups() + group] = size / 127.f;
       const auto factor = L::all(size > kSmallest ? 127.f / size : 0.f);
-      alignas(64) uint8_t codes[kActivationGroup];
-      for (int64_t i = 0; i < padded; i += L::kLanes)
+      alignas(64) uint8_t codes[kBlock];
+      for (int64_t i = 0; i < kBlock; i += L::kLanes)
         L::store_offset_bytes(codes + i, L::times(L::load_floats(values + i), factor));
-      for (int64_t i = 0; i < padded; i += 16)
-        memcpy(out + (start + i) / 16 * width * 16, codes + i, 16);
+      memcpy(out + start * width, codes, 16);
+      memcpy(out + start * width + 16 * width, codes + 16, 16);
     }
   }
 }

@@ -1,0 +1,1 @@
+"""Linears and whole decoders in C++, multiplied in the packed form; see docs/cpu.md."""

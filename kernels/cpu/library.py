@@ -1,0 +1,174 @@
+"""The shared library of CPU kernels: found, loaded, and its C functions given their types.
+
+HALFWEAVE_CPU_LEVEL forces an instruction set: portable, avx2 or avx512_vnni. Without the library,
+which takes a C++ compiler to install, `library` is None and says so once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from ...errors import HalfweaveError, UsageError
+
+LEVEL_VARIABLE = "HALFWEAVE_CPU_LEVEL"
+LEVELS = ("avx512_vnni", "avx2", "portable")
+LINEARS = 7  # of a decoder block
+_FILE = Path(__file__).with_name("libhalfweave_cpu.so")
+_FAILURES = {
+    1: "a pointer is null",
+    2: "a shape is impossible",
+    3: "a buffer has another size than its shape",
+    4: "a token, position or page is out of range",
+    5: "there is no memory left",
+}
+_log = logging.getLogger(__name__)
+
+
+class WeightStruct(Structure):
+    """hw_weight: a packed weight."""
+
+    _fields_ = (
+        ("kind", c_int32),
+        ("group", c_int32),
+        ("rows", c_int64),
+        ("columns", c_int64),
+        ("data", c_void_p),
+        ("bytes", c_int64),
+    )
+
+
+class BlockStruct(Structure):
+    """hw_block: the weights of one decoder block."""
+
+    _fields_ = (
+        ("attention_norm", c_void_p),
+        ("mlp_norm", c_void_p),
+        ("linears", WeightStruct * LINEARS),
+        ("biases", c_void_p * LINEARS),
+    )
+
+
+class ShapeStruct(Structure):
+    """hw_shape: a decoder's sizes."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("layers", "hidden", "heads", "kv_heads", "head_dim")),
+        ("ffn", c_int64),
+        ("vocab", c_int64),
+        ("norm_eps", c_float),
+    )
+
+
+class CacheStruct(Structure):
+    """hw_cache: pages of keys and values."""
+
+    _fields_ = (("data", c_void_p), ("bytes", c_int64), ("pages", c_int64))
+
+
+class BatchStruct(Structure):
+    """hw_batch: tokens of some sequences."""
+
+    _fields_ = (
+        ("tokens", c_int64),
+        ("ids", c_void_p),
+        ("positions", c_void_p),
+        ("pages", c_void_p),
+        ("page_count", c_int64),
+        ("pages_start", c_void_p),
+    )
+
+
+_W = POINTER(WeightStruct)
+_P = c_void_p
+# Result and argument types, in the order of api.h.
+_SIGNATURES: dict[str, tuple[object, list[object]]] = {
+    "hw_level": (_P, [c_char_p]),
+    "hw_level_name": (c_char_p, [_P]),
+    "hw_pool_new": (_P, [c_int32]),
+    "hw_pool_free": (None, [_P]),
+    "hw_packed_bytes": (c_int64, [c_int32, c_int32, c_int64, c_int64]),
+    "hw_pack": (c_int32, [_P, WeightStruct, _P, _P, _P, _P]),
+    "hw_linear": (c_int32, [_P, _P, _W, _P, c_int64, _P, _P]),
+    "hw_decoder_new": (
+        c_int32,
+        [POINTER(ShapeStruct), POINTER(BlockStruct), _P, _W, _W, _P, POINTER(_P)],
+    ),
+    "hw_decoder_free": (None, [_P]),
+    "hw_page_bytes": (c_int64, [_P]),
+    "hw_forward": (c_int32, [_P, _P, _P, POINTER(BatchStruct), POINTER(CacheStruct), _P]),
+    "hw_logits": (c_int32, [_P, _P, _P, _P, c_int64, _P]),
+}
+
+
+class Library:
+    """The loaded library, at the level of one instruction set, with threads of its own."""
+
+    def __init__(self, functions: ctypes.CDLL, level: int, threads: int) -> None:
+        """`level` is what hw_level gave."""
+        self.functions = functions
+        self.level_pointer = level
+        self.level = functions.hw_level_name(level).decode()
+        self.threads = threads
+        self.pool = functions.hw_pool_new(threads)
+        if not self.pool:
+            raise HalfweaveError(f"{threads} threads for the CPU kernels could not be started")
+
+    def check(self, code: int) -> None:
+        """Raise what a function's result code stands for."""
+        if code:
+            raise HalfweaveError(f"CPU kernel refused: {_FAILURES.get(code, code)}")
+
+
+@cache
+def library() -> Library | None:
+    """The library for this process, at the best level of this machine; None if not installed.
+
+    Raises:
+        UsageError: the environment asks for a level that is unknown, or that the machine lacks.
+    """
+    wanted = os.environ.get(LEVEL_VARIABLE) or None
+    if wanted is not None and wanted not in LEVELS:
+        raise UsageError(f"{LEVEL_VARIABLE}={wanted!r} is none of {', '.join(LEVELS)}")
+    functions = _load()
+    return None if functions is None else open_level(functions, wanted)
+
+
+def open_level(functions: ctypes.CDLL, name: str | None = None) -> Library:
+    """A library of its own at one level, the best for None.
+
+    Raises:
+        UsageError: this machine cannot run the level.
+    """
+    level = functions.hw_level(None if name is None else name.encode())
+    if not level:
+        raise UsageError(f"this machine cannot run the CPU kernels' level {name}")
+    return Library(functions, level, torch.get_num_threads())
+
+
+@cache
+def _load() -> ctypes.CDLL | None:
+    try:
+        functions = ctypes.CDLL(str(_FILE))
+    except OSError as error:
+        _log.warning(
+            "the CPU kernels are not installed (%s): packed weights are expanded instead, which "
+            "is slower; install a C++ compiler and then halfweave again",
+            error,
+        )
+        return None
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(functions, name)
+        function.restype, function.argtypes = result, arguments
+    return functions
+
+
+def load() -> ctypes.CDLL | None:
+    """The library's typed functions; None if it is not installed."""
+    return _load()

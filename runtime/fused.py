@@ -1,0 +1,143 @@
+"""The decoder of packed models on a CPU: every step is one call into the kernels.
+
+Inputs of linears are rounded to 8 bits, keys and values to fp16, embedding and head to 8 bits. The
+tokens of a sequence get the same bits however it is cut into calls.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import CapacityError
+from ..kernels.cpu.decoder import PAGE_POSITIONS, Block, Ends, NativeDecoder, Shape
+from ..kernels.cpu.library import Library
+from ..kernels.cpu.packed import KINDS, PackedWeight, pack_weight, round_to_int8
+from .checkpoint import Checkpoint
+from .loading import Loader
+from .rope import inverse_frequencies
+from .spec import DecoderSpec
+
+_TOKENS_AT_ONCE = 256  # bounds the states that a long prompt has at a time
+_FIRST_PAGES = 16
+
+
+def can_fuse(checkpoint: Checkpoint, spec: DecoderSpec) -> bool:
+    """Whether all linears of the blocks are stored in formats that the kernels multiply by."""
+    names = (f"model.layers.{i}.{name}" for i in range(spec.layers) for name in spec.linear_shapes)
+    return all(n in checkpoint.linears and checkpoint.linears[n].format in KINDS for n in names)
+
+
+class FusedCache:
+    """Keys and values of one sequence, in pages of its own; `length` positions are filled."""
+
+    def __init__(self, page_bytes: int, limit: int) -> None:
+        """`limit` is the most positions there may ever be."""
+        self.length = 0
+        self._limit, self._page_bytes = limit, page_bytes
+        self.memory = torch.empty(0, dtype=torch.uint8)
+
+    @property
+    def pages(self) -> int:
+        """Pages that there is memory for."""
+        return self.memory.nbytes // self._page_bytes
+
+    def reserve(self, count: int) -> None:
+        """Make room for `count` more positions.
+
+        Raises:
+            CapacityError: that would be more than the limit.
+        """
+        needed = self.length + count
+        if needed > self._limit:
+            raise CapacityError(f"{needed} positions, the model has {self._limit}")
+        wanted, most = -(-needed // PAGE_POSITIONS), -(-self._limit // PAGE_POSITIONS)
+        if wanted > self.pages:
+            pages = min(max(wanted, 2 * self.pages, _FIRST_PAGES), most)
+            grown = torch.empty(pages * self._page_bytes, dtype=torch.uint8)
+            grown[: self.memory.nbytes] = self.memory
+            self.memory = grown
+
+
+class FusedDecoder:
+    """As `Decoder`, for a checkpoint that `can_fuse`. One thread at a time, any number of
+    sequences.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, spec: DecoderSpec, library: Library) -> None:
+        """Read and repack every weight.
+
+        Raises:
+            CheckpointError: a tensor is missing, illegal, or does not fit the config.
+        """
+        self.spec, self.level = spec, library.level
+        loader = Loader(checkpoint, spec, torch.float32, torch.device("cpu"))
+        self._native = NativeDecoder(
+            library,
+            Shape(
+                spec.layers,
+                spec.hidden,
+                spec.heads,
+                spec.kv_heads,
+                spec.head_dim,
+                spec.ffn,
+                spec.vocab,
+                spec.norm_eps,
+            ),
+            [_block(loader, library, f"model.layers.{i}.") for i in range(spec.layers)],
+            _ends(loader, library),
+        )
+
+    def new_cache(self, limit: int | None = None) -> FusedCache:
+        """An empty cache for one sequence of at most `limit` positions."""
+        limit = self.spec.max_positions if limit is None else limit
+        return FusedCache(self._native.page_bytes, limit)
+
+    def forward(self, token_ids: Tensor, cache: FusedCache) -> Tensor:
+        """Append tokens [T] to a sequence; returns their final hidden states [T, hidden].
+
+        Raises:
+            CapacityError: the sequence would be longer than its cache allows.
+        """
+        cache.reserve(len(token_ids))
+        pages = torch.arange(cache.pages, dtype=torch.int32)
+        parts = [self._append(part, cache, pages) for part in token_ids.split(_TOKENS_AT_ONCE)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores of every next token, fp32 [..., vocab], for final hidden states [..., hidden]."""
+        return self._native.logits(hidden)
+
+    def _append(self, ids: Tensor, cache: FusedCache, pages: Tensor) -> Tensor:
+        count = len(ids)
+        positions = torch.arange(cache.length, cache.length + count)
+        starts = torch.zeros(count, dtype=torch.int64)
+        ids = ids.to(torch.int32).contiguous()
+        hidden = self._native.forward(ids, positions, pages, starts, cache.memory)
+        cache.length += count
+        return hidden
+
+
+def _block(loader: Loader, library: Library, prefix: str) -> Block:
+    names = [prefix + name for name in loader.spec.linear_shapes]
+    linears = [pack_weight(library, loader.packed(name)) for name in names]
+    biases = [loader.bias(name) for name in names]
+    attention = loader.vector(f"{prefix}input_layernorm.weight", loader.spec.hidden)
+    mlp = loader.vector(f"{prefix}post_attention_layernorm.weight", loader.spec.hidden)
+    return Block(attention, mlp, linears, biases)
+
+
+def _ends(loader: Loader, library: Library) -> Ends:
+    spec = loader.spec
+    embedding = round_to_int8(library, loader.embedding())
+    head = embedding if spec.tied else _head(loader, library)
+    norm = loader.vector("model.norm.weight", spec.hidden)
+    frequencies = inverse_frequencies(spec.rope, spec.head_dim).contiguous()
+    return Ends(embedding, head, norm, frequencies)
+
+
+def _head(loader: Loader, library: Library) -> PackedWeight:
+    head = loader.packed("lm_head")
+    return (
+        pack_weight(library, head) if head.kind in KINDS else round_to_int8(library, head.unpack())
+    )

@@ -1,0 +1,305 @@
+"""The C++ kernels against the plain oracle, at every level that this machine can run."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+from ctypes import byref
+from pathlib import Path
+
+import pytest
+import torch
+from halfweave.errors import HalfweaveError, UsageError
+from halfweave.kernels import reference
+from halfweave.kernels.cpu import library as library_module
+from halfweave.kernels.cpu.library import LEVELS, Library, WeightStruct, load, open_level
+from halfweave.kernels.cpu.packed import (
+    KINDS,
+    PackedWeight,
+    linear,
+    pack_weight,
+    round_to_int8,
+)
+from halfweave.kernels.formats import Dense, Int4, Int8, PackedLinear, Sparse24Int4
+from torch import Tensor
+from torch.nn import functional
+
+# (N, K, group): whole tiles and ragged ones, short last groups, K that is no multiple of a block,
+# pieces of more than one of the kernel's own, one row, one block.
+SHAPES = [
+    (16, 32, 32),
+    (48, 576, 64),
+    (37, 576, 128),
+    (100, 136, 64),
+    (72, 72, 32),
+    (20, 1540, 128),
+    (1, 4, 32),
+    (33, 1024, 64),
+]
+TOKENS = (1, 2, 7, 8, 9, 40)
+
+
+def runnable() -> list[str]:
+    functions = load()
+    assert functions is not None, "the tests need the library: install with a C++ compiler"
+    return [level for level in LEVELS if functions.hw_level(level.encode())]
+
+
+@pytest.fixture(params=runnable())
+def library(request: pytest.FixtureRequest) -> Library:
+    functions = load()
+    assert functions is not None
+    return open_level(functions, request.param)
+
+
+def example(kind: str, rows: int, columns: int, group: int, seed: int = 0) -> PackedLinear:
+    generator = torch.Generator().manual_seed(seed)
+    if kind == Int8.kind:
+        return Int8.from_dense(torch.randn(rows, columns, generator=generator))
+    codes = torch.randint(-8, 8, (rows, columns), generator=generator)
+    scale = (torch.rand(rows, -(-columns // group), generator=generator) / 100 + 0.001).half()
+    if kind == Int4.kind:
+        return Int4.from_codes(codes, scale, group)
+    chosen = torch.rand(rows, columns // 4, 4, generator=generator).topk(2, dim=-1).indices
+    keep = torch.zeros(rows, columns // 4, 4, dtype=torch.bool).scatter_(-1, chosen, True)
+    return Sparse24Int4.from_codes(codes, keep.view(rows, columns), scale, group)
+
+
+def in_8_bits(x: Tensor) -> Tensor:
+    """What the kernels make of their inputs: 255 levels per token and 32 columns."""
+    groups = functional.pad(x, (0, -x.shape[-1] % 32)).unflatten(-1, (-1, 32))
+    step = groups.abs().amax(dim=-1, keepdim=True) / 127
+    return (torch.round(groups / step.clamp_min(1e-30)) * step).flatten(-2)[..., : x.shape[-1]]
+
+
+def inputs(tokens: int, columns: int) -> Tensor:
+    x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens))
+    return x * (1 + 20 * (torch.arange(columns) % 50 == 3))  # some channels are loud
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_linears_are_those_of_the_oracle_on_rounded_inputs(
+    library: Library, kind: str, shape: tuple[int, int, int]
+) -> None:
+    rows, columns, group = shape
+    weight = example(kind, rows, columns, group)
+    packed = pack_weight(library, weight)
+    bias = torch.randn(rows)
+    for tokens in TOKENS:
+        x = inputs(tokens, columns)
+        found = linear(library, packed, x, bias)
+        wanted = in_8_bits(x).double() @ weight.unpack().double().T + bias.double()
+        assert (found - wanted).abs().max() < 2e-6 * wanted.abs().max(), tokens
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_token_gets_the_same_bits_whatever_stands_beside_it(library: Library, kind: str) -> None:
+    packed = pack_weight(library, example(kind, 50, 1540, 64))
+    x, bias = inputs(37, 1540), torch.randn(50)
+    together = linear(library, packed, x, bias)
+    assert torch.equal(together, torch.cat([linear(library, packed, t, bias) for t in x.split(1)]))
+    assert torch.equal(together, torch.cat([linear(library, packed, t, bias) for t in x.split(5)]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_most_extreme_codes_and_inputs_do_not_overflow(library: Library, kind: str) -> None:
+    """Every product as large as it gets and of one sign: 16-bit sums are at their limit."""
+    rows, columns = 16, 256
+    scale = torch.ones(rows, columns // 32).half()
+    if kind == Int8.kind:
+        weight: PackedLinear = Int8(
+            torch.full((rows, columns), -127, dtype=torch.int8), scale[:, :1]
+        )
+    elif kind == Int4.kind:
+        weight = Int4.from_codes(torch.full((rows, columns), -8), scale, 32)
+    else:
+        keep = (torch.arange(columns) % 4 < 2).expand(rows, columns)
+        weight = Sparse24Int4.from_codes(torch.full((rows, columns), -8), keep, scale, 32)
+    for sign in (1.0, -1.0):
+        x = torch.full((9, columns), sign)
+        found = linear(library, pack_weight(library, weight), x, None)
+        torch.testing.assert_close(found, reference.linear(x, weight), rtol=1e-5, atol=0)
+
+
+def test_levels_agree_to_the_last_bits() -> None:
+    functions = load()
+    assert functions is not None
+    x = inputs(11, 576)
+    for kind in KINDS:
+        weight = example(kind, 100, 576, 64)
+        found = []
+        for level in runnable():
+            library = open_level(functions, level)
+            found.append(linear(library, pack_weight(library, weight), x, None))
+        for other in found[1:]:
+            torch.testing.assert_close(
+                found[0], other, rtol=1e-5, atol=1e-5 * float(other.abs().max())
+            )
+
+
+def test_inputs_that_are_zero_or_next_to_it_give_the_bias(library: Library) -> None:
+    packed = pack_weight(library, example("sparse24_int4", 20, 64, 32))
+    bias = torch.randn(20)
+    for size in (0.0, 1e-38, 1e-42):
+        found = linear(library, packed, torch.full((3, 64), size), bias)
+        torch.testing.assert_close(found, bias.expand(3, 20), rtol=0, atol=1e-30)
+
+
+def test_any_shape_of_inputs_and_none_at_all(library: Library) -> None:
+    weight = example("int4", 20, 64, 32)
+    packed = pack_weight(library, weight)
+    x = inputs(6, 64)
+    assert torch.equal(
+        linear(library, packed, x.view(2, 3, 64), None),
+        linear(library, packed, x, None).view(2, 3, 20),
+    )
+    assert linear(library, packed, torch.empty(0, 64), None).shape == (0, 20)
+    sliced = inputs(6, 128)[:, ::2]
+    assert torch.equal(
+        linear(library, packed, sliced, None), linear(library, packed, sliced.contiguous(), None)
+    )
+
+
+def test_a_float_weight_in_8_bits_is_near_itself(library: Library) -> None:
+    weight = torch.randn(5000, 100)  # more rows than are rounded at a time, a short last group
+    packed = round_to_int8(library, weight)
+    identity = torch.eye(100)
+    found = linear(library, packed, identity, None).T
+    assert (found - weight).abs().max() < weight.abs().max() / 127
+
+
+def test_inputs_that_do_not_fit_are_refused(library: Library) -> None:
+    packed = pack_weight(library, example("int4", 20, 64, 32))
+    with pytest.raises(ValueError, match="63 columns does not fit 20 x 64"):
+        linear(library, packed, torch.zeros(1, 63), None)
+    with pytest.raises(ValueError, match="does not fit"):
+        linear(library, packed, torch.zeros(1, 64), torch.zeros(19))
+    with pytest.raises(HalfweaveError, match="do not know the format dense"):
+        pack_weight(library, Dense(torch.zeros(4, 4)))
+
+
+def struct_of(packed: PackedWeight, **changes: int | None) -> WeightStruct:
+    struct = WeightStruct.from_buffer_copy(packed.struct)
+    for name, value in changes.items():
+        setattr(struct, name, value)
+    return struct
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"data": None}, 1),
+        ({"kind": 3}, 2),
+        ({"kind": -1}, 2),
+        ({"group": 48}, 2),
+        ({"group": 0}, 2),
+        ({"rows": 0}, 2),
+        ({"rows": -16}, 2),
+        ({"rows": 2**62}, 2),
+        ({"columns": 2**62}, 2),
+        ({"columns": 66}, 2),
+        ({"rows": 2**20}, 3),
+        ({"columns": 2**20}, 3),
+        ({"bytes": 1}, 3),
+        ({"bytes": 2**62}, 3),
+    ],
+)
+def test_the_library_checks_again_and_refuses(
+    library: Library, changes: dict[str, int | None], code: int
+) -> None:
+    """What the binding never does: sizes that would read and write beyond every buffer."""
+    packed = pack_weight(library, example("sparse24_int4", 32, 64, 32))
+    struct = struct_of(packed, **changes)
+    x, y = torch.zeros(1, 64), torch.zeros(1, 32)
+    arguments = (library.level_pointer, library.pool, byref(struct), x.data_ptr())
+    assert library.functions.hw_linear(*arguments, 1, None, y.data_ptr()) == code
+    if "data" not in changes:
+        stored = torch.zeros(1 << 12, dtype=torch.uint8).data_ptr()
+        out = packed.data.data_ptr()
+        assert library.functions.hw_pack(library.pool, struct, stored, stored, stored, out) == code
+
+
+@pytest.mark.parametrize("tokens", [0, -1, 2**40])
+def test_the_library_refuses_numbers_of_tokens(library: Library, tokens: int) -> None:
+    packed = pack_weight(library, example("int8", 16, 32, 64))
+    x = torch.zeros(1, 32)
+    arguments = (library.level_pointer, library.pool, byref(packed.struct), x.data_ptr())
+    assert library.functions.hw_linear(*arguments, tokens, None, x.data_ptr()) == 2
+
+
+def test_random_sizes_are_answered_and_never_fatal(library: Library) -> None:
+    generator = torch.Generator().manual_seed(0)
+    packed = pack_weight(library, example("sparse24_int4", 32, 64, 32))
+    x, y = torch.zeros(1, 64), torch.zeros(1, 32)
+    for _ in range(2000):
+        kind, group, bits, sign = torch.randint(-2, 140, (4,), generator=generator).tolist()
+        size = (1 << (bits % 63)) * (1 if sign % 2 else -1)
+        struct = struct_of(packed, kind=kind % 5, group=group, rows=size, columns=size ^ sign)
+        arguments = (library.level_pointer, library.pool, byref(struct), x.data_ptr())
+        assert library.functions.hw_linear(*arguments, 1, None, y.data_ptr()) in (2, 3)
+        assert library.functions.hw_packed_bytes(kind, group, size, size) >= -1
+
+
+def test_the_environment_chooses_the_level() -> None:
+    code = (
+        "from halfweave.kernels.cpu.library import library\nfound = library(); print(found.level)"
+    )
+
+    def ask(level: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "HALFWEAVE_CPU_LEVEL": level}
+        command = [sys.executable, "-c", code]
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    assert ask("portable").stdout == "portable\n"
+    assert ask("").stdout == f"{runnable()[0]}\n"
+    refused = ask("sse9")
+    assert refused.returncode != 0
+    assert "'sse9' is none of avx512_vnni, avx2, portable" in refused.stderr
+
+
+def test_a_level_that_the_machine_lacks_is_refused_by_name() -> None:
+    functions = load()
+    assert functions is not None
+    missing = sorted(set(LEVELS) - set(runnable())) or ["neon"]
+    with pytest.raises(UsageError, match=f"cannot run the CPU kernels' level {missing[0]}"):
+        open_level(functions, missing[0])
+
+
+def test_without_the_library_all_is_expanded_and_that_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    from halfweave.kernels.dispatch import choose, prepare
+
+    monkeypatch.setattr(library_module, "_FILE", tmp_path / "none.so")
+    library_module.library.cache_clear()
+    library_module._load.cache_clear()
+    try:
+        assert choose("int4", "cpu").name == "torch-dense"
+        weight, x = example("int4", 20, 64, 32), inputs(3, 64)
+        found = prepare(weight, None, torch.device("cpu"), torch.float32)(x)
+        torch.testing.assert_close(found, reference.linear(x, weight))
+        assert [r.message for r in caplog.records if "C++ compiler" in r.message].__len__() == 1
+    finally:
+        library_module.library.cache_clear()
+        library_module._load.cache_clear()
+
+
+def test_pools_of_any_size_start_work_and_end() -> None:
+    functions = load()
+    assert functions is not None
+    weight = example("int8", 200, 64, 64)
+    x = inputs(5, 64)
+    answers = []
+    for threads in (1, 2, 3, 7):
+        pool = functions.hw_pool_new(threads)
+        library = open_level(functions, "portable")
+        library.pool = pool
+        packed = pack_weight(library, weight)
+        answers += [linear(library, packed, x, None) for _ in range(50)]
+        functions.hw_pool_free(pool)
+    assert all(torch.equal(answers[0], other) for other in answers)
+    for threads in (0, -1, 5000):
+        assert not functions.hw_pool_new(ctypes.c_int32(threads))

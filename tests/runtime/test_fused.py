@@ -1,0 +1,210 @@
+"""The fused decoder: what the op-by-op decoder computes, in one call a step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from halfweave.errors import CapacityError, HalfweaveError
+from halfweave.kernels.cpu.library import LEVELS, Library, load, open_level
+from halfweave.runtime.cache import SequenceCache
+from halfweave.runtime.checkpoint import Checkpoint
+from halfweave.runtime.decoder import Decoder
+from halfweave.runtime.fused import FusedDecoder, can_fuse
+from halfweave.runtime.model import load_model
+from halfweave.runtime.spec import decoder_spec
+from support.tiny import LLAMA3_ROPE, VOCABULARY, Tiny, pack_directory, save_tiny
+from torch import Tensor
+
+# Of the largest, against the same kernels called one by one: an input that is at the edge between
+# two codes may take the other one, which is rare.
+MOST, MEAN = 0.01, 0.001
+MODELS = {
+    "tied": Tiny(),
+    "untied": Tiny(tied=False),
+    "one key-value head": Tiny(kv_heads=1),
+    "no sharing of heads": Tiny(kv_heads=6),
+    "biases": Tiny(options={"attention_bias": True, "mlp_bias": True}),
+    "own head size": Tiny(options={"head_dim": 16}),
+    "large heads": Tiny(heads=2, kv_heads=1, options={"head_dim": 72}),
+    "llama3 rope": Tiny(options={"rope_parameters": LLAMA3_ROPE}),
+    "many heads share": Tiny(hidden=80, heads=10, kv_heads=1),
+}
+
+
+def on_the_8_bit_grid(directory: Path) -> Path:
+    """Round embedding and head so that 8 bits hold them exactly: the largest of 64 is 127 steps."""
+    path = directory / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if name in tensors:
+            codes = torch.round(tensors[name] * 256).clamp(-126, 126)
+            codes[:, ::64] = 127
+            tensors[name] = (codes / 256).contiguous()
+    safetensors.torch.save_file(tensors, path, {"format": "pt"})
+    return directory
+
+
+def libraries() -> list[str]:
+    functions = load()
+    assert functions is not None, "the tests need the library: install with a C++ compiler"
+    return [level for level in LEVELS if functions.hw_level(level.encode())]
+
+
+def at_level(level: str) -> Library:
+    functions = load()
+    assert functions is not None
+    return open_level(functions, level)
+
+
+def packed(tmp_path: Path, tiny: Tiny, kind: str = "sparse24_int4") -> Checkpoint:
+    dense = on_the_8_bit_grid(save_tiny(tmp_path / "dense", tiny))
+    return Checkpoint.open(pack_directory(dense, tmp_path / "packed", kind))
+
+
+def fused(checkpoint: Checkpoint, level: str = "") -> FusedDecoder:
+    return FusedDecoder(
+        checkpoint, decoder_spec(checkpoint.config), at_level(level or libraries()[0])
+    )
+
+
+def tokens(count: int, seed: int = 7) -> Tensor:
+    return torch.randint(0, VOCABULARY, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+def logits(decoder: FusedDecoder | Decoder, ids: Tensor, sizes: list[int]) -> Tensor:
+    cache = decoder.new_cache()
+    parts = [decoder.forward(part, cache) for part in ids.split(sizes)]  # type: ignore[arg-type]
+    return decoder.logits(torch.cat(parts))
+
+
+class HalfCache(SequenceCache):
+    """Keys and values rounded as the fused decoder's are."""
+
+    def store(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        return super().store(layer, keys.half().float(), values.half().float())
+
+
+@pytest.mark.parametrize("level", libraries())
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_those_of_the_kernels_called_one_by_one(
+    name: str, level: str, tmp_path: Path
+) -> None:
+    checkpoint = packed(tmp_path, MODELS[name])
+    spec = decoder_spec(checkpoint.config)
+    unfused = Decoder(checkpoint, spec, torch.float32, torch.device("cpu"), exact=False)
+    decoder, ids = fused(checkpoint, level), tokens(70)
+    with torch.inference_mode():
+        shape = (spec.layers, spec.kv_heads, spec.head_dim)
+        cache = HalfCache(shape, 70, torch.float32, torch.device("cpu"))
+        wanted = unfused.forward(ids, cache)
+    found = decoder.forward(ids, decoder.new_cache())
+    difference, largest = (found - wanted).abs(), wanted.abs().max()
+    assert difference.max() < MOST * largest
+    assert difference.mean() < MEAN * largest
+    # The head rounds its inputs too, which the other decoder's does not.
+    loss = unfused.logits(wanted) - decoder.logits(wanted)
+    assert loss.abs().max() < 0.02 * unfused.logits(wanted).abs().max()
+
+
+def test_logits_follow_those_of_exact_arithmetic(tmp_path: Path) -> None:
+    checkpoint = packed(tmp_path, Tiny())
+    exact = Decoder(checkpoint, decoder_spec(checkpoint.config), torch.float32, torch.device("cpu"))
+    ids = tokens(70)
+    with torch.inference_mode():
+        wanted = logits(exact, ids, [70]).log_softmax(-1)
+    found = logits(fused(checkpoint), ids, [70]).log_softmax(-1)
+    assert float((wanted.exp() * (wanted - found)).sum(-1).mean()) < 0.005
+
+
+@pytest.mark.parametrize("level", libraries())
+def test_a_sequence_gets_the_same_bits_however_it_is_cut(level: str, tmp_path: Path) -> None:
+    decoder = fused(packed(tmp_path, Tiny(kv_heads=1)), level)
+    ids = tokens(90)
+    whole = logits(decoder, ids, [90])
+    for sizes in ([1] * 90, [17, 1, 1, 31, 40], [64, 26]):
+        assert torch.equal(whole, logits(decoder, ids, sizes)), sizes
+
+
+def test_sequences_in_one_batch_get_the_bits_they_get_alone(tmp_path: Path) -> None:
+    """Three sequences of different lengths take turns in shared pages, in one call a step."""
+    decoder = fused(packed(tmp_path, Tiny()))
+    native, lengths = decoder._native, (40, 7, 23)
+    texts = [tokens(length, seed) for seed, length in enumerate(lengths)]
+    alone = [decoder.forward(text, decoder.new_cache()) for text in texts]
+    pages = torch.tensor([5, 2, 8, 7, 0, 6], dtype=torch.int32)  # 3, 1 and 2 of them
+    memory = torch.full((9 * native.page_bytes,), 255, dtype=torch.uint8)  # NaN, were it read
+    found: list[list[Tensor]] = [[], [], []]
+    for step in range(max(lengths)):
+        running = [i for i in range(3) if step < lengths[i]]
+        hidden = native.forward(
+            torch.tensor([int(texts[i][step]) for i in running], dtype=torch.int32),
+            torch.full((len(running),), step),
+            pages,
+            torch.tensor([(0, 3, 4)[i] for i in running]),
+            memory,
+        )
+        for i, row in zip(running, hidden, strict=True):
+            found[i].append(row)
+    for wanted, rows in zip(alone, found, strict=True):
+        assert torch.equal(wanted, torch.stack(rows))
+
+
+def test_a_full_cache_is_refused_and_stays_usable(tmp_path: Path) -> None:
+    decoder = fused(packed(tmp_path, Tiny()))
+    cache = decoder.new_cache(limit=20)
+    decoder.forward(tokens(18), cache)
+    with pytest.raises(CapacityError, match="21 positions, the model has 20"):
+        decoder.forward(tokens(3), cache)
+    decoder.forward(tokens(2), cache)
+    assert cache.length == 20
+
+
+@pytest.mark.parametrize(
+    ("ids", "positions", "pages", "starts"),
+    [
+        ([VOCABULARY], [0], [0], [0]),
+        ([-1], [0], [0], [0]),
+        ([1], [-1], [0], [0]),
+        ([1], [16], [0], [0]),
+        ([1], [2**62], [0], [0]),
+        ([1], [0], [1], [0]),
+        ([1], [0], [-1], [0]),
+        ([1], [0], [0], [1]),
+        ([1], [0], [0], [-(2**62)]),
+    ],
+)
+def test_what_is_out_of_range_is_refused_by_the_library(
+    ids: list[int], positions: list[int], pages: list[int], starts: list[int], tmp_path: Path
+) -> None:
+    native = fused(packed(tmp_path, Tiny()))._native
+    memory = torch.zeros(native.page_bytes, dtype=torch.uint8)
+    arguments = (torch.tensor(positions), torch.tensor(pages, dtype=torch.int32))
+    with pytest.raises(HalfweaveError, match="out of range"):
+        native.forward(
+            torch.tensor(ids, dtype=torch.int32), *arguments, torch.tensor(starts), memory
+        )
+
+
+def test_auto_fuses_what_is_packed_and_float32_rounds_nothing(tmp_path: Path) -> None:
+    checkpoint = packed(tmp_path, Tiny())
+    spec = decoder_spec(checkpoint.config)
+    assert can_fuse(checkpoint, spec)
+    assert isinstance(load_model(checkpoint.path).decoder, FusedDecoder)
+    assert isinstance(load_model(checkpoint.path, "float32").decoder, Decoder)
+    dense = tmp_path / "packed-dense"
+    assert isinstance(load_model(dense).decoder, Decoder)
+    assert not can_fuse(Checkpoint.open(dense), spec)
+
+
+def test_a_linear_that_the_kernels_do_not_know_is_expanded_beside_those_they_know(
+    tmp_path: Path,
+) -> None:
+    checkpoint = packed(tmp_path, Tiny(), kind="sparse24")
+    assert not can_fuse(checkpoint, decoder_spec(checkpoint.config))
+    model, exact = (load_model(checkpoint.path, dtype) for dtype in ("auto", "float32"))
+    ids = tokens(20)
+    both = [m.decoder.forward(ids, m.decoder.new_cache()) for m in (model, exact)]
+    assert torch.equal(*both)
