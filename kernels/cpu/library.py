@@ -20,7 +20,7 @@ from ...errors import HalfweaveError, UsageError
 LEVEL_VARIABLE = "HALFWEAVE_CPU_LEVEL"
 LEVELS = ("avx512_vnni", "avx2", "portable")
 LINEARS = 7  # of a decoder block
-_FILE = Path(__file__).with_name("libhalfweave_cpu.so")
+FILE = Path(__file__).with_name("libhalfweave_cpu.so")
 _FAILURES = {
     1: "a pointer is null",
     2: "a shape is impossible",
@@ -136,7 +136,7 @@ def library() -> Library | None:
     wanted = os.environ.get(LEVEL_VARIABLE) or None
     if wanted is not None and wanted not in LEVELS:
         raise UsageError(f"{LEVEL_VARIABLE}={wanted!r} is none of {', '.join(LEVELS)}")
-    functions = _load()
+    functions = load(FILE)
     return None if functions is None else open_level(functions, wanted)
 
 
@@ -153,9 +153,10 @@ def open_level(functions: ctypes.CDLL, name: str | None = None) -> Library:
 
 
 @cache
-def _load() -> ctypes.CDLL | None:
+def load(file: Path) -> ctypes.CDLL | None:
+    """The typed functions of a built library; None, and a warning, if it cannot be loaded."""
     try:
-        functions = ctypes.CDLL(str(_FILE))
+        functions = ctypes.CDLL(str(file))
     except OSError as error:
         _log.warning(
             "the CPU kernels are not installed (%s): packed weights are expanded instead, which "
@@ -167,8 +168,3 @@ def _load() -> ctypes.CDLL | None:
         function = getattr(functions, name)
         function.restype, function.argtypes = result, arguments
     return functions
-
-
-def load() -> ctypes.CDLL | None:
-    """The library's typed functions; None if it is not installed."""
-    return _load()

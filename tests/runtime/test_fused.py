@@ -8,13 +8,13 @@ import pytest
 import safetensors.torch
 import torch
 from halfweave.errors import CapacityError, HalfweaveError
-from halfweave.kernels.cpu.library import LEVELS, Library, load, open_level
 from halfweave.runtime.cache import SequenceCache
 from halfweave.runtime.checkpoint import Checkpoint
 from halfweave.runtime.decoder import Decoder
 from halfweave.runtime.fused import FusedDecoder, can_fuse
 from halfweave.runtime.model import load_model
 from halfweave.runtime.spec import decoder_spec
+from support.cpu_levels import LEVELS_HERE, at_level
 from support.tiny import LLAMA3_ROPE, VOCABULARY, Tiny, pack_directory, save_tiny
 from torch import Tensor
 
@@ -47,27 +47,13 @@ def on_the_8_bit_grid(directory: Path) -> Path:
     return directory
 
 
-def libraries() -> list[str]:
-    functions = load()
-    assert functions is not None, "the tests need the library: install with a C++ compiler"
-    return [level for level in LEVELS if functions.hw_level(level.encode())]
-
-
-def at_level(level: str) -> Library:
-    functions = load()
-    assert functions is not None
-    return open_level(functions, level)
-
-
 def packed(tmp_path: Path, tiny: Tiny, kind: str = "sparse24_int4") -> Checkpoint:
     dense = on_the_8_bit_grid(save_tiny(tmp_path / "dense", tiny))
     return Checkpoint.open(pack_directory(dense, tmp_path / "packed", kind))
 
 
-def fused(checkpoint: Checkpoint, level: str = "") -> FusedDecoder:
-    return FusedDecoder(
-        checkpoint, decoder_spec(checkpoint.config), at_level(level or libraries()[0])
-    )
+def fused(checkpoint: Checkpoint, level: str = LEVELS_HERE[0]) -> FusedDecoder:
+    return FusedDecoder(checkpoint, decoder_spec(checkpoint.config), at_level(level))
 
 
 def tokens(count: int, seed: int = 7) -> Tensor:
@@ -87,7 +73,7 @@ class HalfCache(SequenceCache):
         return super().store(layer, keys.half().float(), values.half().float())
 
 
-@pytest.mark.parametrize("level", libraries())
+@pytest.mark.parametrize("level", LEVELS_HERE)
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_those_of_the_kernels_called_one_by_one(
     name: str, level: str, tmp_path: Path
@@ -119,7 +105,7 @@ def test_logits_follow_those_of_exact_arithmetic(tmp_path: Path) -> None:
     assert float((wanted.exp() * (wanted - found)).sum(-1).mean()) < 0.005
 
 
-@pytest.mark.parametrize("level", libraries())
+@pytest.mark.parametrize("level", LEVELS_HERE)
 def test_a_sequence_gets_the_same_bits_however_it_is_cut(level: str, tmp_path: Path) -> None:
     decoder = fused(packed(tmp_path, Tiny(kv_heads=1)), level)
     ids = tokens(90)

@@ -1,6 +1,6 @@
 #include "level.hpp"
 
-#ifdef __AVX512VNNI__
+#if defined(__AVX512VNNI__) || defined(HALFWEAVE_EMULATE_AVX512)
 #include "lanes_avx512.hpp"
 #include "make_level.hpp"
 

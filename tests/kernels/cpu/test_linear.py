@@ -14,7 +14,7 @@ import torch
 from halfweave.errors import HalfweaveError, UsageError
 from halfweave.kernels import reference
 from halfweave.kernels.cpu import library as library_module
-from halfweave.kernels.cpu.library import LEVELS, Library, WeightStruct, load, open_level
+from halfweave.kernels.cpu.library import FILE, LEVELS, Library, WeightStruct, load, open_level
 from halfweave.kernels.cpu.packed import (
     KINDS,
     PackedWeight,
@@ -23,6 +23,7 @@ from halfweave.kernels.cpu.packed import (
     round_to_int8,
 )
 from halfweave.kernels.formats import Dense, Int4, Int8, PackedLinear, Sparse24Int4
+from support.cpu_levels import LEVELS_HERE, at_level, native_levels
 from torch import Tensor
 from torch.nn import functional
 
@@ -41,17 +42,9 @@ SHAPES = [
 TOKENS = (1, 2, 7, 8, 9, 40)
 
 
-def runnable() -> list[str]:
-    functions = load()
-    assert functions is not None, "the tests need the library: install with a C++ compiler"
-    return [level for level in LEVELS if functions.hw_level(level.encode())]
-
-
-@pytest.fixture(params=runnable())
+@pytest.fixture(params=LEVELS_HERE)
 def library(request: pytest.FixtureRequest) -> Library:
-    functions = load()
-    assert functions is not None
-    return open_level(functions, request.param)
+    return at_level(request.param)
 
 
 def example(kind: str, rows: int, columns: int, group: int, seed: int = 0) -> PackedLinear:
@@ -125,14 +118,11 @@ def test_the_most_extreme_codes_and_inputs_do_not_overflow(library: Library, kin
 
 
 def test_levels_agree_to_the_last_bits() -> None:
-    functions = load()
-    assert functions is not None
     x = inputs(11, 576)
     for kind in KINDS:
         weight = example(kind, 100, 576, 64)
         found = []
-        for level in runnable():
-            library = open_level(functions, level)
+        for library in map(at_level, LEVELS_HERE):
             found.append(linear(library, pack_weight(library, weight), x, None))
         for other in found[1:]:
             torch.testing.assert_close(
@@ -254,16 +244,16 @@ def test_the_environment_chooses_the_level() -> None:
         return subprocess.run(command, env=environment, capture_output=True, text=True)
 
     assert ask("portable").stdout == "portable\n"
-    assert ask("").stdout == f"{runnable()[0]}\n"
+    assert ask("").stdout == f"{native_levels()[0]}\n"
     refused = ask("sse9")
     assert refused.returncode != 0
     assert "'sse9' is none of avx512_vnni, avx2, portable" in refused.stderr
 
 
 def test_a_level_that_the_machine_lacks_is_refused_by_name() -> None:
-    functions = load()
+    functions = load(FILE)
     assert functions is not None
-    missing = sorted(set(LEVELS) - set(runnable())) or ["neon"]
+    missing = sorted(set(LEVELS) - set(native_levels())) or ["neon"]
     with pytest.raises(UsageError, match=f"cannot run the CPU kernels' level {missing[0]}"):
         open_level(functions, missing[0])
 
@@ -273,22 +263,20 @@ def test_without_the_library_all_is_expanded_and_that_is_said_once(
 ) -> None:
     from halfweave.kernels.dispatch import choose, prepare
 
-    monkeypatch.setattr(library_module, "_FILE", tmp_path / "none.so")
+    monkeypatch.setattr(library_module, "FILE", tmp_path / "none.so")
     library_module.library.cache_clear()
-    library_module._load.cache_clear()
     try:
         assert choose("int4", "cpu").name == "torch-dense"
         weight, x = example("int4", 20, 64, 32), inputs(3, 64)
         found = prepare(weight, None, torch.device("cpu"), torch.float32)(x)
         torch.testing.assert_close(found, reference.linear(x, weight))
-        assert [r.message for r in caplog.records if "C++ compiler" in r.message].__len__() == 1
+        assert len([r for r in caplog.records if "C++ compiler" in r.message]) == 1
     finally:
         library_module.library.cache_clear()
-        library_module._load.cache_clear()
 
 
 def test_pools_of_any_size_start_work_and_end() -> None:
-    functions = load()
+    functions = load(FILE)
     assert functions is not None
     weight = example("int8", 200, 64, 64)
     x = inputs(5, 64)
