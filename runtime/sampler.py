@@ -5,6 +5,8 @@ The order and the meaning of each are those of transformers' logits processors, 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -28,10 +30,14 @@ def sample(logits: Tensor, params: SamplingParams, generator: torch.Generator) -
     Raises:
         HalfweaveError: the logits hold NaN, +inf, or nothing but -inf.
     """
-    if not bool(torch.isfinite(logits.max())):  # max passes a NaN on
+    # By numpy, in this very thread: torch would wake OpenMP's workers for a vocabulary of this
+    # size, and those then wait on the cores that the CPU kernels' own threads compute on.
+    scores = logits.numpy()
+    best = int(scores.argmax())  # of a NaN, if there is one
+    if not math.isfinite(scores[best]):
         raise HalfweaveError("the model computed logits that are not numbers")
     if params.greedy:
-        return int(logits.argmax())
+        return best
     probabilities = torch.softmax(filtered(logits, params), dim=-1)
     return int(torch.multinomial(probabilities, 1, generator=generator))
 

@@ -16,7 +16,7 @@ from .library import Library, WeightStruct
 
 KINDS = {Sparse24Int4.kind: 0, Int4.kind: 1, Int8.kind: 2}
 _LINE = 64
-_INT8_GROUP = 64  # the layout has scales for groups; an Int8 repeats its row's
+_INT8_GROUP = 32  # the layout has scales for groups; an Int8 repeats its row's
 _ROWS_AT_ONCE = 4096  # that are rounded, which bounds the floats beside them
 
 
@@ -48,13 +48,13 @@ def pack_weight(library: Library, weight: PackedLinear) -> PackedWeight:
 
 
 def pack_int8(library: Library, codes: Tensor, scale: Tensor) -> PackedWeight:
-    """A weight of int8 codes [N, K] with a scale fp16 [N, K/64] for 64 columns of a row."""
+    """A weight of int8 codes [N, K] with a scale fp16 [N, K/32] for 32 columns of a row."""
     rows, columns = codes.shape
     return _pack(library, Int8.kind, (rows, columns), _INT8_GROUP, (codes, None, scale))
 
 
 def round_to_int8(library: Library, weight: Tensor) -> PackedWeight:
-    """A float weight [N, K] in 8 bits: the nearest of 255 levels per row and 64 columns."""
+    """A float weight [N, K] in 8 bits: the nearest of 255 levels per row and 32 columns."""
     rows, columns = weight.shape
     padded = -columns % _INT8_GROUP
     codes = torch.empty(rows, columns, dtype=torch.int8)

@@ -35,13 +35,13 @@ MODELS = {
 
 
 def on_the_8_bit_grid(directory: Path) -> Path:
-    """Round embedding and head so that 8 bits hold them exactly: the largest of 64 is 127 steps."""
+    """Round embedding and head so that 8 bits hold them exactly: the largest of 32 is 127 steps."""
     path = directory / "model.safetensors"
     tensors = safetensors.torch.load_file(path)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         if name in tensors:
             codes = torch.round(tensors[name] * 256).clamp(-126, 126)
-            codes[:, ::64] = 127
+            codes[:, ::32] = 127
             tensors[name] = (codes / 256).contiguous()
     safetensors.torch.save_file(tensors, path, {"format": "pt"})
     return directory
