@@ -239,7 +239,7 @@ def test_a_ratio_is_met_by_the_finished_model(
     prune(case.path, tmp_path / "out", replace(wanted, choices=plan.choices))
     checked = check_budget(tmp_path / "out", case.source, wanted, case.windows.judge)
     assert checked.met and checked.ratio <= RATIO
-    model = load_model(tmp_path / "out")
+    model = load_model(tmp_path / "out", "float32")
     packed = {name: entry.format for name, entry in model.checkpoint.linears.items()}
     assert packed == {n: kind for n, kind in plan.choices.items() if kind != Dense.kind}
     served = served_losses(model, case.windows.judge)

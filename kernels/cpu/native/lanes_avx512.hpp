@@ -8,7 +8,11 @@ namespace halfweave {
 
 struct Avx512Vnni {
   static constexpr int kLanes = 16;
+#ifdef HALFWEAVE_EMULATE_AVX512
+  static constexpr int kWidth = 3;  // spelt out in other instructions, each width takes long to build
+#else
   static constexpr int kWidth = 12;  // tokens at a time: a sum each, 12 of 32 registers
+#endif
   static constexpr float kNibbleUnit = 16.f;
 
   using Bytes = __m512i;
