@@ -14,13 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .library import (
-    BatchStruct,
-    BlockStruct,
-    CacheStruct,
-    Library,
-    ShapeStruct,
-)
+from .library import BatchStruct, BlockStruct, CacheStruct, Library, ShapeStruct
 from .packed import PackedWeight
 
 PAGE_POSITIONS = 16
@@ -83,16 +77,15 @@ class NativeDecoder:
                 struct.linears[i] = linear.struct
                 struct.biases[i] = None if bias is None else bias.data_ptr()
         pointer = ctypes.c_void_p()
-        library.check(
-            library.functions.hw_decoder_new(
-                byref(ShapeStruct(*(getattr(shape, name) for name, *_ in ShapeStruct._fields_))),
-                structs,
-                ends.norm.data_ptr(),
-                byref(ends.embedding.struct),
-                byref(ends.head.struct),
-                ends.frequencies.data_ptr(),
-                byref(pointer),
-            )
+        library.call(
+            "hw_decoder_new",
+            byref(ShapeStruct(*(getattr(shape, name) for name, *_ in ShapeStruct._fields_))),
+            structs,
+            ends.norm.data_ptr(),
+            byref(ends.embedding.struct),
+            byref(ends.head.struct),
+            ends.frequencies.data_ptr(),
+            byref(pointer),
         )
         self._pointer = pointer.value
         weakref.finalize(self, library.functions.hw_decoder_free, self._pointer)
@@ -122,15 +115,14 @@ class NativeDecoder:
         )
         cache = CacheStruct(memory.data_ptr(), memory.nbytes, memory.nbytes // self.page_bytes)
         library = self._library
-        library.check(
-            library.functions.hw_forward(
-                self._pointer,
-                library.level_pointer,
-                library.pool,
-                byref(batch),
-                byref(cache),
-                hidden.data_ptr(),
-            )
+        library.call(
+            "hw_forward",
+            self._pointer,
+            library.level_pointer,
+            library.pool,
+            byref(batch),
+            byref(cache),
+            hidden.data_ptr(),
         )
         return hidden
 
@@ -140,14 +132,13 @@ class NativeDecoder:
         scores = torch.empty(*hidden.shape[:-1], self.shape.vocab)
         library, tokens = self._library, inputs.numel() // self.shape.hidden
         if tokens:
-            library.check(
-                library.functions.hw_logits(
-                    self._pointer,
-                    library.level_pointer,
-                    library.pool,
-                    inputs.data_ptr(),
-                    tokens,
-                    scores.data_ptr(),
-                )
+            library.call(
+                "hw_logits",
+                self._pointer,
+                library.level_pointer,
+                library.pool,
+                inputs.data_ptr(),
+                tokens,
+                scores.data_ptr(),
             )
         return scores

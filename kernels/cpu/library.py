@@ -9,6 +9,8 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import threading
+import weakref
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
@@ -108,7 +110,10 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
 
 
 class Library:
-    """The loaded library, at the level of one instruction set, with threads of its own."""
+    """The loaded library, at the level of one instruction set, with threads of its own.
+
+    The threads serve one call at a time; calls from several threads wait for each other.
+    """
 
     def __init__(self, functions: ctypes.CDLL, level: int, threads: int) -> None:
         """`level` is what hw_level gave."""
@@ -119,9 +124,17 @@ class Library:
         self.pool = functions.hw_pool_new(threads)
         if not self.pool:
             raise HalfweaveError(f"{threads} threads for the CPU kernels could not be started")
+        weakref.finalize(self, functions.hw_pool_free, self.pool)
+        self._one_at_a_time = threading.Lock()
 
-    def check(self, code: int) -> None:
-        """Raise what a function's result code stands for."""
+    def call(self, function: str, *arguments: object) -> None:
+        """Call one of the functions that answer with a code.
+
+        Raises:
+            HalfweaveError: the library refused the call, for the reason that is given.
+        """
+        with self._one_at_a_time:
+            code = getattr(self.functions, function)(*arguments)
         if code:
             raise HalfweaveError(f"CPU kernel refused: {_FAILURES.get(code, code)}")
 
@@ -140,8 +153,10 @@ def library() -> Library | None:
     return None if functions is None else open_level(functions, wanted)
 
 
-def open_level(functions: ctypes.CDLL, name: str | None = None) -> Library:
-    """A library of its own at one level, the best for None.
+def open_level(
+    functions: ctypes.CDLL, name: str | None = None, threads: int | None = None
+) -> Library:
+    """A library of its own at one level, the best for None, with as many threads as torch has.
 
     Raises:
         UsageError: this machine cannot run the level.
@@ -149,7 +164,7 @@ def open_level(functions: ctypes.CDLL, name: str | None = None) -> Library:
     level = functions.hw_level(None if name is None else name.encode())
     if not level:
         raise UsageError(f"this machine cannot run the CPU kernels' level {name}")
-    return Library(functions, level, torch.get_num_threads())
+    return Library(functions, level, threads or torch.get_num_threads())
 
 
 @cache

@@ -83,7 +83,7 @@ def _pack(
     struct = WeightStruct(KINDS[kind], group, *shape, data.data_ptr(), size)
     stored = [None if tensor is None else tensor.contiguous() for tensor in tensors]
     pointers = [None if tensor is None else tensor.data_ptr() for tensor in stored]
-    library.check(library.functions.hw_pack(library.pool, struct, *pointers, data.data_ptr()))
+    library.call("hw_pack", library.pool, struct, *pointers, data.data_ptr())
     return PackedWeight(shape, data, struct)
 
 
@@ -101,16 +101,15 @@ def linear(library: Library, weight: PackedWeight, x: Tensor, bias: Tensor | Non
     offset = None if bias is None else bias.to(torch.float32).contiguous()
     tokens = inputs.numel() // columns
     if tokens:
-        library.check(
-            library.functions.hw_linear(
-                library.level_pointer,
-                library.pool,
-                byref(weight.struct),
-                inputs.data_ptr(),
-                tokens,
-                None if offset is None else offset.data_ptr(),
-                y.data_ptr(),
-            )
+        library.call(
+            "hw_linear",
+            library.level_pointer,
+            library.pool,
+            byref(weight.struct),
+            inputs.data_ptr(),
+            tokens,
+            None if offset is None else offset.data_ptr(),
+            y.data_ptr(),
         )
     return y
 

@@ -18,9 +18,10 @@ from support.cpu_levels import LEVELS_HERE, at_level
 from support.tiny import LLAMA3_ROPE, VOCABULARY, Tiny, pack_directory, save_tiny
 from torch import Tensor
 
-# Of the largest, against the same kernels called one by one: an input that is at the edge between
-# two codes may take the other one, which is rare.
-MOST, MEAN = 0.01, 0.001
+# Of the largest, against the same kernels called one by one. Both add floats in their own order, so
+# an input at the edge between two codes may take the other one; what reads it later then differs by
+# a step of 8 bits here and there. Before the first such input, only floats' last bits differ.
+FIRST, MOST, MEAN = 1e-5, 0.05, 0.003
 MODELS = {
     "tied": Tiny(),
     "untied": Tiny(tied=False),
@@ -88,6 +89,7 @@ def test_logits_are_those_of_the_kernels_called_one_by_one(
         wanted = unfused.forward(ids, cache)
     found = decoder.forward(ids, decoder.new_cache())
     difference, largest = (found - wanted).abs(), wanted.abs().max()
+    assert difference[0].max() < FIRST * largest
     assert difference.max() < MOST * largest
     assert difference.mean() < MEAN * largest
     # The head rounds its inputs too, which the other decoder's does not.

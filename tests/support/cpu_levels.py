@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from halfweave.kernels.cpu.library import FILE, LEVELS, Library, load, open_level
 
+THREADS = 2  # whatever torch has: work must be shared out for it to be shared out wrongly
 EMULATED = "avx512_vnni emulated"
 NATIVE = Path(__file__).parents[2] / "kernels" / "cpu" / "native"
 SHIM = Path(__file__).parents[1] / "kernels" / "cpu" / "emulated_avx512.hpp"
@@ -37,7 +38,7 @@ def at_level(name: str) -> Library:
     file, level = (_emulated(), LEVELS[0]) if name == EMULATED else (FILE, name)
     functions = load(file)
     assert functions is not None
-    return open_level(functions, level)
+    return open_level(functions, level, THREADS)
 
 
 def _emulated() -> Path:

@@ -6,6 +6,7 @@ import ctypes
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from ctypes import byref
 from pathlib import Path
 
@@ -275,19 +276,33 @@ def test_without_the_library_all_is_expanded_and_that_is_said_once(
         library_module.library.cache_clear()
 
 
+def test_callers_in_several_threads_do_not_disturb_each_other() -> None:
+    """Two models in one process share the library; its threads must serve one call at a time."""
+    library = at_level(LEVELS_HERE[0])
+    weights = [
+        pack_weight(library, example("sparse24_int4", 400, 512, 64, seed)) for seed in (1, 2)
+    ]
+    x = inputs(3, 512)
+    alone = [linear(library, weight, x, None) for weight in weights]
+
+    def ask(which: int) -> bool:
+        return torch.equal(linear(library, weights[which % 2], x, None), alone[which % 2])
+
+    with ThreadPoolExecutor(4) as callers:
+        assert all(callers.map(ask, range(400)))
+
+
 def test_pools_of_any_size_start_work_and_end() -> None:
     functions = load(FILE)
     assert functions is not None
     weight = example("int8", 200, 64, 64)
     x = inputs(5, 64)
     answers = []
+    level = functions.hw_level(b"portable")
     for threads in (1, 2, 3, 7):
-        pool = functions.hw_pool_new(threads)
-        library = open_level(functions, "portable")
-        library.pool = pool
+        library = Library(functions, level, threads)
         packed = pack_weight(library, weight)
         answers += [linear(library, packed, x, None) for _ in range(50)]
-        functions.hw_pool_free(pool)
     assert all(torch.equal(answers[0], other) for other in answers)
     for threads in (0, -1, 5000):
         assert not functions.hw_pool_new(ctypes.c_int32(threads))
