@@ -46,7 +46,7 @@ layer-error: work/SmolLM2-135M-Instruct $(VENV)/.text-ready
 
 # A process per core with one thread each: many small models, which threads would only wait for.
 test: $(VENV)/.model-ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 check: lint typecheck
 
