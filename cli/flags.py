@@ -79,7 +79,7 @@ class Pruning:
     ] = None
     reorder: Annotated[
         bool | None,
-        Flag("--reorder/--no-reorder", help="Let admm reorder an MLP's channels. [reorder]"),
+        Flag("--reorder/--no-reorder", help="Let admm reorder an MLP's channels. [True]"),
     ] = None
     recover: Annotated[str | None, Flag(help="none, blocks or distill. [none]")] = None
     recover_minutes: Annotated[float | None, Flag(help="Time to distill for. [30.0]")] = None

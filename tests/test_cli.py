@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, get_args, get_origin, get_type_hints
@@ -27,7 +27,10 @@ from support.tiny import edit_json
 
 VERBS = ("prune", "recover", "inspect", "eval", "bench", "generate", "chat", "serve", "import")
 TEXT = "Two foxes keep every fourth weight; nobody minds the lazy zero. " * 60
-START_BUDGET_S = 0.3
+# What a command line is made of; starting ours may take three times as long. That was 0.3 s on the
+# machine the bound was first set on, and torch alone takes over ten times as long.
+MADE_OF = (sys.executable, "-c", "import typer, rich.console, rich.table")
+START_BUDGET = 3
 
 
 @pytest.fixture(scope="module")
@@ -60,14 +63,16 @@ def test_start_up_loads_no_heavy_library(flag: str) -> None:
 def test_start_up_is_quick(flag: str) -> None:
     """In processor time, which is the wall time of an idle machine: tests share theirs."""
 
-    def seconds() -> float:
+    def seconds(command: Sequence[str]) -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([*ENTRY, flag], stdout=subprocess.DEVNULL, check=True, timeout=60)
+        subprocess.run(command, stdout=subprocess.DEVNULL, check=True, timeout=60)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    seconds()  # warms the file cache
-    assert statistics.median(seconds() for _ in range(5)) < START_BUDGET_S
+    seconds([*ENTRY, flag])  # warms the file cache
+    turns = [(seconds([*ENTRY, flag]), seconds(MADE_OF)) for _ in range(5)]
+    ours, least = (statistics.median(column) for column in zip(*turns, strict=True))
+    assert ours < START_BUDGET * least
 
 
 def test_the_version_is_printed(halfweave: Command) -> None:
@@ -254,7 +259,8 @@ def test_bench_ends_with_a_table_and_a_json_line(
     halfweave: Command, packed_model: Path, tiny_model: Path, text: Path
 ) -> None:
     flags = ("--text", text, "--window", 64, "--prompt-tokens", 16, "--new-tokens", 4)
-    ran = halfweave("bench", packed_model, "--against", tiny_model, *flags, "--json")
+    exact = ("--dtype", "float32")  # weights are then expanded, which is worth a note
+    ran = halfweave("bench", packed_model, "--against", tiny_model, *flags, *exact, "--json")
     assert [m["name"] for m in ran.document["models"]] == ["tiny", "packed"]
     for row in ("perplexity", "decode, tokens/s", "TTFT, ms", "kernel", "machine:", "note: packed"):
         assert re.search(rf"^{row}", ran.err, re.M)

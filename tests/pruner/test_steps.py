@@ -300,6 +300,7 @@ def test_a_text_too_short_to_distill_on_is_refused_before_anything_is_pruned(
     assert not seen
 
 
+@pytest.mark.timeout(1600)  # some twenty processes, one behind the other
 @pytest.mark.parametrize("which", ["distill", "budget"])
 def test_a_kill_before_any_write_of_any_step_resumes_to_the_same_bytes(
     tmp_path: Path, which: str
@@ -310,7 +311,7 @@ def test_a_kill_before_any_write_of_any_step_resumes_to_the_same_bytes(
         [sys.executable, str(HELPER), str(model), str(tmp_path), which],
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=1500,
         check=False,
     )
     assert result.returncode == 0, result.stderr[-2000:]
