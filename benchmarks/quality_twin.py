@@ -1,6 +1,6 @@
 """Figures of earlier machines, taken from the JSON twin: what is published need not be run again.
 
-The table takes longer than one machine may be at hand, so every session of measuring starts from
+The table takes longer than one machine may be at hand, so measuring always starts from
 the committed page. Each run keeps the machine and the date that it was measured with.
 """
 

@@ -1,4 +1,4 @@
-// Everything between the linears of a decoder block, for one token at a time.
+// Everything that stands between the linears of a decoder block.
 #pragma once
 #include <cmath>
 #include <cstring>

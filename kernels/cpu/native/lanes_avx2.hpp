@@ -102,11 +102,6 @@ struct Avx2 {
     m = _mm_max_ps(m, _mm_movehl_ps(m, m));
     return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
   }
-  static float sum(Floats v) {
-    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
-  }
   // 128 plus the nearest integer of each, as bytes; |v| is at most 127.
   static void store_offset_bytes(uint8_t* p, Floats v) {
     const __m256i q = _mm256_cvtps_epi32(v);

@@ -82,7 +82,6 @@ struct Avx512Vnni {
   static Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
   static Floats larger_size(Floats a, Floats b) { return _mm512_max_ps(a, _mm512_abs_ps(b)); }
   static float greatest(Floats v) { return _mm512_reduce_max_ps(v); }
-  static float sum(Floats v) { return _mm512_reduce_add_ps(v); }
   static void store_offset_bytes(uint8_t* p, Floats v) {
     const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v));
     _mm_storeu_si128((__m128i*)p, _mm_xor_si128(bytes, _mm_set1_epi8(-128)));

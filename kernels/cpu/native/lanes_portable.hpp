@@ -105,11 +105,6 @@ struct Portable {
     for (float each : v.of) most = fmaxf(most, each);
     return most;
   }
-  static float sum(const Floats& v) {
-    float total = 0;
-    for (float each : v.of) total += each;
-    return total;
-  }
   static void store_offset_bytes(uint8_t* p, const Floats& v) {
     for (int i = 0; i < kLanes; i++) p[i] = (uint8_t)((int)lrintf(v.of[i]) + 128);
   }

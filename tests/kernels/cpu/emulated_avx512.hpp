@@ -67,13 +67,6 @@ inline float reduce_max(simde__m512 v) {
   for (float each : in) most = fmaxf(most, each);
   return most;
 }
-inline float reduce_add(simde__m512 v) {
-  float in[16];
-  spread(v, in);
-  float total = 0;
-  for (float each : in) total += each;
-  return total;
-}
 
 }  // namespace emulated
 
@@ -83,11 +76,9 @@ inline float reduce_add(simde__m512 v) {
 #undef _mm512_cvtepi32_ps
 #undef _mm512_cvtepi32_epi8
 #undef _mm512_reduce_max_ps
-#undef _mm512_reduce_add_ps
 #define _mm512_cvtph_ps(v) emulated::cvtph_ps(v)
 #define _mm512_cvtps_ph(v, rounding) emulated::cvtps_ph(v)
 #define _mm512_cvtps_epi32(v) emulated::cvtps_epi32(v)
 #define _mm512_cvtepi32_ps(v) emulated::cvtepi32_ps(v)
 #define _mm512_cvtepi32_epi8(v) emulated::cvtepi32_epi8(v)
 #define _mm512_reduce_max_ps(v) emulated::reduce_max(v)
-#define _mm512_reduce_add_ps(v) emulated::reduce_add(v)
