@@ -44,9 +44,10 @@ quality: work/SmolLM2-135M-Instruct $(VENV)/.text-ready
 layer-error: work/SmolLM2-135M-Instruct $(VENV)/.text-ready
 	$(BIN)/python benchmarks/layer_error.py --model $< --text work/text/calib.wiki.txt --blocks 5 14
 
-# A process per core with one thread each: many small models, which threads would only wait for.
+# A process per core with one thread each: many small models, which threads would only wait for. A file
+# stays in one process, since what its tests share takes minutes to make.
 test: $(VENV)/.model-ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 check: lint typecheck
 
