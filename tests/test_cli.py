@@ -27,10 +27,10 @@ from support.tiny import edit_json
 
 VERBS = ("prune", "recover", "inspect", "eval", "bench", "generate", "chat", "serve", "import")
 TEXT = "Two foxes keep every fourth weight; nobody minds the lazy zero. " * 60
-# What a command line is made of; starting ours may take three times as long. That was 0.3 s on the
-# machine the bound was first set on, and torch alone takes over ten times as long.
+START_BUDGET_S = 0.3
+# On a processor too slow for that: so many times what the libraries it is made of take to start.
 MADE_OF = (sys.executable, "-c", "import typer, rich.console, rich.table")
-START_BUDGET = 3
+START_BUDGET = 2.5
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_start_up_is_quick(flag: str) -> None:
     seconds([*ENTRY, flag])  # warms the file cache
     turns = [(seconds([*ENTRY, flag]), seconds(MADE_OF)) for _ in range(5)]
     ours, least = (statistics.median(column) for column in zip(*turns, strict=True))
-    assert ours < START_BUDGET * least
+    assert ours < max(START_BUDGET_S, START_BUDGET * least)
 
 
 def test_the_version_is_printed(halfweave: Command) -> None:
