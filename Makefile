@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # Pinned: an unpinned torch is a CUDA build of several GB. A GPU user installs torch first.
 TORCH  := torch==2.13.0
 
-.PHONY: setup test demo check lint typecheck format quality layer-error clean
+.PHONY: setup test test-sanitize demo check lint typecheck format quality layer-error clean
 
 setup: $(VENV)/.ready
 
@@ -48,6 +48,23 @@ layer-error: work/SmolLM2-135M-Instruct $(VENV)/.text-ready
 # stays in one process, since what its tests share takes minutes to make.
 test: $(VENV)/.model-ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
+# The kernels' own tests again, with every access to memory and every conversion checked, and the
+# pool's threads with every order of access. Minutes; builds beside the installed library.
+SANITIZE := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+SANITIZED := build/sanitized
+
+test-sanitize: setup
+	mkdir -p $(SANITIZED)
+	g++ -std=c++17 -O1 -g -fsanitize=thread -pthread -Ikernels/cpu/native tests/kernels/cpu/pool_race.cpp \
+	    kernels/cpu/native/pool.cpp -o $(SANITIZED)/pool_race
+	$(SANITIZED)/pool_race
+	CXXFLAGS="$(SANITIZE)" $(BIN)/python setup.py -q build_ext --force --build-lib $(SANITIZED) \
+	    --build-temp $(SANITIZED)/objects
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 HALFWEAVE_KERNELS_FLAGS="$(SANITIZE)" \
+	    HALFWEAVE_KERNELS_UNDER_TEST=$(SANITIZED)/halfweave/kernels/cpu/libhalfweave_cpu.so \
+	    $(BIN)/python -m pytest tests/kernels/cpu tests/runtime/test_fused.py
 
 check: lint typecheck
 

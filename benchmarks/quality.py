@@ -64,7 +64,7 @@ def parse_options() -> argparse.Namespace:
     add("--length", type=int, default=512, help="tokens per calibration window")
     add("--eval-windows", type=int, default=32, help="at most so many of 1024")
     add("--last-word", type=int, default=1000, help="words to guess; 0 leaves the task out")
-    add("--recover-minutes", type=float, default=30.0, help="of the rows that distill")
+    add("--recover-minutes", type=float, default=15.0, help="of the rows that distill")
     add("--rows", nargs="+", default=[], help="labels as method:pattern:bits[:recover], with *")
     add("--seeds", type=int, nargs="+", default=list(SEEDS), help="only these")
     add("--curve", type=float, nargs="+", default=[], help="only the curve's row, at these minutes")

@@ -235,9 +235,17 @@ def inspection(found: Inspection) -> list[str]:
 
 
 def kernels(found: Inspection) -> list[str]:
-    """Which kernel will multiply by each format on this machine."""
+    """Which kernel will multiply by each format on this machine, and how fast memory lets them."""
     chosen = sorted({(row.format, row.kernel) for row in found.linears})
-    return [f"kernel for {stored}: {kernel}" for stored, kernel in chosen]
+    lines = [f"kernel for {stored}: {kernel}" for stored, kernel in chosen]
+    roof = found.roof
+    if roof is not None:
+        lines.append(
+            f"a token reads {size(roof.token_bytes)}; {roof.threads} threads read "
+            f"{roof.read_bytes_per_second / 1e9:.1f} GB/s here: "
+            f"at most {roof.tokens_per_second:.0f} tokens/s alone"
+        )
+    return lines
 
 
 def serving(url: str, name: str) -> list[str]:

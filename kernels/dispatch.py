@@ -1,7 +1,7 @@
 """Which kernel serves which format on which device: one table, printable, without hidden rules.
 
-On a CPU the C++ kernels multiply by the packed form and round inputs to 8 bits. Where they are not
-installed, do not know the format, or exact results are asked for, a weight is expanded to a dense
+On a CPU the C++ kernels multiply by the packed form, and round inputs to 8 bits where that has
+codes. Where they are not installed, or exact results are asked for, a weight is expanded to a dense
 matrix when it is loaded, and multiplied by torch.
 """
 
@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from ..errors import UnsupportedModel
 from .cpu.library import Library, library
-from .cpu.packed import KINDS, linear, pack_weight
+from .cpu.packed import CODED, linear, pack_weight
 from .formats import FORMATS, PackedLinear
 
 LinearFunction = Callable[[Tensor], Tensor]
@@ -43,7 +43,7 @@ def _expand_once(
     return apply
 
 
-def _packed(library: Library) -> Kernel:
+def _packed(library: Library, kind: str) -> Kernel:
     def make(
         weight: PackedLinear, bias: Tensor | None, device: torch.device, dtype: torch.dtype
     ) -> LinearFunction:
@@ -54,7 +54,8 @@ def _packed(library: Library) -> Kernel:
 
         return apply
 
-    return Kernel(f"cpu-{library.level}", "multiplied as packed, inputs in 8 bits", make)
+    why = "multiplied as packed, inputs in 8 bits" if kind in CODED else "multiplied as packed"
+    return Kernel(f"cpu-{library.level}", why, make)
 
 
 _EXPAND = Kernel("torch-dense", "expanded to dense at load, torch linear", _expand_once)
@@ -67,10 +68,10 @@ def choose(kind: str, device_type: str, exact: bool = False) -> Kernel:
     Raises:
         UnsupportedModel: there is none.
     """
-    if device_type == "cpu" and kind in KINDS and not exact:
+    if device_type == "cpu" and kind in FORMATS and not exact:
         native = library()
         if native is not None:
-            return _packed(native)
+            return _packed(native, kind)
     kernel = _TABLE.get((kind, device_type))
     if kernel is None:
         raise UnsupportedModel(f"no kernel for format {kind} on {device_type}")

@@ -1,7 +1,8 @@
-"""The decoder of packed models on a CPU: every step is one call into the kernels.
+"""The decoder on a CPU: every step is one call into the kernels.
 
-Inputs of linears are rounded to 8 bits, keys and values to fp16, embedding and head to 8 bits. The
-tokens of a sequence get the same bits however it is cut into calls.
+Keys and values are rounded to fp16. Where a checkpoint has linears of codes, their inputs are
+rounded to 8 bits, and so are the embedding and the head; where all its weights are floats, nothing
+else is. The tokens of a sequence get the same bits however it is cut into calls.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from torch import Tensor
 from ..errors import CapacityError
 from ..kernels.cpu.decoder import PAGE_POSITIONS, Block, Ends, NativeDecoder, Shape
 from ..kernels.cpu.library import Library
-from ..kernels.cpu.packed import KINDS, PackedWeight, pack_weight, round_to_int8
+from ..kernels.cpu.packed import CODED, PackedWeight, pack_weight, round_to_int8
 from .checkpoint import Checkpoint
-from .loading import Loader
+from .loading import EMBEDDING, HEAD, Loader
 from .rope import inverse_frequencies
 from .spec import DecoderSpec
 
@@ -22,10 +23,9 @@ _TOKENS_AT_ONCE = 256  # bounds the states that a long prompt has at a time
 _FIRST_PAGES = 16
 
 
-def can_fuse(checkpoint: Checkpoint, spec: DecoderSpec) -> bool:
-    """Whether all linears of the blocks are stored in formats that the kernels multiply by."""
-    names = (f"model.layers.{i}.{name}" for i in range(spec.layers) for name in spec.linear_shapes)
-    return all(n in checkpoint.linears and checkpoint.linears[n].format in KINDS for n in names)
+def rounds_ends(checkpoint: Checkpoint) -> bool:
+    """Whether embedding and head are rounded to 8 bits: where some linear is stored as codes."""
+    return any(entry.format in CODED for entry in checkpoint.linears.values())
 
 
 class FusedCache:
@@ -60,9 +60,7 @@ class FusedCache:
 
 
 class FusedDecoder:
-    """As `Decoder`, for a checkpoint that `can_fuse`. One thread at a time, any number of
-    sequences.
-    """
+    """As `Decoder`. One thread at a time, any number of sequences."""
 
     def __init__(self, checkpoint: Checkpoint, spec: DecoderSpec, library: Library) -> None:
         """Read and repack every weight.
@@ -129,15 +127,17 @@ def _block(loader: Loader, library: Library, prefix: str) -> Block:
 
 def _ends(loader: Loader, library: Library) -> Ends:
     spec = loader.spec
-    embedding = round_to_int8(library, loader.embedding())
-    head = embedding if spec.tied else _head(loader, library)
+    rounded = rounds_ends(loader.checkpoint)
+    embedding = _end(loader, library, EMBEDDING, rounded)
+    head = embedding if spec.tied else _end(loader, library, HEAD, rounded)
     norm = loader.vector("model.norm.weight", spec.hidden)
     frequencies = inverse_frequencies(spec.rope, spec.head_dim).contiguous()
     return Ends(embedding, head, norm, frequencies)
 
 
-def _head(loader: Loader, library: Library) -> PackedWeight:
-    head = loader.packed("lm_head")
-    return (
-        pack_weight(library, head) if head.kind in KINDS else round_to_int8(library, head.unpack())
-    )
+def _end(loader: Loader, library: Library, name: str, rounded: bool) -> PackedWeight:
+    """As it is stored, or in 8 bits if `rounded` and it has more."""
+    stored = loader.packed(name)
+    if rounded and stored.kind not in CODED:
+        return round_to_int8(library, stored.unpack())
+    return pack_weight(library, stored)

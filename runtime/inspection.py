@@ -12,6 +12,7 @@ from ..kernels.dispatch import choose
 from ..kernels.formats import FORMATS, Dense
 from ..kernels.shards import ShardedTensors
 from .checkpoint import Checkpoint
+from .roof import Roof, find_roof
 from .spec import decoder_spec
 
 _EMBEDDING = "model.embed_tokens.weight"  # never packed: it has the dtype of the dense model
@@ -36,7 +37,8 @@ class Inspection:
     """A directory at a glance.
 
     `dense_bytes` is what the weights would take with every packed linear stored dense;
-    `verified_files` counts the files whose SHA-256 was compared, None where nothing vouches.
+    `verified_files` counts the files whose SHA-256 was compared, None where nothing vouches; `roof`
+    is what memory allows here, None without the CPU kernels.
     """
 
     path: str
@@ -47,6 +49,7 @@ class Inspection:
     verified_files: int | None
     recipe: Mapping[str, Any] | None
     provenance: Mapping[str, Any] | None
+    roof: Roof | None
 
     def to_json(self) -> dict[str, Any]:
         """All of it, linear by linear."""
@@ -78,6 +81,7 @@ def inspect_checkpoint(path: str | Path, verify: bool = True) -> Inspection:
         verified_files=len(manifest["files"]) if manifest is not None and verify else None,
         recipe=None if manifest is None else manifest.get("recipe"),
         provenance=None if manifest is None else manifest.get("provenance"),
+        roof=find_roof(checkpoint, spec),
     )
 
 

@@ -12,6 +12,8 @@ from ..kernels.formats import FLOAT_DTYPES, PackedLinear
 from .checkpoint import Checkpoint
 from .spec import DecoderSpec
 
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+
 
 @dataclass(frozen=True)
 class Loader:
@@ -43,10 +45,10 @@ class Loader:
 
     def embedding(self) -> Tensor:
         """[vocab, hidden]."""
-        return self.matrix("model.embed_tokens.weight", (self.spec.vocab, self.spec.hidden))
+        return self.matrix(f"{EMBEDDING}.weight", (self.spec.vocab, self.spec.hidden))
 
     def packed(self, linear: str) -> PackedLinear:
-        """A linear of a block by its full name, or "lm_head", as it is stored."""
+        """A linear of a block by its full name, or one of the ends, as it is stored."""
         shape = self._shape(linear)
         found = self.checkpoint.linear_shape(linear)
         if found != shape:
@@ -62,12 +64,12 @@ class Loader:
         return self.vector(f"{linear}.bias", self._shape(linear)[0])
 
     def _shape(self, linear: str) -> tuple[int, int]:
-        if linear == "lm_head":
+        if linear in (EMBEDDING, HEAD):
             return self.spec.vocab, self.spec.hidden
         return self.spec.linear_shapes[_short(linear)]
 
     def _has_bias(self, linear: str) -> bool:
-        if linear == "lm_head":
+        if linear in (EMBEDDING, HEAD):
             return False
         inside_attention = _short(linear).startswith("self_attn")
         return self.spec.attention_bias if inside_attention else self.spec.mlp_bias

@@ -13,7 +13,7 @@ from ..errors import CheckpointError, UsageError
 from ..kernels.cpu.library import library
 from .checkpoint import Checkpoint
 from .decoder import Decoder
-from .fused import FusedDecoder, can_fuse
+from .fused import FusedDecoder
 from .spec import DecoderSpec, decoder_spec
 from .threads import in_passing_thread
 from .tokenizer import Tokenizer
@@ -70,7 +70,7 @@ def load_model(path: str | Path, dtype: str = "auto", verify: bool = True) -> Mo
     """Open a directory and make it ready to run on the CPU.
 
     `dtype` is what is computed in: "float32" or "bfloat16" throughout, or "auto": whatever is
-    fastest here, which for packed weights rounds the inputs of linears to 8 bits.
+    fastest here, which for weights of 4 and 8 bits rounds the inputs of linears to 8 bits.
 
     Raises:
         UsageError: no such directory, or unknown dtype.
@@ -89,10 +89,9 @@ def load_model(path: str | Path, dtype: str = "auto", verify: bool = True) -> Mo
 
 
 def _decoder(checkpoint: Checkpoint, spec: DecoderSpec, dtype: str) -> AnyDecoder:
-    if dtype == "auto" and can_fuse(checkpoint, spec):
-        native = library()
-        if native is not None:
-            return FusedDecoder(checkpoint, spec, native)
+    native = library() if dtype == "auto" else None
+    if native is not None:
+        return FusedDecoder(checkpoint, spec, native)
     compute, exact = _DTYPES.get(dtype, torch.float32), dtype != "auto"
     return Decoder(checkpoint, spec, compute, torch.device("cpu"), exact)
 

@@ -215,6 +215,8 @@ def test_inspect_shows_formats_errors_sizes_hashes_provenance_and_kernels(
     assert f"pruned from tiny by halfweave {__version__}" in out
     assert re.search(r"\d+ files have the SHA-256 of the manifest", out)
     assert "kernel for sparse24: " in out
+    roof = r"a token reads \S+ KiB; \d+ threads read [\d.]+ GB/s here: at most \d+ tokens/s alone"
+    assert re.search(roof, out)
 
 
 def test_inspect_lists_every_linear_and_gives_the_same_as_json(
@@ -227,6 +229,9 @@ def test_inspect_lists_every_linear_and_gives_the_same_as_json(
         assert re.search(rf"^{re.escape(linear['name'])} .* {linear['bytes']} ", listed, re.M)
     kept, mask = linear["shape"][0] * linear["shape"][1] // 2, linear["shape"][1] // 8
     assert linear["bytes"] == 4 * kept + linear["shape"][0] * mask  # fp32 values and nibbles
+    linears = sum(linear["bytes"] for linear in found["linears"])
+    assert linears < found["roof"]["token_bytes"] < 2 * found["weight_bytes"]  # and the head
+    assert found["roof"]["read_bytes_per_second"] > 1e8
 
 
 def test_inspect_of_a_dense_model_says_that_nothing_vouches(

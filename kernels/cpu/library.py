@@ -95,6 +95,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "hw_level_name": (c_char_p, [_P]),
     "hw_pool_new": (_P, [c_int32]),
     "hw_pool_free": (None, [_P]),
+    "hw_read": (c_int32, [_P, _P, c_int64]),
     "hw_packed_bytes": (c_int64, [c_int32, c_int32, c_int64, c_int64]),
     "hw_pack": (c_int32, [_P, WeightStruct, _P, _P, _P, _P]),
     "hw_linear": (c_int32, [_P, _P, _W, _P, c_int64, _P, _P]),

@@ -14,8 +14,19 @@ from ..formats import Dense, Int4, Int8, PackedLinear, Sparse24, Sparse24Int4
 from ..nibbles import SMALLEST_SCALE
 from .library import Library, WeightStruct
 
-KINDS = {Sparse24Int4.kind: 0, Int4.kind: 1, Int8.kind: 2}
+# Numbers of api.h: of formats with codes, and of those with floats by what these are stored as.
+_CODES = {Sparse24Int4.kind: 0, Int4.kind: 1, Int8.kind: 2}
+_FLOATS = {
+    (kind, dtype): 3 + i
+    for i, (kind, dtype) in enumerate(
+        (kind, dtype)
+        for kind in (Sparse24.kind, Dense.kind)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32)
+    )
+}
+CODED = frozenset(_CODES)  # formats whose inputs are rounded to 8 bits
 _LINE = 64
+_ANY_GROUP = 32  # of weights without scales
 _INT8_GROUP = 32  # the layout has scales for groups; an Int8 repeats its row's
 _ROWS_AT_ONCE = 4096  # that are rounded, which bounds the floats beside them
 
@@ -33,24 +44,26 @@ def pack_weight(library: Library, weight: PackedLinear) -> PackedWeight:
     """Repack a legal weight; its own tensors are not needed any more then.
 
     Raises:
-        HalfweaveError: the kernels do not know its format, or its shape is beyond them.
+        HalfweaveError: its shape is beyond the kernels.
     """
-    if isinstance(weight, Dense | Sparse24):
-        raise HalfweaveError(f"the CPU kernels do not know the format {weight.kind}")
+    if isinstance(weight, Dense):
+        return _pack_floats(library, weight.kind, weight.shape, weight.weight, None)
+    if isinstance(weight, Sparse24):
+        return _pack_floats(library, weight.kind, weight.shape, weight.values, weight.meta)
     if isinstance(weight, Int8):
         groups = -(-weight.shape[1] // _INT8_GROUP)
         scale = weight.scale.expand(len(weight.scale), groups)
         return pack_int8(library, weight.values, scale)
     meta = weight.meta if isinstance(weight, Sparse24Int4) else None
-    return _pack(
-        library, weight.kind, weight.shape, weight.group, (weight.values, meta, weight.scale)
-    )
+    tensors = (weight.values, meta, weight.scale)
+    return _pack(library, _CODES[weight.kind], weight.group, weight.shape, tensors)
 
 
 def pack_int8(library: Library, codes: Tensor, scale: Tensor) -> PackedWeight:
     """A weight of int8 codes [N, K] with a scale fp16 [N, K/32] for 32 columns of a row."""
     rows, columns = codes.shape
-    return _pack(library, Int8.kind, (rows, columns), _INT8_GROUP, (codes, None, scale))
+    tensors = (codes, None, scale)
+    return _pack(library, _CODES[Int8.kind], _INT8_GROUP, (rows, columns), tensors)
 
 
 def round_to_int8(library: Library, weight: Tensor) -> PackedWeight:
@@ -68,27 +81,48 @@ def round_to_int8(library: Library, weight: Tensor) -> PackedWeight:
     return pack_int8(library, codes, scale)
 
 
+def _pack_floats(
+    library: Library, kind: str, shape: tuple[int, int], values: Tensor, meta: Tensor | None
+) -> PackedWeight:
+    return _pack(library, _FLOATS[kind, values.dtype], _ANY_GROUP, shape, (values, meta, None))
+
+
 def _pack(
     library: Library,
-    kind: str,
-    shape: tuple[int, int],
+    kind: int,
     group: int,
-    tensors: tuple[Tensor, Tensor | None, Tensor],
+    shape: tuple[int, int],
+    tensors: tuple[Tensor, Tensor | None, Tensor | None],
 ) -> PackedWeight:
     """`tensors` are values, meta and scales, as the checkpoint has them."""
-    size = library.functions.hw_packed_bytes(KINDS[kind], group, *shape)
+    size = library.functions.hw_packed_bytes(kind, group, *shape)
     if size < 0:
-        raise HalfweaveError(f"a {kind} weight of {shape[0]} x {shape[1]} cannot be packed")
+        raise HalfweaveError(f"a weight of {shape[0]} x {shape[1]} cannot be packed")
     data = aligned_bytes(size)
-    struct = WeightStruct(KINDS[kind], group, *shape, data.data_ptr(), size)
+    struct = WeightStruct(kind, group, *shape, data.data_ptr(), size)
     stored = [None if tensor is None else tensor.contiguous() for tensor in tensors]
     pointers = [None if tensor is None else tensor.data_ptr() for tensor in stored]
     library.call("hw_pack", library.pool, struct, *pointers, data.data_ptr())
     return PackedWeight(shape, data, struct)
 
 
+def packed_bytes(
+    library: Library,
+    kind: str,
+    shape: tuple[int, int],
+    group: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> int:
+    """Bytes of a weight [N, K] as the kernels read it; `dtype` is that of its floats, if any."""
+    if kind == Int8.kind:
+        group = _INT8_GROUP
+    number = _CODES[kind] if dtype is None else _FLOATS[kind, dtype]
+    return int(library.functions.hw_packed_bytes(number, group or _ANY_GROUP, *shape))
+
+
 def linear(library: Library, weight: PackedWeight, x: Tensor, bias: Tensor | None) -> Tensor:
-    """y [..., N] = x W^T + b in fp32, x [..., K] rounded to 8 bits per token and 32 columns.
+    """y [..., N] = x W^T + b in fp32; where W has codes, x [..., K] is rounded to 8 bits per token
+    and 32 columns.
 
     Raises:
         ValueError: x or the bias does not fit the weight.

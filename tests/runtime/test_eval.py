@@ -23,7 +23,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(directory: Path) -> Model:
-    return load_model(directory)
+    return load_model(directory, "float32")
 
 
 @pytest.fixture(scope="module")

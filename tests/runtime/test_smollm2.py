@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from halfweave import LLM, SamplingParams
+from halfweave.runtime.fused import FusedDecoder
+from halfweave.runtime.model import load_model
 from support.tiny import dense_model
 
 TEXT = (
@@ -23,14 +25,17 @@ def llm(smollm2: Path) -> Iterator[LLM]:
 
 
 def test_logits_equal_transformers(llm: LLM, smollm2: Path) -> None:
+    """float32 to the last bits; the kernels but for keys and values of 11 bits."""
     ids = torch.tensor(llm.model.tokenizer.encode(TEXT))
     with torch.inference_mode():
         wanted = dense_model(smollm2)(ids[None]).logits[0]
-    decoder = llm.model.decoder
-    cache = decoder.new_cache()
-    pieces = ids.split([len(ids) - 8, *[1] * 8])
-    found = torch.cat([decoder.logits(decoder.forward(piece, cache)) for piece in pieces])
-    assert (found - wanted).abs().max() < 1e-4
+    exact = load_model(smollm2, "float32").decoder
+    assert isinstance(llm.model.decoder, FusedDecoder)
+    for decoder, bound in ((exact, 1e-4), (llm.model.decoder, 0.05)):
+        cache = decoder.new_cache()
+        pieces = ids.split([len(ids) - 8, *[1] * 8])
+        found = torch.cat([decoder.logits(decoder.forward(piece, cache)) for piece in pieces])
+        assert (found - wanted).abs().max() < bound
 
 
 def test_it_answers_a_question(llm: LLM) -> None:

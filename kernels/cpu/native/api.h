@@ -20,8 +20,9 @@ extern "C" {
 enum { HW_OK = 0, HW_NULL = 1, HW_SHAPE = 2, HW_SIZE = 3, HW_RANGE = 4, HW_MEMORY = 5 };
 
 typedef struct {
-  int32_t kind;  /* 0 sparse24_int4, 1 int4, 2 int8 */
-  int32_t group; /* columns that share a scale: 32, 64 or 128 */
+  int32_t kind;  /* 0 sparse24_int4, 1 int4, 2 int8; sparse24 of 3 bf16, 4 fp16, 5 fp32;
+                    dense of 6 bf16, 7 fp16, 8 fp32 */
+  int32_t group; /* columns that share a scale: 32, 64 or 128; without meaning for floats */
   int64_t rows, columns;
   const uint8_t* data; /* packed; aligned to 64 bytes */
   int64_t bytes;
@@ -58,6 +59,9 @@ HW_API const char* hw_level_name(const void* level);
 
 HW_API void* hw_pool_new(int32_t threads);
 HW_API void hw_pool_free(void* pool);
+
+/* Reads `bytes` of `data` on all threads, to be timed. */
+HW_API int hw_read(void* pool, const uint8_t* data, int64_t bytes);
 
 /* Bytes of a packed weight; -1 for a shape that there cannot be. */
 HW_API int64_t hw_packed_bytes(int32_t kind, int32_t group, int64_t rows, int64_t columns);

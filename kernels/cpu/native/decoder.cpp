@@ -3,8 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "half.hpp"
-#include "walk.hpp"
+#include "embedding.hpp"
 
 namespace halfweave {
 namespace {
@@ -23,17 +22,6 @@ void each_token(Pool& pool, int64_t tokens, const Use& use) {
     const int64_t end = share(tokens, thread + 1, threads);
     for (int64_t t = share(tokens, thread, threads); t < end; t++) use(t);
   });
-}
-
-// One row of an int8 weight, as floats.
-void unpack_row(const Weight& w, int64_t row, float* out) {
-  const int64_t lane = row % kTileRows;
-  each_block(w, w.data + row / kTileRows * w.tile_bytes(), 0, w.columns,
-             [&](const uint8_t* data, const uint16_t* scales, int64_t column) {
-               const float scale = half_to_float(scales[lane]);
-               for (int64_t i = 0; i < kBlock && column + i < w.columns; i++)
-                 out[column + i] = scale * (int8_t)data[i / 4 * kLine + 4 * lane + i % 4];
-             });
 }
 
 }  // namespace
@@ -67,20 +55,18 @@ void Decoder::forward(const Level& level, Pool& pool, const Batch& batch, const 
 
 void Decoder::logits(const Level& level, Pool& pool, const float* hidden, int64_t tokens,
                      float* scores) {
-  inputs_.set(level, pool, hidden, tokens, shape_.hidden);
   const Product product = {&head_, nullptr, scores};
-  multiply_all(level, pool, inputs_.get(), &product, 1);
+  linears_.multiply(level, pool, hidden, tokens, shape_.hidden, &product, 1);
 }
 
 void Decoder::attention(const Level& level, Pool& pool, const Batch& batch, const Cache& cache,
                         int64_t layer) {
   const DecoderBlock& block = blocks_[layer];
   const int64_t dim = shape_.head_dim, heads = shape_.heads, kv_heads = shape_.kv_heads;
-  inputs_.set(level, pool, normed_.data(), batch.tokens, shape_.hidden);
   const Product qkv[] = {{&block.linears[kQ], block.biases[kQ], q_.data()},
                          {&block.linears[kK], block.biases[kK], k_.data()},
                          {&block.linears[kV], block.biases[kV], v_.data()}};
-  multiply_all(level, pool, inputs_.get(), qkv, 3);
+  linears_.multiply(level, pool, normed_.data(), batch.tokens, shape_.hidden, qkv, 3);
   each_token(pool, batch.tokens, [&](int64_t t) {
     const float *cosine = &cosine_[t * dim / 2], *sine = &sine_[t * dim / 2];
     level.rotate(&q_[t * heads * dim], heads, dim, cosine, sine);
@@ -91,9 +77,8 @@ void Decoder::attention(const Level& level, Pool& pool, const Batch& batch, cons
                    &v_[t * kv_heads * dim]);
   });
   attend_all(level, pool, batch, cache, layer);
-  inputs_.set(level, pool, attended_.data(), batch.tokens, heads * dim);
   const Product o = {&block.linears[kO], block.biases[kO], delta_.data()};
-  multiply_all(level, pool, inputs_.get(), &o, 1);
+  linears_.multiply(level, pool, attended_.data(), batch.tokens, heads * dim, &o, 1);
 }
 
 // Tokens that stand one behind the other in a sequence, and heads that share keys and values, look
@@ -125,16 +110,14 @@ void Decoder::attend_all(const Level& level, Pool& pool, const Batch& batch, con
 
 void Decoder::mlp(const Level& level, Pool& pool, int64_t tokens, int64_t layer) {
   const DecoderBlock& block = blocks_[layer];
-  inputs_.set(level, pool, normed_.data(), tokens, shape_.hidden);
   const Product both[] = {{&block.linears[kGate], block.biases[kGate], gate_.data()},
                           {&block.linears[kUp], block.biases[kUp], up_.data()}};
-  multiply_all(level, pool, inputs_.get(), both, 2);
+  linears_.multiply(level, pool, normed_.data(), tokens, shape_.hidden, both, 2);
   each_token(pool, tokens, [&](int64_t t) {
     level.silu_times(&gate_[t * shape_.ffn], &up_[t * shape_.ffn], shape_.ffn);
   });
-  inputs_.set(level, pool, gate_.data(), tokens, shape_.ffn);
   const Product down = {&block.linears[kDown], block.biases[kDown], delta_.data()};
-  multiply_all(level, pool, inputs_.get(), &down, 1);
+  linears_.multiply(level, pool, gate_.data(), tokens, shape_.ffn, &down, 1);
 }
 
 void Decoder::norm(const Level& level, Pool& pool, const float* gain, int64_t tokens, float* out) {

@@ -68,7 +68,7 @@ class Decoder {
   std::vector<DecoderBlock> blocks_;
   const float *norm_, *frequencies_;
   Weight embedding_, head_;
-  QuantizedInputs inputs_;
+  Linears linears_;
   std::vector<float> residual_, normed_, q_, k_, v_, attended_, gate_, up_, delta_;
   std::vector<float> cosine_, sine_, scores_;
   std::vector<Run> runs_;

@@ -1,4 +1,4 @@
-// IEEE half precision in plain integers, for machines without instructions for it.
+// Floats of 16 bits in plain integers, for machines without instructions for them.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -20,7 +20,14 @@ inline float half_to_float(uint16_t h) {
   return value;
 }
 
-// Rounds to the nearest, ties to even.
+inline float bfloat_to_float(uint16_t b) {
+  const uint32_t bits = (uint32_t)b << 16;
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+// Rounds to the nearest half, ties to even.
 inline uint16_t float_to_half(float value) {
   uint32_t bits;
   memcpy(&bits, &value, 4);

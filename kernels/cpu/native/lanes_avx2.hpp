@@ -9,6 +9,7 @@ namespace halfweave {
 struct Avx2 {
   static constexpr int kLanes = 8;
   static constexpr int kWidth = 8;          // tokens at a time: a sum each, 8 of 16 registers
+  static constexpr int kFloatWidth = 4;      // the same with floats: two sums each
   static constexpr float kNibbleUnit = 1.f;  // what `low` and `high` multiply a code by
 
   using Bytes = __m256i;
@@ -88,11 +89,21 @@ struct Avx2 {
   static Floats load_halves(const uint16_t* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
   }
+  static Floats load_bfloats(const uint16_t* p) {
+    const __m256i words = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(words, 16));
+  }
+  // Four floats for every lane, and the one of them that the lane's two bits from `shift` on say.
+  static Floats four(const float* x) { return _mm256_broadcast_ps((const __m128*)x); }
+  static Floats pick_float(Floats four, Ints indices, int shift) {
+    return _mm256_permutevar_ps(four, _mm256_srli_epi32(indices, shift));
+  }
   static void store_halves(uint16_t* p, Floats v) {
     _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
   static void store_floats(float* p, Floats v) { _mm256_storeu_ps(p, v); }
   static Floats times(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
+  static Floats plus_floats(Floats a, Floats b) { return _mm256_add_ps(a, b); }
   static Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
   static Floats larger_size(Floats a, Floats b) {
     return _mm256_max_ps(a, _mm256_andnot_ps(_mm256_set1_ps(-0.f), b));

@@ -10,8 +10,10 @@ struct Avx512Vnni {
   static constexpr int kLanes = 16;
 #ifdef HALFWEAVE_EMULATE_AVX512
   static constexpr int kWidth = 3;  // spelt out in other instructions, each width takes long to build
+  static constexpr int kFloatWidth = 2;
 #else
-  static constexpr int kWidth = 12;  // tokens at a time: a sum each, 12 of 32 registers
+  static constexpr int kWidth = 12;       // tokens at a time: a sum each, 12 of 32 registers
+  static constexpr int kFloatWidth = 12;  // the same with floats: two sums each
 #endif
   static constexpr float kNibbleUnit = 16.f;
 
@@ -74,11 +76,20 @@ struct Avx512Vnni {
   static Floats load_halves(const uint16_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
   }
+  static Floats load_bfloats(const uint16_t* p) {
+    const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+  }
+  static Floats four(const float* x) { return _mm512_broadcast_f32x4(_mm_loadu_ps(x)); }
+  static Floats pick_float(Floats four, Ints indices, int shift) {
+    return _mm512_permutevar_ps(four, _mm512_srli_epi32(indices, shift));
+  }
   static void store_halves(uint16_t* p, Floats v) {
     _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
   static void store_floats(float* p, Floats v) { _mm512_storeu_ps(p, v); }
   static Floats times(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+  static Floats plus_floats(Floats a, Floats b) { return _mm512_add_ps(a, b); }
   static Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
   static Floats larger_size(Floats a, Floats b) { return _mm512_max_ps(a, _mm512_abs_ps(b)); }
   static float greatest(Floats v) { return _mm512_reduce_max_ps(v); }

@@ -10,7 +10,7 @@ namespace halfweave {
 
 struct Portable {
   static constexpr int kLanes = 16;
-  static constexpr int kWidth = 4;
+  static constexpr int kWidth = 4, kFloatWidth = 4;
   static constexpr float kNibbleUnit = 1.f;
 
   struct Bytes {
@@ -87,12 +87,24 @@ struct Portable {
   static Floats load_halves(const uint16_t* p) {
     return each<Floats>([&](int i) { return half_to_float(p[i]); });
   }
+  static Floats load_bfloats(const uint16_t* p) {
+    return each<Floats>([&](int i) { return bfloat_to_float(p[i]); });
+  }
+  static Floats four(const float* x) {
+    return each<Floats>([&](int i) { return x[i % 4]; });
+  }
+  static Floats pick_float(const Floats& four, const Ints& indices, int shift) {
+    return each<Floats>([&](int i) { return four.of[((uint32_t)indices.of[i] >> shift) & 3]; });
+  }
   static void store_halves(uint16_t* p, const Floats& v) {
     for (int i = 0; i < kLanes; i++) p[i] = float_to_half(v.of[i]);
   }
   static void store_floats(float* p, const Floats& v) { memcpy(p, v.of, sizeof v.of); }
   static Floats times(const Floats& a, const Floats& b) {
     return each<Floats>([&](int i) { return a.of[i] * b.of[i]; });
+  }
+  static Floats plus_floats(const Floats& a, const Floats& b) {
+    return each<Floats>([&](int i) { return a.of[i] + b.of[i]; });
   }
   static Floats fma(const Floats& a, const Floats& b, const Floats& c) {
     return each<Floats>([&](int i) { return a.of[i] * b.of[i] + c.of[i]; });

@@ -16,6 +16,14 @@
 //   int4            V0 .. V3    256 bytes. Line l, column 8 l + j: low nibbles, + 4: high ones.
 //   int8            V0 .. V7    512 bytes. Line l holds columns 4 l + j.
 //
+// Formats of floats have no scales, so a tile is [block] [block] ... Here a value of all 16 rows
+// lies together, in 32 bytes (bf16, fp16) or 64 (fp32):
+//
+//   dense           V0 .. V31   a value for each column.
+//   sparse24        V0 .. V15   V(2 f + j): what every row kept of its four columns f, j = 0, 1.
+//                   I           64 bytes, 32 bits a row. Bits 2 s and 2 s + 1: which of its four
+//                               columns Vs comes from.
+//
 // Codes are in two's complement. Rows and columns are padded with zeros up to whole tiles and
 // blocks, groups only up to whole blocks.
 #pragma once
@@ -27,14 +35,36 @@ constexpr int64_t kTileRows = 16;
 constexpr int64_t kLine = 64;
 constexpr int64_t kBlock = 32;  // also the columns of an input that share a scale
 
-enum Kind : int32_t { kSparse24Int4 = 0, kInt4 = 1, kInt8 = 2, kKinds = 3 };
+enum Kind : int32_t {
+  kSparse24Int4 = 0,
+  kInt4 = 1,
+  kInt8 = 2,
+  kSparse24Bf16 = 3,  // from here on floats
+  kSparse24Fp16 = 4,
+  kSparse24Fp32 = 5,
+  kDenseBf16 = 6,
+  kDenseFp16 = 7,
+  kDenseFp32 = 8,
+  kKinds = 9
+};
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr bool holds_floats(int32_t kind) { return kind >= kSparse24Bf16; }
+constexpr bool is_sparse(int32_t kind) {
+  return kind == kSparse24Int4 || (holds_floats(kind) && kind < kDenseBf16);
+}
+constexpr int64_t float_bytes(int32_t kind) {
+  return kind == kSparse24Fp32 || kind == kDenseFp32 ? 4 : 2;
+}
 constexpr int64_t block_bytes(int32_t kind) {
+  if (holds_floats(kind))
+    return float_bytes(kind) * kTileRows * kBlock / (is_sparse(kind) ? 2 : 1) +
+           (is_sparse(kind) ? kLine : 0);
   return kind == kSparse24Int4 ? 3 * kLine : kind == kInt4 ? 4 * kLine : 8 * kLine;
 }
 
-// A packed weight [rows, columns]; `group` columns share a scale: 32, 64 or 128.
+// A packed weight [rows, columns]; `group` columns share a scale: 32, 64 or 128. Floats have no
+// scales, and any of these groups.
 struct Weight {
   int32_t kind;
   int32_t group;
@@ -45,20 +75,23 @@ struct Weight {
   int64_t blocks() const { return ceil_div(columns, kBlock); }
   int64_t groups() const { return ceil_div(columns, group); }
   int64_t tile_bytes() const {
-    return blocks() * block_bytes(kind) + ceil_div(groups(), 2) * kLine;
+    const int64_t scales = holds_floats(kind) ? 0 : ceil_div(groups(), 2) * kLine;
+    return blocks() * block_bytes(kind) + scales;
   }
   int64_t bytes() const { return tiles() * tile_bytes(); }
 };
 
-// Inputs [tokens, columns] as bytes: x = scale * (byte - 128), a scale for 32 columns of a token.
+// Inputs [tokens, columns], as bytes, as floats or as both: what the weights ask for that they meet.
 //
-// Tokens are taken `width` at a time, the last ones fewer; the bytes of one such bundle lie as
-// [columns / 16][tokens of the bundle][16], so that a kernel reads them in its own order.
+// Bytes: x = scale * (byte - 128), a scale for 32 columns of a token. Tokens are taken `width` at a
+// time, the last ones fewer; the bytes of one such bundle lie as [columns / 16][tokens of the
+// bundle][16], so that a kernel reads them in its own order.
 struct Inputs {
   int64_t tokens, columns;  // columns padded to whole blocks
   int64_t width;
   const uint8_t* bytes;
   const float* scales;  // [tokens, columns / 32]
+  const float* floats;  // [tokens, columns]
 
   int64_t groups() const { return columns / kBlock; }
 };

@@ -6,16 +6,18 @@
 
 namespace halfweave {
 
+// y [tokens, rows] = x W^T + bias for the rows of the tiles [first, last); consecutive tokens of y
+// are `stride` apart, and `bias` may be null.
+using Multiply = void (*)(const Weight& w, const Inputs& x, const float* bias, float* y,
+                          int64_t stride, int64_t first, int64_t last);
+
 struct Level {
   const char* name;
   int64_t width;  // tokens in a bundle of Inputs
 
   void (*quantize)(const float* x, int64_t columns, int64_t first, int64_t last,
                    const Inputs& shape, uint8_t* bytes, float* scales);
-  void (*matvec[kKinds])(const Weight& w, const Inputs& x, const float* bias, float* y,
-                         int64_t first, int64_t last);
-  void (*matmul[kKinds])(const Weight& w, const Inputs& x, const float* bias, float* y,
-                         int64_t stride, int64_t first, int64_t last);
+  Multiply one[kKinds], many[kKinds];  // for one token and for several
 
   // What stands between the linears of a block; attention.hpp.
   void (*rms_norm)(const float* x, const float* gain, float eps, int64_t count, float* y);

@@ -7,19 +7,6 @@
 
 namespace halfweave {
 
-// Inputs that were turned into bytes, and the memory they are in. Reused from call to call.
-class QuantizedInputs {
- public:
-  // Quantizes x [tokens, columns].
-  void set(const Level& level, Pool& pool, const float* x, int64_t tokens, int64_t columns);
-  const Inputs& get() const { return inputs_; }
-
- private:
-  Inputs inputs_ = {};
-  std::vector<uint8_t> bytes_;
-  std::vector<float> scales_;
-};
-
 // One linear of those that share an input: y [tokens, rows], `bias` may be null.
 struct Product {
   const Weight* weight;
@@ -27,8 +14,20 @@ struct Product {
   float* y;
 };
 
-// Computes the products; their tiles are shared out as if they were one weight.
-void multiply_all(const Level& level, Pool& pool, const Inputs& x, const Product* products,
-                  int64_t count);
+// Multiplies, and owns the memory of inputs in the forms that weights ask for, from call to call.
+class Linears {
+ public:
+  // Computes products of x [tokens, columns]; their tiles are shared out as if they were one weight.
+  void multiply(const Level& level, Pool& pool, const float* x, int64_t tokens, int64_t columns,
+                const Product* products, int64_t count);
+
+ private:
+  void quantize(const Level& level, Pool& pool, const float* x, int64_t columns);
+  void pad(const float* x, int64_t columns);
+
+  Inputs inputs_ = {};
+  std::vector<uint8_t> bytes_;
+  std::vector<float> scales_, floats_;
+};
 
 }  // namespace halfweave

@@ -90,8 +90,8 @@ void multiply_up_to(int64_t tokens, const Piece& piece, const uint8_t* x, const 
   if constexpr (W > 1) multiply_up_to<L, F, W - 1>(tokens, piece, x, scales, groups, out);
 }
 
-// y[tokens, rows] for the rows of the tiles [first, last); consecutive tokens are `stride` apart.
-// Bit for bit what `matvec` gives each token: the sums go on from piece to piece in one order.
+// A Multiply of any tokens. Bit for bit what `matvec` gives each of them: the sums go on from piece
+// to piece in one order.
 template <class L, class F>
 void matmul(const Weight& w, const Inputs& x, const float* bias, float* y, int64_t stride,
             int64_t first, int64_t last) {

@@ -18,9 +18,9 @@ inline __attribute__((always_inline)) typename L::Ints block_sum(const uint8_t* 
   return F::kSigned ? sum.total() : L::minus_128_times(sum.total(), codes_sum.total());
 }
 
-// y[rows] for the rows of the tiles [first, last). `x` is one token; `bias` may be null.
+// A Multiply of one token.
 template <class L, class F>
-void matvec(const Weight& w, const Inputs& x, const float* bias, float* y, int64_t first,
+void matvec(const Weight& w, const Inputs& x, const float* bias, float* y, int64_t, int64_t first,
             int64_t last) {
   constexpr int kSlices = kTileRows / L::kLanes, kSliceBytes = kLine / kSlices;
   for (int64_t tile = first; tile < last; tile++) {

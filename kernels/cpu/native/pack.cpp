@@ -42,26 +42,63 @@ void pack_int8(const Weight& w, const Stored& stored, int64_t row, int64_t colum
     out[i / 4 * kLine + i % 4] = values[column + i];
 }
 
+// As pack_sparse, of floats; `r` is the row in its tile and `out` the block.
+void pack_sparse_floats(const Weight& w, const Stored& stored, int64_t row, int64_t column,
+                        int64_t r, uint8_t* out) {
+  const int64_t size = float_bytes(w.kind);
+  const uint8_t* values = stored.values + row * (w.columns / 2) * size;
+  const uint8_t* meta = stored.meta + row * ceil_div(w.columns, 8);
+  uint32_t indices = 0;
+  for (int64_t four = 0; four < kBlock / 4 && column + 4 * four < w.columns; four++) {
+    const int64_t at = column / 4 + four;
+    for (int64_t kept = 0; kept < 2; kept++) {
+      const int64_t step = 2 * four + kept;
+      memcpy(out + (step * kTileRows + r) * size, values + (2 * at + kept) * size, size);
+      indices |= (uint32_t)((nibble(meta, at) >> (2 * kept)) & 3) << (2 * step);
+    }
+  }
+  memcpy(out + kBlock / 2 * kTileRows * size + 4 * r, &indices, sizeof indices);
+}
+
+void pack_dense_floats(const Weight& w, const Stored& stored, int64_t row, int64_t column,
+                       int64_t r, uint8_t* out) {
+  const int64_t size = float_bytes(w.kind);
+  const uint8_t* values = stored.values + (row * w.columns + column) * size;
+  for (int64_t i = 0; i < kBlock && column + i < w.columns; i++)
+    memcpy(out + (i * kTileRows + r) * size, values + i * size, size);
+}
+
+void pack_floats(const Weight& w, const Stored& stored, int64_t tile, uint8_t* start) {
+  const auto pack_row = is_sparse(w.kind) ? pack_sparse_floats : pack_dense_floats;
+  each_float_block(w, start, [&](const uint8_t* data, int64_t column) {
+    for (int64_t r = 0; r < kTileRows && tile * kTileRows + r < w.rows; r++)
+      pack_row(w, stored, tile * kTileRows + r, column, r, start + (data - start));
+  });
+}
+
+void pack_codes(const Weight& w, const Stored& stored, int64_t tile, uint8_t* start) {
+  const auto pack_row = w.kind == kSparse24Int4 ? pack_sparse
+                        : w.kind == kInt4       ? pack_int4
+                                                : pack_int8;
+  each_block(w, start, 0, w.columns,
+             [&](const uint8_t* data, const uint16_t* scales, int64_t column) {
+               auto* to_scales = (uint16_t*)(start + ((const uint8_t*)scales - start));
+               for (int64_t r = 0; r < kTileRows && tile * kTileRows + r < w.rows; r++) {
+                 const int64_t row = tile * kTileRows + r;
+                 to_scales[r] = stored.scales[row * w.groups() + column / w.group];
+                 pack_row(w, stored, row, column, start + (data - start) + 4 * r);
+               }
+             });
+}
+
 }  // namespace
 
 void pack(const Weight& shape, const Stored& stored, uint8_t* out, int64_t first, int64_t last) {
-  const auto pack_row = shape.kind == kSparse24Int4 ? pack_sparse
-                        : shape.kind == kInt4       ? pack_int4
-                                                    : pack_int8;
+  const auto pack_tile = holds_floats(shape.kind) ? pack_floats : pack_codes;
   for (int64_t tile = first; tile < last; tile++) {
     uint8_t* start = out + tile * shape.tile_bytes();
     memset(start, 0, shape.tile_bytes());
-    each_block(shape, start, 0, shape.columns,
-               [&](const uint8_t* data, const uint16_t* scales, int64_t column) {
-                 uint8_t* to = start + (data - start);
-                 auto* to_scales = (uint16_t*)(start + ((const uint8_t*)scales - start));
-                 for (int64_t r = 0; r < kTileRows; r++) {
-                   const int64_t row = tile * kTileRows + r;
-                   if (row >= shape.rows) break;
-                   to_scales[r] = stored.scales[row * shape.groups() + column / shape.group];
-                   pack_row(shape, stored, row, column, to + 4 * r);
-                 }
-               });
+    pack_tile(shape, stored, tile, start);
   }
 }
 

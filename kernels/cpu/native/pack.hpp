@@ -5,7 +5,8 @@
 namespace halfweave {
 
 // A weight as it is stored. Codes of 4 bits are two a byte, low nibble first, code + 8; `meta` has
-// one nibble per four columns and is null for dense formats; scales are fp16 [rows, groups].
+// one nibble per four columns and is null for dense formats; scales are fp16 [rows, groups] and null
+// for floats.
 struct Stored {
   const uint8_t* values;
   const uint8_t* meta;

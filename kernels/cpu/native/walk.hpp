@@ -24,4 +24,12 @@ inline __attribute__((always_inline)) const uint8_t* each_block(const Weight& w,
   return p;
 }
 
+// The same for formats without scales, through a whole tile: calls use(data, column).
+template <class Use>
+inline __attribute__((always_inline)) void each_float_block(const Weight& w, const uint8_t* p,
+                                                            Use&& use) {
+  const int64_t step = block_bytes(w.kind);
+  for (int64_t column = 0; column < w.columns; column += kBlock, p += step) use(p, column);
+}
+
 }  // namespace halfweave

@@ -53,6 +53,29 @@ inline simde__m512 cvtepi32_ps(simde__m512i v) {
   for (int i = 0; i < 16; i++) out[i] = (float)in[i];
   return gather<simde__m512>(out);
 }
+inline simde__m512i cvtepu16_epi32(simde__m256i v) {
+  uint16_t in[16];
+  spread(v, in);
+  int32_t out[16];
+  for (int i = 0; i < 16; i++) out[i] = in[i];
+  return gather<simde__m512i>(out);
+}
+inline simde__m512 broadcast_f32x4(simde__m128 v) {
+  float in[4];
+  spread(v, in);
+  float out[16];
+  for (int i = 0; i < 16; i++) out[i] = in[i % 4];
+  return gather<simde__m512>(out);
+}
+inline simde__m512 permutevar_ps(simde__m512 v, simde__m512i indices) {
+  float in[16];
+  int32_t at[16];
+  spread(v, in);
+  spread(indices, at);
+  float out[16];
+  for (int i = 0; i < 16; i++) out[i] = in[i / 4 * 4 + (at[i] & 3)];
+  return gather<simde__m512>(out);
+}
 inline simde__m128i cvtepi32_epi8(simde__m512i v) {
   int32_t in[16];
   spread(v, in);
@@ -75,10 +98,16 @@ inline float reduce_max(simde__m512 v) {
 #undef _mm512_cvtps_epi32
 #undef _mm512_cvtepi32_ps
 #undef _mm512_cvtepi32_epi8
+#undef _mm512_cvtepu16_epi32
+#undef _mm512_broadcast_f32x4
+#undef _mm512_permutevar_ps
 #undef _mm512_reduce_max_ps
 #define _mm512_cvtph_ps(v) emulated::cvtph_ps(v)
 #define _mm512_cvtps_ph(v, rounding) emulated::cvtps_ph(v)
 #define _mm512_cvtps_epi32(v) emulated::cvtps_epi32(v)
 #define _mm512_cvtepi32_ps(v) emulated::cvtepi32_ps(v)
 #define _mm512_cvtepi32_epi8(v) emulated::cvtepi32_epi8(v)
+#define _mm512_cvtepu16_epi32(v) emulated::cvtepu16_epi32(v)
+#define _mm512_broadcast_f32x4(v) emulated::broadcast_f32x4(v)
+#define _mm512_permutevar_ps(v, indices) emulated::permutevar_ps(v, indices)
 #define _mm512_reduce_max_ps(v) emulated::reduce_max(v)

@@ -17,13 +17,13 @@ from halfweave.kernels import reference
 from halfweave.kernels.cpu import library as library_module
 from halfweave.kernels.cpu.library import FILE, LEVELS, Library, WeightStruct, load, open_level
 from halfweave.kernels.cpu.packed import (
-    KINDS,
+    CODED,
     PackedWeight,
     linear,
     pack_weight,
     round_to_int8,
 )
-from halfweave.kernels.formats import Dense, Int4, Int8, PackedLinear, Sparse24Int4
+from halfweave.kernels.formats import Dense, Int4, Int8, PackedLinear, Sparse24, Sparse24Int4
 from support.cpu_levels import LEVELS_HERE, at_level, native_levels
 from torch import Tensor
 from torch.nn import functional
@@ -41,6 +41,8 @@ SHAPES = [
     (33, 1024, 64),
 ]
 TOKENS = (1, 2, 7, 8, 9, 40)
+FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+KINDS = [*sorted(CODED), *(f"{kind} {name}" for kind in ("sparse24", "dense") for name in FLOATS)]
 
 
 @pytest.fixture(params=LEVELS_HERE)
@@ -50,15 +52,31 @@ def library(request: pytest.FixtureRequest) -> Library:
 
 def example(kind: str, rows: int, columns: int, group: int, seed: int = 0) -> PackedLinear:
     generator = torch.Generator().manual_seed(seed)
+    if kind not in CODED:
+        return float_example(kind, torch.randn(rows, columns, generator=generator))
     if kind == Int8.kind:
         return Int8.from_dense(torch.randn(rows, columns, generator=generator))
     codes = torch.randint(-8, 8, (rows, columns), generator=generator)
     scale = (torch.rand(rows, -(-columns // group), generator=generator) / 100 + 0.001).half()
     if kind == Int4.kind:
         return Int4.from_codes(codes, scale, group)
-    chosen = torch.rand(rows, columns // 4, 4, generator=generator).topk(2, dim=-1).indices
-    keep = torch.zeros(rows, columns // 4, 4, dtype=torch.bool).scatter_(-1, chosen, True)
-    return Sparse24Int4.from_codes(codes, keep.view(rows, columns), scale, group)
+    keep = random_masks(torch.rand(rows, columns, generator=generator))
+    return Sparse24Int4.from_codes(codes, keep, scale, group)
+
+
+def float_example(kind: str, weight: Tensor) -> PackedLinear:
+    name, dtype = kind.split()
+    values = weight.to(FLOATS[dtype])
+    if name == Dense.kind:
+        return Dense(values)
+    return Sparse24.from_dense(torch.where(random_masks(weight), values, 0))
+
+
+def random_masks(order: Tensor) -> Tensor:
+    """The two largest of every four: bool [N, K]."""
+    chosen = order.unflatten(1, (-1, 4)).topk(2, dim=-1).indices
+    keep = torch.zeros(*chosen.shape[:2], 4, dtype=torch.bool)
+    return keep.scatter_(-1, chosen, True).flatten(1)
 
 
 def in_8_bits(x: Tensor) -> Tensor:
@@ -75,7 +93,7 @@ def inputs(tokens: int, columns: int) -> Tensor:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_linears_are_those_of_the_oracle_on_rounded_inputs(
+def test_linears_are_those_of_the_oracle_on_the_inputs_that_the_kernels_see(
     library: Library, kind: str, shape: tuple[int, int, int]
 ) -> None:
     rows, columns, group = shape
@@ -85,7 +103,8 @@ def test_linears_are_those_of_the_oracle_on_rounded_inputs(
     for tokens in TOKENS:
         x = inputs(tokens, columns)
         found = linear(library, packed, x, bias)
-        wanted = in_8_bits(x).double() @ weight.unpack().double().T + bias.double()
+        seen = in_8_bits(x) if kind in CODED else x
+        wanted = seen.double() @ weight.unpack().double().T + bias.double()
         assert (found - wanted).abs().max() < 2e-6 * wanted.abs().max(), tokens
 
 
@@ -98,7 +117,7 @@ def test_a_token_gets_the_same_bits_whatever_stands_beside_it(library: Library, 
     assert torch.equal(together, torch.cat([linear(library, packed, t, bias) for t in x.split(5)]))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", sorted(CODED))
 def test_the_most_extreme_codes_and_inputs_do_not_overflow(library: Library, kind: str) -> None:
     """Every product as large as it gets and of one sign: 16-bit sums are at their limit."""
     rows, columns = 16, 256
@@ -168,8 +187,8 @@ def test_inputs_that_do_not_fit_are_refused(library: Library) -> None:
         linear(library, packed, torch.zeros(1, 63), None)
     with pytest.raises(ValueError, match="does not fit"):
         linear(library, packed, torch.zeros(1, 64), torch.zeros(19))
-    with pytest.raises(HalfweaveError, match="do not know the format dense"):
-        pack_weight(library, Dense(torch.zeros(4, 4)))
+    with pytest.raises(HalfweaveError, match="a weight of 0 x 4 cannot be packed"):
+        pack_weight(library, Dense(torch.zeros(0, 4)))
 
 
 def struct_of(packed: PackedWeight, **changes: int | None) -> WeightStruct:
@@ -183,7 +202,8 @@ def struct_of(packed: PackedWeight, **changes: int | None) -> WeightStruct:
     ("changes", "code"),
     [
         ({"data": None}, 1),
-        ({"kind": 3}, 2),
+        ({"kind": 9}, 2),
+        ({"kind": 8}, 3),  # known, and of other bytes
         ({"kind": -1}, 2),
         ({"group": 48}, 2),
         ({"group": 0}, 2),
@@ -228,7 +248,7 @@ def test_random_sizes_are_answered_and_never_fatal(library: Library) -> None:
     for _ in range(2000):
         kind, group, bits, sign = torch.randint(-2, 140, (4,), generator=generator).tolist()
         size = (1 << (bits % 63)) * (1 if sign % 2 else -1)
-        struct = struct_of(packed, kind=kind % 5, group=group, rows=size, columns=size ^ sign)
+        struct = struct_of(packed, kind=kind % 12, group=group, rows=size, columns=size ^ sign)
         arguments = (library.level_pointer, library.pool, byref(struct), x.data_ptr())
         assert library.functions.hw_linear(*arguments, 1, None, y.data_ptr()) in (2, 3)
         assert library.functions.hw_packed_bytes(kind, group, size, size) >= -1

@@ -1,0 +1,38 @@
+#include "embedding.hpp"
+
+#include "half.hpp"
+#include "walk.hpp"
+
+namespace halfweave {
+namespace {
+
+float to_float(int32_t kind, const uint8_t* value) {
+  if (kind == kDenseFp32) {
+    float found;
+    memcpy(&found, value, sizeof found);
+    return found;
+  }
+  uint16_t bits;
+  memcpy(&bits, value, sizeof bits);
+  return kind == kDenseBf16 ? bfloat_to_float(bits) : half_to_float(bits);
+}
+
+}  // namespace
+
+void unpack_row(const Weight& w, int64_t row, float* out) {
+  const int64_t lane = row % kTileRows, size = float_bytes(w.kind);
+  const uint8_t* tile = w.data + row / kTileRows * w.tile_bytes();
+  if (holds_floats(w.kind))
+    return each_float_block(w, tile, [&](const uint8_t* data, int64_t column) {
+      for (int64_t i = 0; i < kBlock && column + i < w.columns; i++)
+        out[column + i] = to_float(w.kind, data + (i * kTileRows + lane) * size);
+    });
+  each_block(w, tile, 0, w.columns,
+             [&](const uint8_t* data, const uint16_t* scales, int64_t column) {
+               const float scale = half_to_float(scales[lane]);
+               for (int64_t i = 0; i < kBlock && column + i < w.columns; i++)
+                 out[column + i] = scale * (int8_t)data[i / 4 * kLine + 4 * lane + i % 4];
+             });
+}
+
+}  // namespace halfweave
