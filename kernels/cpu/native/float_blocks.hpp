@@ -1,7 +1,7 @@
 // How a block of floats is taken apart, a register of rows at a time; layout.hpp has pictures.
 //
-// A step multiplies a value of every row by an input. `each_step` calls use(step, values, indices)
-// for the steps of a block and the rows of slice `s`; `input` gives the inputs of a step.
+// A step multiplies a value of every row by an input of every token: `values` gives the rows of
+// slice `s`, `inputs` what the rows of a token have in common, `pick` what a slice takes of that.
 #pragma once
 #include "layout.hpp"
 
@@ -30,32 +30,37 @@ struct Fp32 {
 };
 
 template <class L, class E>
-struct DenseFloatBlock {
-  template <class Use>
-  static inline __attribute__((always_inline)) void each_step(const uint8_t* p, int s, Use&& use) {
-    const auto* values = (const typename E::Stored*)p + s * L::kLanes;
-#pragma GCC unroll 8
-    for (int step = 0; step < kBlock; step++, values += kTileRows)
-      use(step, E::template load<L>(values), 0);
+struct FloatBlock {
+  static typename L::Floats values(const uint8_t* p, int step, int s) {
+    return E::template load<L>((const typename E::Stored*)p + step * kTileRows + s * L::kLanes);
   }
-  static typename L::Floats input(const float* x, int step, int) { return L::all(x[step]); }
 };
 
 template <class L, class E>
-struct Sparse24FloatBlock {
-  static constexpr int kSteps = kBlock / 2;
+struct DenseFloatBlock : FloatBlock<L, E> {
+  using Floats = typename L::Floats;
+  static constexpr int kSteps = kBlock, kWidth = L::kFloatWidth;
+  static constexpr int kTogether = kTileRows / L::kLanes;
+  struct Indices {};
 
-  template <class Use>
-  static inline __attribute__((always_inline)) void each_step(const uint8_t* p, int s, Use&& use) {
-    const auto* values = (const typename E::Stored*)p + s * L::kLanes;
-    const auto* bits = (const int32_t*)((const typename E::Stored*)p + kSteps * kTileRows);
-    const auto indices = L::load_ints(bits + s * L::kLanes);
-#pragma GCC unroll 16
-    for (int step = 0; step < kSteps; step++, values += kTileRows)
-      use(step, E::template load<L>(values), indices);
+  static Indices indices(const uint8_t*, int) { return {}; }
+  static Floats inputs(const float* x, int step) { return L::all(x[step]); }
+  static Floats pick(Floats inputs, Indices, int) { return inputs; }
+};
+
+template <class L, class E>
+struct Sparse24FloatBlock : FloatBlock<L, E> {
+  using Floats = typename L::Floats;
+  using Indices = typename L::Ints;
+  static constexpr int kSteps = kBlock / 2, kWidth = L::kPickWidth, kTogether = 1;
+
+  static Indices indices(const uint8_t* p, int s) {
+    const auto* behind = (const typename E::Stored*)p + kSteps * kTileRows;
+    return L::load_ints((const int32_t*)behind + s * L::kLanes);
   }
-  static typename L::Floats input(const float* x, int step, typename L::Ints indices) {
-    return L::pick_float(L::four(x + step / 2 * 4), indices, 2 * step);
+  static Floats inputs(const float* x, int step) { return L::four(x + step / 2 * 4); }
+  static Floats pick(Floats four, Indices indices, int step) {
+    return L::pick_float(four, indices, 2 * step);
   }
 };
 

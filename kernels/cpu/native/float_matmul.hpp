@@ -1,45 +1,80 @@
 // Weights of floats: products and sums in fp32, nothing is rounded on the way.
 #pragma once
+#include <algorithm>
+#include <cstring>
+
 #include "float_blocks.hpp"
-#include "walk.hpp"
 
 namespace halfweave {
 
-// One tile for W tokens, whose inputs are `x` and whose results are `y`. Even and odd steps have
-// sums of their own, since one alone would wait for itself.
+// Columns of a tile that all tokens meet before the next ones: they stay in the first-level cache.
+constexpr int64_t kFloatPieceColumns = 256;
+
+// Adds one block's part to the sums of F::kTogether slices, from slice `s` on.
 template <class L, class F, int W>
-void multiply_floats(const Weight& w, const uint8_t* tile, const Inputs& inputs, const float* x,
-                     const float* bias, float* y, int64_t stride, int64_t rows) {
-  constexpr int kSlices = kTileRows / L::kLanes;
-  typename L::Floats sums[kSlices][W][2];
-  for (auto& slice : sums)
-    for (auto& token : slice) token[0] = token[1] = L::zero();
-  each_float_block(w, tile, [&](const uint8_t* p, int64_t column) {
-    for (int s = 0; s < kSlices; s++)
-      F::each_step(p, s, [&](int step, auto values, auto indices) {
+inline __attribute__((always_inline)) void multiply_block(
+    const uint8_t* p, int s, const float* x, int64_t columns,
+    typename L::Floats (*sums)[W][L::kFloatTurns]) {
+  typename F::Indices indices[F::kTogether];
+  typename L::Floats own[F::kTogether][W][L::kFloatTurns];  // in registers, which `sums` are not
+  memcpy(own, sums, sizeof own);
+  for (int i = 0; i < F::kTogether; i++) indices[i] = F::indices(p, s + i);
 #pragma GCC unroll 16
-        for (int t = 0; t < W; t++) {
-          auto& sum = sums[s][t][step % 2];
-          const auto input = F::input(x + t * inputs.columns + column, step, indices);
-          sum = L::fma(values, input, sum);
-        }
-      });
-  });
+  for (int step = 0; step < F::kSteps; step++) {
+    typename L::Floats values[F::kTogether];
+    for (int i = 0; i < F::kTogether; i++) values[i] = F::values(p, step, s + i);
+#pragma GCC unroll 16
+    for (int t = 0; t < W; t++) {
+      const auto input = F::inputs(x + t * columns, step);
+      for (int i = 0; i < F::kTogether; i++) {
+        auto& sum = own[i][t][step % L::kFloatTurns];
+        sum = L::fma(values[i], F::pick(input, indices[i], step), sum);
+      }
+    }
+  }
+  memcpy(sums, own, sizeof own);
+}
+
+// A piece of a tile for several tokens: `data` begins with column `from`, and `y` with the tile's rows.
+struct FloatPiece {
+  const uint8_t* data;
+  int64_t from, to, rows, stride;
+  const float* bias;  // null, but for a tile's last piece
+};
+
+// Adds the piece's part to the results of W tokens, whose inputs are `x`. Steps take turns with as
+// many sums as it takes for none to wait for itself.
+template <class L, class F, int W>
+void multiply_floats(const Weight& w, const FloatPiece& piece, const float* x, int64_t columns,
+                     float* y) {
+  constexpr int kSlices = kTileRows / L::kLanes;
+  typename L::Floats sums[kSlices][W][L::kFloatTurns];
+  for (auto& slice : sums)
+    for (auto& token : slice)
+      for (auto& sum : token) sum = L::zero();
+  const uint8_t* p = piece.data;
+  for (int64_t column = piece.from; column < piece.to; column += kBlock, p += block_bytes(w.kind))
+    for (int s = 0; s < kSlices; s += F::kTogether)
+      multiply_block<L, F, W>(p, s, x + column, columns, sums + s);
   for (int t = 0; t < W; t++) {
     float out[kTileRows];
-    for (int s = 0; s < kSlices; s++)
-      L::store_floats(out + s * L::kLanes, L::plus_floats(sums[s][t][0], sums[s][t][1]));
-    for (int64_t i = 0; i < rows; i++) y[t * stride + i] = out[i] + (bias ? bias[i] : 0.f);
+    for (int s = 0; s < kSlices; s++) {
+      auto sum = sums[s][t][0];
+      for (int turn = 1; turn < L::kFloatTurns; turn++) sum = L::plus_floats(sum, sums[s][t][turn]);
+      L::store_floats(out + s * L::kLanes, sum);
+    }
+    float* rows = y + t * piece.stride;
+    for (int64_t i = 0; i < piece.rows; i++)
+      rows[i] = (piece.from ? rows[i] : 0.f) + out[i] + (piece.bias ? piece.bias[i] : 0.f);
   }
 }
 
 template <class L, class F, int W>
-void multiply_floats_up_to(int64_t tokens, const Weight& w, const uint8_t* tile,
-                           const Inputs& inputs, const float* x, const float* bias, float* y,
-                           int64_t stride, int64_t rows) {
-  if (tokens == W) return multiply_floats<L, F, W>(w, tile, inputs, x, bias, y, stride, rows);
+void multiply_floats_up_to(int64_t tokens, const Weight& w, const FloatPiece& piece, const float* x,
+                           int64_t columns, float* y) {
+  if (tokens == W) return multiply_floats<L, F, W>(w, piece, x, columns, y);
   if constexpr (W > 1)
-    multiply_floats_up_to<L, F, W - 1>(tokens, w, tile, inputs, x, bias, y, stride, rows);
+    multiply_floats_up_to<L, F, W - 1>(tokens, w, piece, x, columns, y);
 }
 
 // A Multiply of any tokens; a token gets the same bits whatever stands beside it.
@@ -48,13 +83,16 @@ void float_matmul(const Weight& w, const Inputs& x, const float* bias, float* y,
                   int64_t first, int64_t last) {
   for (int64_t tile = first; tile < last; tile++) {
     const int64_t row = tile * kTileRows;
-    const int64_t rows = w.rows - row < kTileRows ? w.rows - row : kTileRows;
-    for (int64_t token = 0; token < x.tokens; token += L::kFloatWidth) {
-      const int64_t left = x.tokens - token;
-      multiply_floats_up_to<L, F, L::kFloatWidth>(
-          left < L::kFloatWidth ? left : L::kFloatWidth, w, w.data + tile * w.tile_bytes(), x,
-          x.floats + token * x.columns, bias ? bias + row : nullptr, y + token * stride + row,
-          stride, rows);
+    FloatPiece piece = {w.data + tile * w.tile_bytes(), 0, 0, std::min(w.rows - row, kTileRows),
+                        stride, nullptr};
+    for (; piece.from < w.columns; piece.from = piece.to) {
+      piece.to = std::min(piece.from + kFloatPieceColumns, w.columns);
+      if (bias && piece.to == w.columns) piece.bias = bias + row;
+      for (int64_t token = 0; token < x.tokens; token += F::kWidth)
+        multiply_floats_up_to<L, F, F::kWidth>(
+            std::min(x.tokens - token, (int64_t)F::kWidth), w, piece,
+            x.floats + token * x.columns, x.columns, y + token * stride + row);
+      piece.data += kFloatPieceColumns / kBlock * block_bytes(w.kind);
     }
   }
 }

@@ -9,7 +9,9 @@ namespace halfweave {
 struct Avx2 {
   static constexpr int kLanes = 8;
   static constexpr int kWidth = 8;          // tokens at a time: a sum each, 8 of 16 registers
-  static constexpr int kFloatWidth = 4;      // the same with floats: two sums each
+  static constexpr int kFloatWidth = 6;      // the same with floats: both registers of rows at once
+  static constexpr int kPickWidth = 4;       // where rows pick their inputs: one register of rows
+  static constexpr int kFloatTurns = 1;
   static constexpr float kNibbleUnit = 1.f;  // what `low` and `high` multiply a code by
 
   using Bytes = __m256i;

@@ -10,11 +10,13 @@ struct Avx512Vnni {
   static constexpr int kLanes = 16;
 #ifdef HALFWEAVE_EMULATE_AVX512
   static constexpr int kWidth = 3;  // spelt out in other instructions, each width takes long to build
-  static constexpr int kFloatWidth = 2;
+  static constexpr int kFloatWidth = 2, kPickWidth = 2;
 #else
   static constexpr int kWidth = 12;       // tokens at a time: a sum each, 12 of 32 registers
   static constexpr int kFloatWidth = 12;  // the same with floats: two sums each
+  static constexpr int kPickWidth = 10;   // where rows pick their inputs
 #endif
+  static constexpr int kFloatTurns = 2;
   static constexpr float kNibbleUnit = 16.f;
 
   using Bytes = __m512i;

@@ -10,7 +10,7 @@ namespace halfweave {
 
 struct Portable {
   static constexpr int kLanes = 16;
-  static constexpr int kWidth = 4, kFloatWidth = 4;
+  static constexpr int kWidth = 4, kFloatWidth = 4, kPickWidth = 4, kFloatTurns = 1;
   static constexpr float kNibbleUnit = 1.f;
 
   struct Bytes {
