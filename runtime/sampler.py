@@ -1,17 +1,23 @@
 """From scores to a token: greedy, or drawn after temperature, top-k, top-p, min-p in that order.
 
 The order and the meaning of each are those of transformers' logits processors, the tests' oracle.
+All of it by numpy, in the thread that asks: torch would wake OpenMP's workers for a vocabulary's
+size, and those then wait on the cores that the CPU kernels' own threads compute on.
 """
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import HalfweaveError
 from .request import SamplingParams
+
+_FEW = 1024  # tokens that nearly always hold what top-p asks for: only those are sorted then
 
 
 def make_generator(params: SamplingParams) -> torch.Generator:
@@ -30,37 +36,48 @@ def sample(logits: Tensor, params: SamplingParams, generator: torch.Generator) -
     Raises:
         HalfweaveError: the logits hold NaN, +inf, or nothing but -inf.
     """
-    # By numpy, in this very thread: torch would wake OpenMP's workers for a vocabulary of this
-    # size, and those then wait on the cores that the CPU kernels' own threads compute on.
     scores = logits.numpy()
     best = int(scores.argmax())  # of a NaN, if there is one
     if not math.isfinite(scores[best]):
         raise HalfweaveError("the model computed logits that are not numbers")
     if params.greedy:
         return best
-    probabilities = torch.softmax(filtered(logits, params), dim=-1)
-    return int(torch.multinomial(probabilities, 1, generator=generator))
+    tokens, chances = candidates(scores, params)
+    drawn = float(torch.rand((), generator=generator, dtype=torch.float64))
+    sums = chances.cumsum()
+    at = int(sums.searchsorted(drawn * sums[-1], side="right"))
+    return int(tokens[min(at, len(tokens) - 1)])
 
 
-def filtered(logits: Tensor, params: SamplingParams) -> Tensor:
-    """Scaled logits [vocab] with -inf for every token that may not be drawn."""
-    logits = logits / params.temperature
-    if 0 < params.top_k < len(logits):
-        threshold = logits.topk(params.top_k).values[-1]
-        logits = logits.masked_fill(logits < threshold, float("-inf"))
+def candidates(
+    scores: NDArray[np.float32], params: SamplingParams
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The tokens that may be drawn, [n], and their probabilities up to a common factor, [n].
+
+    `scores` fp32 [vocab] are finite or -inf, and one at least is finite.
+    """
+    tokens = np.arange(len(scores))
+    if 0 < params.top_k < len(scores):
+        tokens = np.flatnonzero(scores >= np.partition(scores, -params.top_k)[-params.top_k])
+    scaled = scores[tokens].astype(np.float64) / params.temperature
+    chances = np.exp(scaled - scaled.max())
     if params.top_p < 1:
-        logits = _nucleus(logits, params.top_p)
+        kept = _nucleus(chances, params.top_p)
+        tokens, chances = tokens[kept], chances[kept]
     if params.min_p > 0:
-        probabilities = torch.softmax(logits, dim=-1)
-        floor = params.min_p * probabilities.max()
-        logits = logits.masked_fill(probabilities < floor, float("-inf"))
-    return logits
+        kept = np.flatnonzero(chances >= params.min_p * chances.max())
+        tokens, chances = tokens[kept], chances[kept]
+    return tokens, chances
 
 
-def _nucleus(logits: Tensor, top_p: float) -> Tensor:
-    """Keep the smallest set of most likely tokens that reaches `top_p`; always at least one."""
-    ordered, order = logits.sort(descending=False)
-    tail = torch.softmax(ordered, dim=-1).cumsum(dim=-1)
-    drop = tail <= 1 - top_p
-    drop[-1] = False
-    return logits.masked_fill(torch.zeros_like(drop).scatter_(0, order, drop), float("-inf"))
+def _nucleus(chances: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
+    """Indices of the smallest set of most likely tokens that reaches `top_p`; at least one."""
+    few = len(chances) > _FEW
+    likely = np.argpartition(chances, -_FEW)[-_FEW:] if few else np.arange(len(chances))
+    wanted = top_p * chances.sum()
+    if few and chances[likely].sum() < wanted:
+        likely = np.arange(len(chances))
+    ordered = likely[np.argsort(-chances[likely], kind="stable")]
+    before = chances[ordered].cumsum() - chances[ordered]  # what the more likely ones hold
+    kept: NDArray[np.int64] = ordered[before < wanted]
+    return kept

@@ -8,7 +8,7 @@ import pytest
 import torch
 from halfweave.errors import HalfweaveError
 from halfweave.runtime.request import SamplingParams
-from halfweave.runtime.sampler import filtered, make_generator, sample
+from halfweave.runtime.sampler import candidates, make_generator, sample
 from torch import Tensor
 from transformers import (
     LogitsProcessorList,
@@ -28,6 +28,7 @@ CASES = [
     SamplingParams(top_p=0.01),
     SamplingParams(top_p=0.5),
     SamplingParams(top_p=0.95),
+    SamplingParams(temperature=2.0, top_p=0.99),  # more tokens than are sorted at first
     SamplingParams(min_p=0.05),
     SamplingParams(min_p=1.0),
     SamplingParams(temperature=0.7, top_k=40, top_p=0.8, min_p=0.02),
@@ -52,10 +53,13 @@ def oracle(scores: Tensor, params: SamplingParams) -> Tensor:
 
 @pytest.mark.parametrize("params", CASES, ids=str)
 def test_the_distribution_is_that_of_transformers(params: SamplingParams) -> None:
-    for seed in range(5):
-        found, wanted = filtered(logits(seed), params), oracle(logits(seed), params)
-        assert torch.equal(found.isinf(), wanted.isinf())
-        torch.testing.assert_close(found.softmax(-1), wanted.softmax(-1))
+    for seed, size in [(0, 500), (1, 500), (2, 5000), (3, 5000)]:
+        wanted = oracle(logits(seed, size), params).softmax(-1)
+        tokens, chances = candidates(logits(seed, size).numpy(), params)
+        found = torch.zeros(size).double()
+        found[torch.from_numpy(tokens)] = torch.from_numpy(chances / chances.sum())
+        assert torch.equal(found > 0, wanted > 0)
+        torch.testing.assert_close(found, wanted.double(), rtol=1e-4, atol=1e-7)
 
 
 def test_greedy_takes_the_most_likely_token() -> None:
