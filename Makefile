@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # Pinned: an unpinned torch is a CUDA build of several GB. A GPU user installs torch first.
 TORCH  := torch==2.13.0
 
-.PHONY: setup test test-sanitize demo check lint typecheck format quality layer-error clean
+.PHONY: setup test test-sanitize demo check lint typecheck format quality layer-error bench-peers clean
 
 setup: $(VENV)/.ready
 
@@ -43,6 +43,11 @@ quality: work/SmolLM2-135M-Instruct $(VENV)/.text-ready
 # Every method on layers of several families; a quarter of an hour.
 layer-error: work/SmolLM2-135M-Instruct $(VENV)/.text-ready
 	$(BIN)/python benchmarks/layer_error.py --model $< --text work/text/calib.wiki.txt --blocks 5 14
+
+# Beside llama.cpp, OpenVINO and ONNX Runtime, each in an environment of its own; the first run builds
+# llama.cpp and takes half an hour, later ones a third of that.
+bench-peers: work/SmolLM2-135M-Instruct
+	$(BIN)/python benchmarks/bench_peers.py --model $< --work work/peers
 
 # A process per core with one thread each: many small models, which threads would only wait for. A file
 # stays in one process, since what its tests share takes minutes to make.

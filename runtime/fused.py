@@ -60,7 +60,7 @@ class FusedCache:
 
 
 class FusedDecoder:
-    """As `Decoder`. One thread at a time, any number of sequences."""
+    """As `Decoder`. One thread at a time, any number of sequences; `native` takes several at once."""
 
     def __init__(self, checkpoint: Checkpoint, spec: DecoderSpec, library: Library) -> None:
         """Read and repack every weight.
@@ -70,7 +70,7 @@ class FusedDecoder:
         """
         self.spec, self.level = spec, library.level
         loader = Loader(checkpoint, spec, torch.float32, torch.device("cpu"))
-        self._native = NativeDecoder(
+        self.native = NativeDecoder(
             library,
             Shape(
                 spec.layers,
@@ -89,7 +89,7 @@ class FusedDecoder:
     def new_cache(self, limit: int | None = None) -> FusedCache:
         """An empty cache for one sequence of at most `limit` positions."""
         limit = self.spec.max_positions if limit is None else limit
-        return FusedCache(self._native.page_bytes, limit)
+        return FusedCache(self.native.page_bytes, limit)
 
     def forward(self, token_ids: Tensor, cache: FusedCache) -> Tensor:
         """Append tokens [T] to a sequence; returns their final hidden states [T, hidden].
@@ -104,14 +104,14 @@ class FusedDecoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of every next token, fp32 [..., vocab], for final hidden states [..., hidden]."""
-        return self._native.logits(hidden)
+        return self.native.logits(hidden)
 
     def _append(self, ids: Tensor, cache: FusedCache, pages: Tensor) -> Tensor:
         count = len(ids)
         positions = torch.arange(cache.length, cache.length + count)
         starts = torch.zeros(count, dtype=torch.int64)
         ids = ids.to(torch.int32).contiguous()
-        hidden = self._native.forward(ids, positions, pages, starts, cache.memory)
+        hidden = self.native.forward(ids, positions, pages, starts, cache.memory)
         cache.length += count
         return hidden
 

@@ -119,7 +119,7 @@ def test_a_sequence_gets_the_same_bits_however_it_is_cut(level: str, tmp_path: P
 def test_sequences_in_one_batch_get_the_bits_they_get_alone(tmp_path: Path) -> None:
     """Three sequences of different lengths take turns in shared pages, in one call a step."""
     decoder = fused(packed(tmp_path, Tiny()))
-    native, lengths = decoder._native, (40, 7, 23)
+    native, lengths = decoder.native, (40, 7, 23)
     texts = [tokens(length, seed) for seed, length in enumerate(lengths)]
     alone = [decoder.forward(text, decoder.new_cache()) for text in texts]
     pages = torch.tensor([5, 2, 8, 7, 0, 6], dtype=torch.int32)  # 3, 1 and 2 of them
@@ -167,7 +167,7 @@ def test_a_full_cache_is_refused_and_stays_usable(tmp_path: Path) -> None:
 def test_what_is_out_of_range_is_refused_by_the_library(
     ids: list[int], positions: list[int], pages: list[int], starts: list[int], tmp_path: Path
 ) -> None:
-    native = fused(packed(tmp_path, Tiny()))._native
+    native = fused(packed(tmp_path, Tiny())).native
     memory = torch.zeros(native.page_bytes, dtype=torch.uint8)
     arguments = (torch.tensor(positions), torch.tensor(pages, dtype=torch.int32))
     with pytest.raises(HalfweaveError, match="out of range"):

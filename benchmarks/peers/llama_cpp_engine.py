@@ -1,0 +1,67 @@
+"""llama.cpp by llama-cpp-python's bare binding, without sampling: MODEL.gguf THREADS."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+
+import llama_cpp
+from worker import Engine, serve
+
+MOST_POSITIONS, MOST_SEQUENCES = 1024, 16
+_quiet = llama_cpp.llama_log_callback(lambda level, message, data: None)
+
+
+class LlamaCpp(Engine):
+    """One context for all sequences; memory is cleared before each measurement."""
+
+    version = llama_cpp.__version__
+    batches = True
+
+    def __init__(self, path: str, threads: int) -> None:
+        llama_cpp.llama_log_set(_quiet, ctypes.c_void_p(0))
+        llama_cpp.llama_backend_init()
+        model = llama_cpp.llama_model_load_from_file(
+            path.encode(), llama_cpp.llama_model_default_params()
+        )
+        settings = llama_cpp.llama_context_default_params()
+        settings.n_ctx = MOST_POSITIONS * 4
+        settings.n_batch = settings.n_ubatch = 512
+        settings.n_seq_max = MOST_SEQUENCES
+        settings.kv_unified = True
+        settings.n_threads = settings.n_threads_batch = threads
+        self._context = llama_cpp.llama_init_from_model(model, settings)
+        self._memory = llama_cpp.llama_get_memory(self._context)
+        self._batch = llama_cpp.llama_batch_init(512, 0, 1)
+
+    def prefill(self, ids: list[int]) -> float:
+        llama_cpp.llama_memory_clear(self._memory, True)
+        start = time.perf_counter()
+        self._run([(token, position, 0) for position, token in enumerate(ids)], last_only=True)
+        return time.perf_counter() - start
+
+    def decode(self, depth: int, count: int, batch: int) -> float:
+        llama_cpp.llama_memory_clear(self._memory, True)
+        for sequence in range(batch if depth else 0):
+            self._run([(100 + i, i, sequence) for i in range(depth)], last_only=True)
+        start = time.perf_counter()
+        for step in range(count):
+            tokens = [(100 + step * 31, depth + step, sequence) for sequence in range(batch)]
+            self._run(tokens, last_only=False)
+        return time.perf_counter() - start
+
+    def _run(self, tokens: list[tuple[int, int, int]], last_only: bool) -> None:
+        """Tokens as (id, position, sequence)."""
+        batch = self._batch
+        batch.n_tokens = len(tokens)
+        for i, (token, position, sequence) in enumerate(tokens):
+            batch.token[i], batch.pos[i] = token, position
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
+            batch.logits[i] = not last_only or i == len(tokens) - 1
+        code = llama_cpp.llama_decode(self._context, batch)
+        if code:
+            raise RuntimeError(f"llama_decode gave {code}")
+        llama_cpp.llama_get_logits_ith(self._context, -1)
+
+
+serve(LlamaCpp)

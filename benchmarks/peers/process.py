@@ -1,0 +1,49 @@
+"""A worker that is running: asked a line, answers a line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+
+class Process:
+    """One script of this folder in the environment of its engine, loaded and waiting."""
+
+    def __init__(self, python: Path, script: Path, model: str, threads: int) -> None:
+        """Start it, and wait until it is ready.
+
+        Raises:
+            RuntimeError: it ended instead.
+        """
+        self._name = f"{script.name} {model}"
+        self._process = subprocess.Popen(
+            [str(python), str(script), model, str(threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        ready = self._answer()
+        self.version, self.load_s = str(ready["version"]), float(ready["load_s"])
+
+    def ask(self, **request: object) -> dict[str, Any]:
+        """Its answer; raises RuntimeError if it ended."""
+        assert self._process.stdin is not None
+        print(json.dumps(request), file=self._process.stdin, flush=True)
+        return self._answer()
+
+    def close(self) -> None:
+        """End it."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self._name} ended")
+        found: dict[str, Any] = json.loads(line)
+        return found
