@@ -14,6 +14,7 @@ from ..errors import CapacityError
 from ..kernels.cpu.decoder import PAGE_POSITIONS, Block, Ends, NativeDecoder, Shape
 from ..kernels.cpu.library import Library
 from ..kernels.cpu.packed import CODED, PackedWeight, pack_weight, round_to_int8
+from ..kernels.formats import Dense, PackedLinear
 from .checkpoint import Checkpoint
 from .loading import EMBEDDING, HEAD, Loader
 from .rope import inverse_frequencies
@@ -139,5 +140,10 @@ def _end(loader: Loader, library: Library, name: str, rounded: bool) -> PackedWe
     """As it is stored, or in 8 bits if `rounded` and it has more."""
     stored = loader.packed(name)
     if rounded and stored.kind not in CODED:
-        return round_to_int8(library, stored.unpack())
+        return round_to_int8(library, _floats(stored))
     return pack_weight(library, stored)
+
+
+def _floats(stored: PackedLinear) -> Tensor:
+    """As it is, where it is dense: no copy."""
+    return stored.weight if isinstance(stored, Dense) else stored.unpack()

@@ -98,6 +98,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "hw_read": (c_int32, [_P, _P, c_int64]),
     "hw_packed_bytes": (c_int64, [c_int32, c_int32, c_int64, c_int64]),
     "hw_pack": (c_int32, [_P, WeightStruct, _P, _P, _P, _P]),
+    "hw_round": (c_int32, [_P, WeightStruct, c_int32, _P, _P]),
     "hw_linear": (c_int32, [_P, _P, _W, _P, c_int64, _P, _P]),
     "hw_decoder_new": (
         c_int32,

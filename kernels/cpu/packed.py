@@ -7,11 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from ...errors import HalfweaveError
 from ..formats import Dense, Int4, Int8, PackedLinear, Sparse24, Sparse24Int4
-from ..nibbles import SMALLEST_SCALE
 from .library import Library, WeightStruct
 
 # Numbers of api.h: of formats with codes, and of those with floats by what these are stored as.
@@ -28,7 +26,6 @@ CODED = frozenset(_CODES)  # formats whose inputs are rounded to 8 bits
 _LINE = 64
 _ANY_GROUP = 32  # of weights without scales
 _INT8_GROUP = 32  # the layout has scales for groups; an Int8 repeats its row's
-_ROWS_AT_ONCE = 4096  # that are rounded, which bounds the floats beside them
 
 
 @dataclass(frozen=True)
@@ -52,33 +49,21 @@ def pack_weight(library: Library, weight: PackedLinear) -> PackedWeight:
         return _pack_floats(library, weight.kind, weight.shape, weight.values, weight.meta)
     if isinstance(weight, Int8):
         groups = -(-weight.shape[1] // _INT8_GROUP)
-        scale = weight.scale.expand(len(weight.scale), groups)
-        return pack_int8(library, weight.values, scale)
+        tensors = (weight.values, None, weight.scale.expand(len(weight.scale), groups))
+        return _pack(library, _CODES[Int8.kind], _INT8_GROUP, weight.shape, tensors)
     meta = weight.meta if isinstance(weight, Sparse24Int4) else None
-    tensors = (weight.values, meta, weight.scale)
-    return _pack(library, _CODES[weight.kind], weight.group, weight.shape, tensors)
-
-
-def pack_int8(library: Library, codes: Tensor, scale: Tensor) -> PackedWeight:
-    """A weight of int8 codes [N, K] with a scale fp16 [N, K/32] for 32 columns of a row."""
-    rows, columns = codes.shape
-    tensors = (codes, None, scale)
-    return _pack(library, _CODES[Int8.kind], _INT8_GROUP, (rows, columns), tensors)
+    stored = (weight.values, meta, weight.scale)
+    return _pack(library, _CODES[weight.kind], weight.group, weight.shape, stored)
 
 
 def round_to_int8(library: Library, weight: Tensor) -> PackedWeight:
     """A float weight [N, K] in 8 bits: the nearest of 255 levels per row and 32 columns."""
     rows, columns = weight.shape
-    padded = -columns % _INT8_GROUP
-    codes = torch.empty(rows, columns, dtype=torch.int8)
-    scale = torch.empty(rows, (columns + padded) // _INT8_GROUP, dtype=torch.float16)
-    for start in range(0, rows, _ROWS_AT_ONCE):
-        part = slice(start, start + _ROWS_AT_ONCE)
-        groups = functional.pad(weight[part].float(), (0, padded)).unflatten(1, (-1, _INT8_GROUP))
-        scale[part] = (groups.abs().amax(dim=-1) / 127).clamp_min(SMALLEST_SCALE)
-        rounded = torch.round(groups / scale[part].float()[..., None]).clamp(-127, 127)
-        codes[part] = rounded.flatten(1)[:, :columns]
-    return pack_int8(library, codes, scale)
+    packed = _new(library, _CODES[Int8.kind], _INT8_GROUP, (rows, columns))
+    values, from_kind = weight.contiguous(), _FLOATS[Dense.kind, weight.dtype]
+    pointers = values.data_ptr(), packed.data.data_ptr()
+    library.call("hw_round", library.pool, packed.struct, from_kind, *pointers)
+    return packed
 
 
 def _pack_floats(
@@ -95,15 +80,20 @@ def _pack(
     tensors: tuple[Tensor, Tensor | None, Tensor | None],
 ) -> PackedWeight:
     """`tensors` are values, meta and scales, as the checkpoint has them."""
+    packed = _new(library, kind, group, shape)
+    stored = [None if tensor is None else tensor.contiguous() for tensor in tensors]
+    pointers = [None if tensor is None else tensor.data_ptr() for tensor in stored]
+    library.call("hw_pack", library.pool, packed.struct, *pointers, packed.data.data_ptr())
+    return packed
+
+
+def _new(library: Library, kind: int, group: int, shape: tuple[int, int]) -> PackedWeight:
+    """Memory for a weight; what is in it is undefined."""
     size = library.functions.hw_packed_bytes(kind, group, *shape)
     if size < 0:
         raise HalfweaveError(f"a weight of {shape[0]} x {shape[1]} cannot be packed")
     data = aligned_bytes(size)
-    struct = WeightStruct(kind, group, *shape, data.data_ptr(), size)
-    stored = [None if tensor is None else tensor.contiguous() for tensor in tensors]
-    pointers = [None if tensor is None else tensor.data_ptr() for tensor in stored]
-    library.call("hw_pack", library.pool, struct, *pointers, data.data_ptr())
-    return PackedWeight(shape, data, struct)
+    return PackedWeight(shape, data, WeightStruct(kind, group, *shape, data.data_ptr(), size))
 
 
 def packed_bytes(

@@ -1,24 +1,9 @@
 #include "embedding.hpp"
 
-#include "half.hpp"
+#include "float_values.hpp"
 #include "walk.hpp"
 
 namespace halfweave {
-namespace {
-
-float to_float(int32_t kind, const uint8_t* value) {
-  if (kind == kDenseFp32) {
-    float found;
-    memcpy(&found, value, sizeof found);
-    return found;
-  }
-  uint16_t bits;
-  memcpy(&bits, value, sizeof bits);
-  return kind == kDenseBf16 ? bfloat_to_float(bits) : half_to_float(bits);
-}
-
-}  // namespace
-
 void unpack_row(const Weight& w, int64_t row, float* out) {
   const int64_t lane = row % kTileRows, size = float_bytes(w.kind);
   const uint8_t* tile = w.data + row / kTileRows * w.tile_bytes();

@@ -173,12 +173,31 @@ def test_any_shape_of_inputs_and_none_at_all(library: Library) -> None:
     )
 
 
-def test_a_float_weight_in_8_bits_is_near_itself(library: Library) -> None:
-    weight = torch.randn(5000, 100)  # more rows than are rounded at a time, a short last group
+@pytest.mark.parametrize("dtype", FLOATS.values())
+def test_a_float_weight_in_8_bits_takes_the_nearest_of_255_levels(
+    library: Library, dtype: torch.dtype
+) -> None:
+    weight = torch.randn(50, 100).to(dtype)  # a short last group
+    weight[3] = 0
     packed = round_to_int8(library, weight)
-    identity = torch.eye(100)
-    found = linear(library, packed, identity, None).T
-    assert (found - weight).abs().max() < weight.abs().max() / 127
+    groups = functional.pad(weight.float(), (0, 28)).unflatten(1, (-1, 32))
+    scale = (groups.abs().amax(-1, keepdim=True) / 127).clamp_min(2**-14).half().float()
+    wanted = (torch.round(groups / scale).clamp(-127, 127) * scale).flatten(1)[:, :100]
+    found = linear(library, packed, torch.eye(100), None).T
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "from_kind", "code"),
+    [({}, 5, 2), ({}, 9, 2), ({"kind": 1}, 8, 2), ({"group": 64}, 8, 2), ({"rows": 100}, 8, 3)],
+)
+def test_rounding_refuses_what_it_cannot_do(
+    library: Library, changes: dict[str, int | None], from_kind: int, code: int
+) -> None:
+    packed = round_to_int8(library, torch.randn(16, 32))
+    struct, values = struct_of(packed, **changes), torch.zeros(16, 32)
+    arguments = (struct, from_kind, values.data_ptr(), packed.data.data_ptr())
+    assert library.functions.hw_round(library.pool, *arguments) == code
 
 
 def test_inputs_that_do_not_fit_are_refused(library: Library) -> None:
