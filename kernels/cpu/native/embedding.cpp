@@ -10,7 +10,7 @@ void unpack_row(const Weight& w, int64_t row, float* out) {
   if (holds_floats(w.kind))
     return each_float_block(w, tile, [&](const uint8_t* data, int64_t column) {
       for (int64_t i = 0; i < kBlock && column + i < w.columns; i++)
-        out[column + i] = to_float(w.kind, data + (i * kTileRows + lane) * size);
+        to_floats(w.kind, data + (i * kTileRows + lane) * size, 1, out + column + i);
     });
   each_block(w, tile, 0, w.columns,
              [&](const uint8_t* data, const uint16_t* scales, int64_t column) {

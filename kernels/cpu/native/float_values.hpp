@@ -5,15 +5,20 @@
 
 namespace halfweave {
 
-inline float to_float(int32_t kind, const uint8_t* value) {
-  if (kind == kDenseFp32) {
-    float found;
-    memcpy(&found, value, sizeof found);
-    return found;
-  }
+template <class Convert>
+void convert(const uint8_t* stored, int64_t count, float* out, const Convert& to_float) {
   uint16_t bits;
-  memcpy(&bits, value, sizeof bits);
-  return kind == kDenseBf16 ? bfloat_to_float(bits) : half_to_float(bits);
+  for (int64_t i = 0; i < count; i++) {
+    memcpy(&bits, stored + i * sizeof bits, sizeof bits);
+    out[i] = to_float(bits);
+  }
+}
+
+// `count` of them, one behind the other.
+inline void to_floats(int32_t kind, const uint8_t* stored, int64_t count, float* out) {
+  if (kind == kDenseFp32) return (void)memcpy(out, stored, count * sizeof(float));
+  if (kind == kDenseBf16) return convert(stored, count, out, bfloat_to_float);
+  convert(stored, count, out, half_to_float);
 }
 
 }  // namespace halfweave

@@ -11,11 +11,38 @@ namespace {
 int nibble(const uint8_t* row, int64_t at) { return (row[at / 2] >> (at % 2 * 4)) & 15; }
 uint8_t code(const uint8_t* row, int64_t at) { return (uint8_t)((nibble(row, at) - 8) & 15); }
 
+// Four nibbles, or four pairs of bits, one to a byte.
+uint32_t spread_nibbles(uint32_t x) {
+  return (x & 0xF) | (x & 0xF0) << 4 | (x & 0xF00) << 8 | (x & 0xF000) << 12;
+}
+uint32_t spread_pairs(uint32_t x) {
+  return (x & 3) | (x & 12) << 6 | (x & 48) << 12 | (x & 192) << 18;
+}
+void store_word(uint8_t* out, uint32_t word) {
+  for (int i = 0; i < 4; i++) out[i] = (uint8_t)(word >> (8 * i));
+}
+
+// One row's part of a block that lies within the row: a step's four codes are 16 bits of `values`
+// and its two pairs of positions 8 bits of `meta`.
+void pack_whole_sparse(const uint8_t* values, const uint8_t* meta, uint8_t* out) {
+  uint32_t codes[kBlock / 8], indices = 0;
+  for (int step = 0; step < kBlock / 8; step++) {
+    const uint32_t stored = values[2 * step] | (uint32_t)values[2 * step + 1] << 8;
+    codes[step] = spread_nibbles(stored ^ 0x8888);  // from code + 8 to two's complement
+    indices |= spread_pairs(meta[step]) << (2 * step);
+  }
+  store_word(out, codes[0] | codes[1] << 4);
+  store_word(out + kLine, codes[2] | codes[3] << 4);
+  store_word(out + 2 * kLine, indices);
+}
+
 // One row's part of a block: columns [column, column + 32) of `stored` go to line bytes `out`.
 void pack_sparse(const Weight& w, const Stored& stored, int64_t row, int64_t column,
                  uint8_t* out) {
   const uint8_t* values = stored.values + row * (w.columns / 4);
   const uint8_t* meta = stored.meta + row * ceil_div(w.columns, 8);
+  if (column + kBlock <= w.columns)
+    return pack_whole_sparse(values + column / 4, meta + column / 8, out);
   for (int64_t four = 0; four < kBlock / 4; four++) {
     const int64_t at = column / 4 + four;
     const bool there = 4 * at < w.columns;

@@ -11,17 +11,20 @@ namespace halfweave {
 namespace {
 
 constexpr float kSmallestScale = 0x1p-14f;
+constexpr float kToNearest = 12582912.f;  // 1.5 * 2^23: added, it leaves no bits behind the point
 
-// One row's part of a block, `count` floats; the codes go to line bytes `out`. Returns the scale.
-uint16_t round_row(const float* values, int64_t count, uint8_t* out) {
+// One row's part of a block; the codes go to line bytes `out`. Returns the scale.
+uint16_t round_row(const float* values, uint8_t* out) {
   float most = 0;
-  for (int64_t i = 0; i < count; i++) most = std::max(most, std::fabs(values[i]));
+  for (int64_t i = 0; i < kBlock; i++) most = std::max(most, std::fabs(values[i]));
   const uint16_t scale = float_to_half(std::max(most / 127.f, kSmallestScale));
   const float step = half_to_float(scale);
-  for (int64_t i = 0; i < count; i++) {
-    const float code = std::min(std::max(std::nearbyint(values[i] / step), -127.f), 127.f);
-    out[i / 4 * kLine + i % 4] = (uint8_t)(int8_t)code;
+  int8_t codes[kBlock];
+  for (int64_t i = 0; i < kBlock; i++) {
+    const float code = std::min(std::max(-127.f, values[i] / step), 127.f);
+    codes[i] = (int8_t)(int32_t)((code + kToNearest) - kToNearest);
   }
+  for (int64_t i = 0; i < kBlock; i += 4) memcpy(out + i / 4 * kLine, codes + i, 4);
   return scale;
 }
 
@@ -38,12 +41,12 @@ void round_to_int8(const Weight& shape, int32_t from, const uint8_t* values, uin
                [&](const uint8_t* data, const uint16_t* scales, int64_t column) {
                  auto* to_scales = (uint16_t*)(start + ((const uint8_t*)scales - start));
                  const int64_t count = std::min(shape.columns - column, kBlock);
+                 std::fill(row_values + count, row_values + kBlock, 0.f);
                  for (int64_t r = 0; r < kTileRows && tile * kTileRows + r < shape.rows; r++) {
                    const int64_t row = tile * kTileRows + r;
                    const uint8_t* stored = values + (row * shape.columns + column) * size;
-                   for (int64_t i = 0; i < count; i++)
-                     row_values[i] = to_float(from, stored + i * size);
-                   to_scales[r] = round_row(row_values, count, start + (data - start) + 4 * r);
+                   to_floats(from, stored, count, row_values);
+                   to_scales[r] = round_row(row_values, start + (data - start) + 4 * r);
                  }
                });
   }
