@@ -56,7 +56,7 @@ test: $(VENV)/.model-ready
 
 # The kernels' own tests again, with every access to memory and every conversion checked, and the
 # pool's threads with every order of access. Minutes; builds beside the installed library.
-SANITIZE := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+SANITIZE := -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 SANITIZED := build/sanitized
 
 test-sanitize: setup
@@ -69,7 +69,7 @@ test-sanitize: setup
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 HALFWEAVE_KERNELS_FLAGS="$(SANITIZE)" \
 	    HALFWEAVE_KERNELS_UNDER_TEST=$(SANITIZED)/halfweave/kernels/cpu/libhalfweave_cpu.so \
-	    $(BIN)/python -m pytest tests/kernels/cpu tests/runtime/test_fused.py
+	    $(BIN)/python -m pytest -s tests/kernels/cpu tests/runtime/test_fused.py
 
 check: lint typecheck
 

@@ -79,9 +79,10 @@ class PlatformWheel(bdist_wheel):
 
 
 def compiler() -> list[str]:
-    """The C++ compiler, and flags that the user gives it."""
+    """The C++ compiler, and the flags of all files; the user's come last, so that they prevail."""
     return [
         *shlex.split(os.environ.get("CXX", "g++")),
+        *COMMON,
         *shlex.split(os.environ.get("CXXFLAGS", "")),
     ]
 
@@ -91,7 +92,7 @@ def compile_one(source: Path, objects: Path) -> str:
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     flags = X86_LEVELS.get(source.stem, []) if x86 else []
     target = objects / f"{source.stem}.o"
-    run([*compiler(), *COMMON, *flags, "-c", str(source), "-o", str(target)])
+    run([*compiler(), *flags, "-c", str(source), "-o", str(target)])
     return str(target)
 
 

@@ -21,7 +21,7 @@ inline float exp_of(float x) {
   p = p * r + 0.5f;
   p = p * r + 1.f;
   p = p * r + 1.f;
-  int32_t bits;
+  uint32_t bits;
   memcpy(&bits, &shifted, 4);
   bits = (bits + 127) << 23;
   float power;
