@@ -56,7 +56,7 @@ test: $(VENV)/.model-ready
 
 # The kernels' own tests again, with every access to memory and every conversion checked, and the
 # pool's threads with every order of access. Minutes; builds beside the installed library.
-SANITIZE := -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+SANITIZE := -O1 -fno-omit-frame-pointer -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all
 SANITIZED := build/sanitized
 
 test-sanitize: setup

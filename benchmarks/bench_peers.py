@@ -15,6 +15,7 @@ import sys
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "docs" / "results"
@@ -25,7 +26,7 @@ from halfweave.kernels.cpu.library import library  # noqa: E402
 from halfweave.pruner.gguf_file import locate_smollm2  # noqa: E402
 from halfweave.runtime.hardware import this_machine, versions  # noqa: E402
 from page import write_page  # noqa: E402
-from prepare import Contender, prepare  # noqa: E402
+from prepare import Contender, Missing, prepare  # noqa: E402
 from products import measure_products  # noqa: E402
 
 
@@ -51,7 +52,8 @@ def main() -> None:
     contenders, missing = prepare(options.work, options.model.resolve(), Path(locate_smollm2()))
     rows, kernels = [], []
     for threads in options.threads:
-        rows += measure_engines(contenders, threads, options.rounds)
+        more, ended = measure_engines(contenders, threads, options.rounds)
+        rows, missing = rows + more, missing + ended
         if not options.without_kernels:
             kernels += measure_products(
                 (Path(sys.executable), HERE / "peers" / "halfweave_kernels.py"),
@@ -59,9 +61,17 @@ def main() -> None:
                 threads,
                 options.rounds,
             )
+        write(options, rows, kernels, missing)
+
+
+def write(
+    options: argparse.Namespace, rows: list[Any], kernels: list[Any], missing: list[Missing]
+) -> None:
+    """The page and its twin, from what is measured by now."""
+    native = library()
     document = {
         "hardware": this_machine().line,
-        "level": native.level if (native := library()) else "none",
+        "level": native.level if native else "none",
         "date": date.today().isoformat(),
         "versions": versions(),
         "rounds": options.rounds,

@@ -156,5 +156,5 @@ def _block(loader: Loader, prefix: str, exact: bool) -> _Block:
 
 def _head(loader: Loader, embedding: Tensor, exact: bool) -> LinearFunction:
     if loader.spec.tied:
-        return prepare(Dense(embedding), None, loader.device, loader.dtype)
+        return prepare(Dense(embedding), None, loader.device, loader.dtype, exact)
     return _bound(loader, "lm_head", exact)

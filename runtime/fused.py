@@ -14,7 +14,7 @@ from ..errors import CapacityError
 from ..kernels.cpu.decoder import PAGE_POSITIONS, Block, Ends, NativeDecoder, Shape
 from ..kernels.cpu.library import Library
 from ..kernels.cpu.packed import CODED, PackedWeight, pack_weight, round_to_int8
-from ..kernels.formats import Dense, PackedLinear
+from ..kernels.formats import Dense
 from .checkpoint import Checkpoint
 from .loading import EMBEDDING, HEAD, Loader
 from .rope import inverse_frequencies
@@ -24,9 +24,13 @@ _TOKENS_AT_ONCE = 256  # bounds the states that a long prompt has at a time
 _FIRST_PAGES = 16
 
 
-def rounds_ends(checkpoint: Checkpoint) -> bool:
-    """Whether embedding and head are rounded to 8 bits: where some linear is stored as codes."""
-    return any(entry.format in CODED for entry in checkpoint.linears.values())
+def rounds_end(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether the embedding or head `name` is rounded to 8 bits when it is loaded.
+
+    That is where some linear is stored as codes, and this one is not.
+    """
+    coded = {linear for linear, entry in checkpoint.linears.items() if entry.format in CODED}
+    return bool(coded) and name not in coded
 
 
 class FusedCache:
@@ -128,22 +132,16 @@ def _block(loader: Loader, library: Library, prefix: str) -> Block:
 
 def _ends(loader: Loader, library: Library) -> Ends:
     spec = loader.spec
-    rounded = rounds_ends(loader.checkpoint)
-    embedding = _end(loader, library, EMBEDDING, rounded)
-    head = embedding if spec.tied else _end(loader, library, HEAD, rounded)
+    embedding = _end(loader, library, EMBEDDING)
+    head = embedding if spec.tied else _end(loader, library, HEAD)
     norm = loader.vector("model.norm.weight", spec.hidden)
     frequencies = inverse_frequencies(spec.rope, spec.head_dim).contiguous()
     return Ends(embedding, head, norm, frequencies)
 
 
-def _end(loader: Loader, library: Library, name: str, rounded: bool) -> PackedWeight:
-    """As it is stored, or in 8 bits if `rounded` and it has more."""
+def _end(loader: Loader, library: Library, name: str) -> PackedWeight:
     stored = loader.packed(name)
-    if rounded and stored.kind not in CODED:
-        return round_to_int8(library, _floats(stored))
-    return pack_weight(library, stored)
-
-
-def _floats(stored: PackedLinear) -> Tensor:
-    """As it is, where it is dense: no copy."""
-    return stored.weight if isinstance(stored, Dense) else stored.unpack()
+    if not rounds_end(loader.checkpoint, name):
+        return pack_weight(library, stored)
+    floats = stored.weight if isinstance(stored, Dense) else stored.unpack()
+    return round_to_int8(library, floats)

@@ -1,4 +1,4 @@
-"""What is inside a model directory, without running it. Knows files and formats, not printing."""
+"""What is inside a model directory, without loading it. Knows files and formats, not printing."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from ..kernels.dispatch import choose
 from ..kernels.formats import FORMATS, Dense
 from ..kernels.shards import ShardedTensors
 from .checkpoint import Checkpoint
+from .loading import EMBEDDING
 from .roof import Roof, find_roof
 from .spec import decoder_spec
-
-_EMBEDDING = "model.embed_tokens.weight"  # never packed: it has the dtype of the dense model
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,9 @@ class Inspection:
 
     def to_json(self) -> dict[str, Any]:
         """All of it, linear by linear."""
-        return asdict(self)
+        roof = self.roof
+        limit = {} if roof is None else {"tokens_per_second": roof.tokens_per_second}
+        return {**asdict(self), "roof": roof and {**asdict(roof), **limit}}
 
 
 def inspect_checkpoint(path: str | Path, verify: bool = True) -> Inspection:
@@ -67,7 +68,8 @@ def inspect_checkpoint(path: str | Path, verify: bool = True) -> Inspection:
     names = [f"model.layers.{i}.{name}" for i in range(spec.layers) for name in spec.linear_shapes]
     tensors = ShardedTensors.open(checkpoint.path)
     linears = tuple(_linear(checkpoint, tensors, name, records.get(name, {})) for name in names)
-    item_bytes = tensors.dtype(_EMBEDDING).itemsize
+    # The embedding is never packed: it has the dtype of the dense model.
+    item_bytes = tensors.dtype(f"{EMBEDDING}.weight").itemsize
     saved = sum(
         item_bytes * prod(row.shape) - row.bytes for row in linears if row.format != Dense.kind
     )
@@ -81,7 +83,7 @@ def inspect_checkpoint(path: str | Path, verify: bool = True) -> Inspection:
         verified_files=len(manifest["files"]) if manifest is not None and verify else None,
         recipe=None if manifest is None else manifest.get("recipe"),
         provenance=None if manifest is None else manifest.get("provenance"),
-        roof=find_roof(checkpoint, spec),
+        roof=find_roof(checkpoint, spec, tensors, names),
     )
 
 

@@ -49,6 +49,8 @@ class Loader:
 
     def packed(self, linear: str) -> PackedLinear:
         """A linear of a block by its full name, or one of the ends, as it is stored."""
+        if linear == EMBEDDING and linear in self.checkpoint.linears:
+            raise CheckpointError(f"{EMBEDDING} is packed, and embeddings never are")
         shape = self._shape(linear)
         found = self.checkpoint.linear_shape(linear)
         if found != shape:

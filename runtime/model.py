@@ -70,7 +70,8 @@ def load_model(path: str | Path, dtype: str = "auto", verify: bool = True) -> Mo
     """Open a directory and make it ready to run on the CPU.
 
     `dtype` is what is computed in: "float32" or "bfloat16" throughout, or "auto": whatever is
-    fastest here, which for weights of 4 and 8 bits rounds the inputs of linears to 8 bits.
+    fastest here, which rounds keys and values to fp16, and the inputs of weights of 4 and 8 bits to
+    8 bits.
 
     Raises:
         UsageError: no such directory, or unknown dtype.

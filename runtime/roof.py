@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..errors import CheckpointError
 from ..kernels.cpu.bandwidth import read_bandwidth
 from ..kernels.cpu.library import Library, library
 from ..kernels.cpu.packed import CODED, packed_bytes
-from ..kernels.formats import Dense, Int8
+from ..kernels.formats import FLOAT_DTYPES, FORMATS, Dense, Int8
 from ..kernels.shards import ShardedTensors
 from .checkpoint import Checkpoint
-from .fused import rounds_ends
+from .fused import rounds_end
 from .loading import EMBEDDING, HEAD
 from .spec import DecoderSpec
 
@@ -34,32 +36,37 @@ class Roof:
         return self.read_bytes_per_second / self.token_bytes
 
 
-def find_roof(checkpoint: Checkpoint, spec: DecoderSpec) -> Roof | None:
-    """Measure for a tenth of a second; None where the CPU kernels are not installed."""
+def find_roof(
+    checkpoint: Checkpoint, spec: DecoderSpec, tensors: ShardedTensors, linears: Sequence[str]
+) -> Roof | None:
+    """Measure for a tenth of a second; None without the CPU kernels, or memory to read.
+
+    `tensors` are the checkpoint's, `linears` the names of those of its blocks.
+
+    Raises:
+        CheckpointError: a weight is stored in a dtype that no weight has.
+    """
     native = library()
     if native is None:
         return None
-    tensors = ShardedTensors.open(checkpoint.path)
-    names = [f"model.layers.{i}.{name}" for i in range(spec.layers) for name in spec.linear_shapes]
-    total = sum(_linear_bytes(native, checkpoint, tensors, name) for name in names)
-    total += _head_bytes(native, checkpoint, tensors, spec)
-    return Roof(native.level, native.threads, total, read_bandwidth(native))
+    head = EMBEDDING if spec.tied else HEAD
+    total = sum(_stored_bytes(native, checkpoint, tensors, name) for name in linears)
+    if rounds_end(checkpoint, head):
+        total += packed_bytes(native, Int8.kind, (spec.vocab, spec.hidden))
+    else:
+        total += _stored_bytes(native, checkpoint, tensors, head)
+    try:
+        return Roof(native.level, native.threads, total, read_bandwidth(native))
+    except RuntimeError:  # torch's word for memory that there is not
+        return None
 
 
-def _linear_bytes(
+def _stored_bytes(
     native: Library, checkpoint: Checkpoint, tensors: ShardedTensors, name: str
 ) -> int:
-    entry, shape = checkpoint.linears.get(name), checkpoint.linear_shape(name)
-    if entry is None:
-        return packed_bytes(native, Dense.kind, shape, dtype=tensors.dtype(f"{name}.weight"))
-    dtype = None if entry.format in CODED else tensors.dtype(f"{name}.values")
-    return packed_bytes(native, entry.format, shape, entry.group, dtype)
-
-
-def _head_bytes(
-    native: Library, checkpoint: Checkpoint, tensors: ShardedTensors, spec: DecoderSpec
-) -> int:
-    name = EMBEDDING if spec.tied else HEAD
-    if name not in checkpoint.linears and rounds_ends(checkpoint):
-        return packed_bytes(native, Int8.kind, (spec.vocab, spec.hidden))
-    return _linear_bytes(native, checkpoint, tensors, name)
+    entry = checkpoint.linears.get(name)
+    kind, group = (Dense.kind, None) if entry is None else (entry.format, entry.group)
+    dtype = None if kind in CODED else tensors.dtype(f"{name}.{FORMATS[kind].suffixes[0]}")
+    if dtype is not None and dtype not in FLOAT_DTYPES:
+        raise CheckpointError(f"{name}: {dtype} is no dtype for weights")
+    return packed_bytes(native, kind, checkpoint.linear_shape(name), group, dtype)

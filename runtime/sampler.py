@@ -72,10 +72,10 @@ def candidates(
 
 def _nucleus(chances: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
     """Indices of the smallest set of most likely tokens that reaches `top_p`; at least one."""
-    few = len(chances) > _FEW
-    likely = np.argpartition(chances, -_FEW)[-_FEW:] if few else np.arange(len(chances))
+    many = len(chances) > _FEW
+    likely = np.argpartition(chances, -_FEW)[-_FEW:] if many else np.arange(len(chances))
     wanted = top_p * chances.sum()
-    if few and chances[likely].sum() < wanted:
+    if many and chances[likely].sum() < wanted:
         likely = np.arange(len(chances))
     ordered = likely[np.argsort(-chances[likely], kind="stable")]
     before = chances[ordered].cumsum() - chances[ordered]  # what the more likely ones hold

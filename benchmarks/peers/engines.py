@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from prepare import Contender
+from prepare import Contender, Missing
 from process import Process
 
 
@@ -29,43 +29,76 @@ TASKS = (
 )
 
 
+@dataclass
+class _Runner:
+    """A contender that is running, and its rates so far."""
+
+    contender: Contender
+    process: Process
+    peak_rss_mib: int = 0
+    rates: dict[Task, list[float]] = field(default_factory=dict)
+
+    def measure(self, task: Task, keep: bool) -> None:
+        answer = self.process.ask(**asdict(task))
+        self.peak_rss_mib = answer["peak_rss_mib"]
+        if keep and answer["seconds"]:
+            rate = task.tokens * task.batch / answer["seconds"]
+            self.rates.setdefault(task, []).append(rate)
+
+
 def measure_engines(
     contenders: Sequence[Contender], threads: int, rounds: int
-) -> list[dict[str, Any]]:
-    """Rows of the table for one number of threads.
+) -> tuple[list[dict[str, Any]], list[Missing]]:
+    """Rows of the table for one number of threads, and what ended before it was measured.
 
     Every round goes through all contenders task by task; the first one only warms up.
     """
-    running = [
-        (one, Process(one.python, one.script, str(one.model), threads)) for one in contenders
-    ]
-    rates: dict[tuple[int, Task], list[float]] = {}
-    peaks = [0] * len(running)
+    runners: list[_Runner] = []
+    missing: list[Missing] = []
     try:
+        for one in contenders:
+            try:
+                process = Process(one.python, one.script, str(one.model), threads)
+                runners.append(_Runner(one, process))
+            except RuntimeError as error:
+                missing.append(Missing(one.engine, one.format, str(error)))
         for number in range(rounds + 1):
             for task in TASKS:
-                for i, (_, process) in enumerate(running):
-                    answer = process.ask(**asdict(task))
-                    peaks[i] = answer["peak_rss_mib"]
-                    if number and answer["seconds"]:
-                        rate = task.tokens * task.batch / answer["seconds"]
-                        rates.setdefault((i, task), []).append(rate)
+                missing += _turn(runners, task, keep=number > 0)
     finally:
-        for _, process in running:
-            process.close()
+        for runner in runners:
+            runner.process.close()
+    return [row for runner in runners for row in _rows(runner, threads)], missing
+
+
+def _turn(runners: list[_Runner], task: Task, keep: bool) -> list[Missing]:
+    """Let every runner do the task; those that end over it are taken out and returned."""
+    ended = []
+    for runner in list(runners):
+        try:
+            runner.measure(task, keep)
+        except RuntimeError as error:
+            one = runner.contender
+            ended.append(Missing(one.engine, one.format, f"{task.phase}: {error}"))
+            runner.process.close()
+            runners.remove(runner)
+    return ended
+
+
+def _rows(runner: _Runner, threads: int) -> list[dict[str, Any]]:
     return [
         {
-            "engine": running[i][0].engine,
-            "version": running[i][1].version,
-            "format": running[i][0].format,
+            "engine": runner.contender.engine,
+            "version": runner.process.version,
+            "format": runner.contender.format,
             "threads": threads,
             "phase": task.phase,
             "depth": task.depth,
             "batch": task.batch,
             "tokens_per_s": round(statistics.median(found), 1),
             "spread": [round(min(found), 1), round(max(found), 1)],
-            "peak_rss_mib": peaks[i],
-            "load_s": round(running[i][1].load_s, 2),
+            "peak_rss_mib": runner.peak_rss_mib,
+            "load_s": round(runner.process.load_s, 2),
         }
-        for (i, task), found in rates.items()
+        for task, found in runner.rates.items()
     ]

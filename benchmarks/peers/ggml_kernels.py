@@ -91,8 +91,11 @@ class Kernels:
             self._make(*shape)
             self._made = shape
         start = time.perf_counter()
-        self._ggml.ggml_backend_graph_compute(self._backend, self._graph)
-        return {"us": 1e6 * (time.perf_counter() - start) / ask["copies"], "bytes": self._bytes}
+        status = self._ggml.ggml_backend_graph_compute(self._backend, self._graph)
+        seconds = time.perf_counter() - start
+        if status:
+            raise RuntimeError(f"ggml_backend_graph_compute gave {status}")
+        return {"us": 1e6 * seconds / ask["copies"], "bytes": self._bytes}
 
     def _repacking(self) -> Any:
         ggml = self._ggml

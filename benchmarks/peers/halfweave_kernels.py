@@ -38,9 +38,10 @@ class Kernels:
         level, pool, multiply = native.level_pointer, native.pool, native.functions.hw_linear
         pointers = x.data_ptr(), ask["M"], None, y.data_ptr()
         start = time.perf_counter()
-        for weight in weights:
-            multiply(level, pool, byref(weight.struct), *pointers)
+        refused = [multiply(level, pool, byref(weight.struct), *pointers) for weight in weights]
         seconds = (time.perf_counter() - start) / len(weights)
+        if any(refused):
+            raise RuntimeError(f"a product was refused: {refused}")
         read = read_bandwidth(native) / 1e9
         return {"us": 1e6 * seconds, "bytes": weights[0].struct.bytes, "read_gb_per_s": read}
 

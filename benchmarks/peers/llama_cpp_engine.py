@@ -31,6 +31,8 @@ class LlamaCpp(Engine):
         settings.kv_unified = True
         settings.n_threads = settings.n_threads_batch = threads
         self._context = llama_cpp.llama_init_from_model(model, settings)
+        if not model or not self._context:
+            raise RuntimeError(f"llama.cpp does not load {path}")
         self._memory = llama_cpp.llama_get_memory(self._context)
         self._batch = llama_cpp.llama_batch_init(512, 0, 1)
 

@@ -117,17 +117,30 @@ PLANS = (
 def prepare(work: Path, dense: Path, gguf: Path) -> tuple[list[Contender], list[Missing]]:
     """Everything that can be measured under `work`, and everything that cannot."""
     contenders, missing = [], []
+    failed: dict[str, str] = {}  # environments, which are not tried again
     for plan in PLANS:
         try:
-            contenders.append(_contender(plan, work, dense, gguf))
-        except subprocess.CalledProcessError as error:
-            said = (error.stderr or "").strip().splitlines()
-            missing.append(Missing(plan.engine, plan.format, said[-1] if said else str(error)))
+            if plan.environment in failed:
+                raise OSError(failed[plan.environment])
+            python = _environment(work, plan.environment)
+        except (OSError, subprocess.CalledProcessError) as error:
+            failed[plan.environment] = _reason(error)
+            missing.append(Missing(plan.engine, plan.format, _reason(error)))
+            continue
+        try:
+            contenders.append(_contender(plan, python, work, dense, gguf))
+        except (OSError, subprocess.CalledProcessError) as error:
+            missing.append(Missing(plan.engine, plan.format, _reason(error)))
     return contenders, missing
 
 
-def _contender(plan: _Plan, work: Path, dense: Path, gguf: Path) -> Contender:
-    python = _environment(work, plan.environment)
+def _reason(error: Exception) -> str:
+    """The last line that a command said, or the error itself."""
+    said = (getattr(error, "stderr", None) or "").strip().splitlines()
+    return said[-1] if said else str(error)
+
+
+def _contender(plan: _Plan, python: Path, work: Path, dense: Path, gguf: Path) -> Contender:
     places = {
         "dense": str(dense),
         "gguf": str(gguf),

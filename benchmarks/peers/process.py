@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,14 @@ class Process:
         """Start it, and wait until it is ready.
 
         Raises:
-            RuntimeError: it ended instead.
+            RuntimeError: it ended instead, with what it said last.
         """
-        self._name = f"{script.name} {model}"
+        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115, open as long as the process
         self._process = subprocess.Popen(
             [str(python), str(script), model, str(threads)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self._said,
             text=True,
         )
         ready = self._answer()
@@ -39,11 +40,14 @@ class Process:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait()
+        self._said.close()
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{self._name} ended")
+            self._process.wait()
+            self._said.seek(0)
+            raise RuntimeError(self._said.read().strip().rpartition("\n")[2] or "it ended")
         found: dict[str, Any] = json.loads(line)
         return found

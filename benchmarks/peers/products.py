@@ -33,9 +33,9 @@ def measure_products(
 ) -> list[dict[str, Any]]:
     """Rows of the kernel table; `ours` and `ggml` are Python and script, or None."""
     processes = {"ours": Process(*ours, "-", threads)}
-    if ggml is not None:
-        processes["ggml"] = Process(*ggml, "-", threads)
     try:
+        if ggml is not None:
+            processes["ggml"] = Process(*ggml, "-", threads)
         return [
             row
             for rows, columns in SHAPES

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
 VOCABULARY = 40_000  # ids below are ordinary tokens of SmolLM2
@@ -40,7 +40,7 @@ class Engine:
         raise NotImplementedError
 
     def answer(self, ask: dict[str, Any], salt: int) -> dict[str, Any]:
-        """Seconds of one task of rounds.py; None for a batch where there are none."""
+        """Seconds of one task of engines.py; None for a batch where there are none."""
         if ask["phase"] == "prefill":
             return {"seconds": self.prefill(fresh_ids(ask["tokens"], salt))}
         if ask["batch"] > 1 and not self.batches:
@@ -63,5 +63,12 @@ def serve(load: Callable[[str, int], Worker]) -> None:
     print(json.dumps(ready), file=answers, flush=True)
     for salt, line in enumerate(sys.stdin):
         found = worker.answer(json.loads(line), salt)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(json.dumps({**found, "peak_rss_mib": round(peak)}), file=answers, flush=True)
+        print(json.dumps({**found, "peak_rss_mib": _peak_mib()}), file=answers, flush=True)
+
+
+def _peak_mib() -> int:
+    """Of this program alone: what getrusage tells includes what the process was forked from."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) // 1024
+    return 0

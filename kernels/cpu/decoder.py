@@ -48,7 +48,8 @@ class Block:
 class Ends:
     """What is not in the blocks.
 
-    `embedding` is packed int8 [vocab, hidden], `head` packed; a tied model gives one for both.
+    `embedding` [vocab, hidden] is packed as int8 or dense floats, `head` as anything; a tied model
+    gives one for both.
     `norm` is fp32 [hidden], `frequencies` fp32 [head_dim / 2] in radians per position.
     """
 
@@ -68,7 +69,7 @@ class NativeDecoder:
             HalfweaveError: they do not fit the shape.
         """
         self.shape = shape
-        self._library, self._weights = library, (tuple(blocks), ends)
+        self._library, self.weights = library, (tuple(blocks), ends)
         structs = (BlockStruct * len(blocks))()
         for struct, block in zip(structs, blocks, strict=True):
             struct.attention_norm = block.attention_norm.data_ptr()

@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 import weakref
-from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
 
@@ -95,7 +95,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "hw_level_name": (c_char_p, [_P]),
     "hw_pool_new": (_P, [c_int32]),
     "hw_pool_free": (None, [_P]),
-    "hw_read": (c_int32, [_P, _P, c_int64]),
+    "hw_read": (c_int32, [_P, _P, c_int64, POINTER(c_uint64)]),
     "hw_packed_bytes": (c_int64, [c_int32, c_int32, c_int64, c_int64]),
     "hw_pack": (c_int32, [_P, WeightStruct, _P, _P, _P, _P]),
     "hw_round": (c_int32, [_P, WeightStruct, c_int32, _P, _P]),

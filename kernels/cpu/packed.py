@@ -89,11 +89,16 @@ def _pack(
 
 def _new(library: Library, kind: int, group: int, shape: tuple[int, int]) -> PackedWeight:
     """Memory for a weight; what is in it is undefined."""
-    size = library.functions.hw_packed_bytes(kind, group, *shape)
-    if size < 0:
-        raise HalfweaveError(f"a weight of {shape[0]} x {shape[1]} cannot be packed")
+    size = _size(library, kind, group, shape)
     data = aligned_bytes(size)
     return PackedWeight(shape, data, WeightStruct(kind, group, *shape, data.data_ptr(), size))
+
+
+def _size(library: Library, kind: int, group: int, shape: tuple[int, int]) -> int:
+    size = int(library.functions.hw_packed_bytes(kind, group, *shape))
+    if size < 0:
+        raise HalfweaveError(f"a weight of {shape[0]} x {shape[1]} cannot be packed")
+    return size
 
 
 def packed_bytes(
@@ -103,11 +108,15 @@ def packed_bytes(
     group: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> int:
-    """Bytes of a weight [N, K] as the kernels read it; `dtype` is that of its floats, if any."""
+    """Bytes of a weight [N, K] as the kernels read it; `dtype` is that of its floats, if any.
+
+    Raises:
+        HalfweaveError: its shape is beyond the kernels.
+    """
     if kind == Int8.kind:
         group = _INT8_GROUP
     number = _CODES[kind] if dtype is None else _FLOATS[kind, dtype]
-    return int(library.functions.hw_packed_bytes(number, group or _ANY_GROUP, *shape))
+    return _size(library, number, group or _ANY_GROUP, shape)
 
 
 def linear(library: Library, weight: PackedWeight, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
-from halfweave.errors import CapacityError, HalfweaveError
+from halfweave.errors import CapacityError, CheckpointError, HalfweaveError
+from halfweave.kernels import dispatch
+from halfweave.runtime import model as model_module
 from halfweave.runtime.cache import SequenceCache
 from halfweave.runtime.checkpoint import Checkpoint
 from halfweave.runtime.decoder import Decoder
 from halfweave.runtime.fused import FusedDecoder
+from halfweave.runtime.inspection import inspect_checkpoint
 from halfweave.runtime.model import load_model
 from halfweave.runtime.spec import decoder_spec
 from support.cpu_levels import LEVELS_HERE, at_level
@@ -181,6 +185,41 @@ def test_auto_fuses_and_float32_does_not(tmp_path: Path) -> None:
     for path in (checkpoint.path, tmp_path / "packed-dense"):
         assert isinstance(load_model(path).decoder, FusedDecoder)
         assert isinstance(load_model(path, "float32").decoder, Decoder)
+
+
+@pytest.mark.parametrize("name", ["tied", "untied"])
+def test_exact_results_come_without_the_kernels(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even the head: it must be possible to test the kernels against them."""
+
+    def forbidden(*_: object) -> None:
+        raise AssertionError("the kernels were asked for")
+
+    for module in (dispatch, model_module):
+        monkeypatch.setattr(module, "library", forbidden)
+    decoder = load_model(packed(tmp_path, MODELS[name]).path, "float32").decoder
+    decoder.logits(decoder.forward(tokens(5), decoder.new_cache()))
+
+
+@pytest.mark.parametrize("kind", ["sparse24_int4", "sparse24", "dense"])
+@pytest.mark.parametrize("name", ["tied", "untied"])
+def test_the_roof_counts_what_a_token_reads(name: str, kind: str, tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "dense", MODELS[name])
+    path = source if kind == "dense" else pack_directory(source, tmp_path / "packed", kind)
+    blocks, ends = fused(Checkpoint.open(path)).native.weights
+    linears = [weight for block in blocks for weight in block.linears]
+    roof = inspect_checkpoint(path).roof
+    assert roof is not None
+    assert roof.token_bytes == sum(w.struct.bytes for w in [*linears, ends.head])
+
+
+def test_a_packed_embedding_is_refused(tmp_path: Path) -> None:
+    checkpoint = packed(tmp_path, Tiny())
+    entry = next(iter(checkpoint.linears.values()))
+    spoilt = replace(checkpoint, linears={**checkpoint.linears, "model.embed_tokens": entry})
+    with pytest.raises(CheckpointError, match="embeddings never are"):
+        fused(spoilt)
 
 
 @pytest.mark.parametrize("level", LEVELS_HERE)

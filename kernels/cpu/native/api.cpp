@@ -101,11 +101,10 @@ void* hw_pool_new(int32_t threads) {
 }
 void hw_pool_free(void* pool) { delete (Pool*)pool; }
 
-int hw_read(void* pool, const uint8_t* data, int64_t bytes) {
-  if (!pool || !data) return HW_NULL;
-  if (bytes < 1) return HW_SIZE;
-  static std::atomic<uint64_t> seen;  // whoever reads for the sake of time must look at the result
-  seen = read_all(*(Pool*)pool, data, bytes);
+int hw_read(void* pool, const uint8_t* data, int64_t bytes, uint64_t* sum) {
+  if (!pool || !data || !sum) return HW_NULL;
+  if (bytes < 1 || bytes % kReadBytes) return HW_SIZE;
+  *sum = read_all(*(Pool*)pool, data, bytes);
   return HW_OK;
 }
 

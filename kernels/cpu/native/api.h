@@ -60,8 +60,9 @@ HW_API const char* hw_level_name(const void* level);
 HW_API void* hw_pool_new(int32_t threads);
 HW_API void hw_pool_free(void* pool);
 
-/* Reads `bytes` of `data` on all threads, to be timed. */
-HW_API int hw_read(void* pool, const uint8_t* data, int64_t bytes);
+/* Reads `bytes` of `data`, a multiple of 128, on all threads, to be timed: the sum of its 64-bit
+ * words. */
+HW_API int hw_read(void* pool, const uint8_t* data, int64_t bytes, uint64_t* sum);
 
 /* Bytes of a packed weight; -1 for a shape that there cannot be. */
 HW_API int64_t hw_packed_bytes(int32_t kind, int32_t group, int64_t rows, int64_t columns);

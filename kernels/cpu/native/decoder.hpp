@@ -33,7 +33,7 @@ struct Batch {
 class Decoder {
  public:
   // The arrays stay the caller's and must outlive the decoder. `frequencies` [head_dim / 2] are
-  // radians per position; the head's weight, of the embedding's rows, is the embedding as well.
+  // radians per position; embedding and head are [vocab, hidden] and may be the same.
   Decoder(const DecoderShape& shape, const std::vector<DecoderBlock>& blocks, const float* norm,
           const Weight& embedding, const Weight& head, const float* frequencies);
 

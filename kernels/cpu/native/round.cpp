@@ -15,9 +15,13 @@ constexpr float kToNearest = 12582912.f;  // 1.5 * 2^23: added, it leaves no bit
 
 // One row's part of a block; the codes go to line bytes `out`. Returns the scale.
 uint16_t round_row(const float* values, uint8_t* out) {
-  float most = 0;
-  for (int64_t i = 0; i < kBlock; i++) most = std::max(most, std::fabs(values[i]));
-  const uint16_t scale = float_to_half(std::max(most / 127.f, kSmallestScale));
+  float most = 0, nothing = 0;
+  for (int64_t i = 0; i < kBlock; i++) {
+    most = std::max(most, std::fabs(values[i]));
+    nothing += values[i] * 0.f;  // no number, if any of them is none
+  }
+  const float wanted = std::max(most / 127.f, kSmallestScale) + nothing;
+  const uint16_t scale = float_to_half(wanted);
   const float step = half_to_float(scale);
   int8_t codes[kBlock];
   for (int64_t i = 0; i < kBlock; i++) {

@@ -15,7 +15,8 @@ import torch
 from halfweave.errors import HalfweaveError, UsageError
 from halfweave.kernels import reference
 from halfweave.kernels.cpu import library as library_module
-from halfweave.kernels.cpu.library import FILE, LEVELS, Library, WeightStruct, load, open_level
+from halfweave.kernels.cpu.bandwidth import read_bandwidth, read_sum
+from halfweave.kernels.cpu.library import LEVELS, Library, WeightStruct, load, open_level
 from halfweave.kernels.cpu.packed import (
     CODED,
     PackedWeight,
@@ -24,7 +25,7 @@ from halfweave.kernels.cpu.packed import (
     round_to_int8,
 )
 from halfweave.kernels.formats import Dense, Int4, Int8, PackedLinear, Sparse24, Sparse24Int4
-from support.cpu_levels import LEVELS_HERE, at_level, native_levels
+from support.cpu_levels import LEVELS_HERE, UNDER_TEST, at_level, native_levels
 from torch import Tensor
 from torch.nn import functional
 
@@ -187,6 +188,24 @@ def test_a_float_weight_in_8_bits_takes_the_nearest_of_255_levels(
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_no_number_does_not_become_one(library: Library, value: float) -> None:
+    weight = torch.randn(20, 64)
+    weight[3, 40] = value
+    found = linear(library, round_to_int8(library, weight), torch.ones(1, 64), None)[0]
+    assert not torch.isfinite(found[3])
+    assert torch.isfinite(found[torch.arange(20) != 3]).all()
+
+
+def test_all_of_a_buffer_is_read(library: Library) -> None:
+    data = torch.randint(0, 256, (128 * 1001,), dtype=torch.uint8)
+    assert read_sum(library, data) == int(data.view(torch.int64).sum()) % 2**64
+    assert read_bandwidth(library) > 1e8
+    for size in (0, -128, 130):
+        arguments = (data.data_ptr(), size, byref(ctypes.c_uint64()))
+        assert library.functions.hw_read(library.pool, *arguments) == 3
+
+
 @pytest.mark.parametrize(
     ("changes", "from_kind", "code"),
     [({}, 5, 2), ({}, 9, 2), ({"kind": 1}, 8, 2), ({"group": 64}, 8, 2), ({"rows": 100}, 8, 3)],
@@ -291,7 +310,7 @@ def test_the_environment_chooses_the_level() -> None:
 
 
 def test_a_level_that_the_machine_lacks_is_refused_by_name() -> None:
-    functions = load(FILE)
+    functions = load(UNDER_TEST)
     assert functions is not None
     missing = sorted(set(LEVELS) - set(native_levels())) or ["neon"]
     with pytest.raises(UsageError, match=f"cannot run the CPU kernels' level {missing[0]}"):
@@ -332,7 +351,7 @@ def test_callers_in_several_threads_do_not_disturb_each_other() -> None:
 
 
 def test_pools_of_any_size_start_work_and_end() -> None:
-    functions = load(FILE)
+    functions = load(UNDER_TEST)
     assert functions is not None
     weight = example("int8", 200, 64, 64)
     x = inputs(5, 64)
