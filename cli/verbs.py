@@ -272,6 +272,7 @@ def bench(
             progress=bar.step,
             dtype=loading.dtype,
             verify=loading.verify,
+            head_bits=loading.head_bits,
         )
     console.table(*tables.bench(result), words=(0,))
     for line in tables.bench_notes(result):
@@ -341,6 +342,7 @@ def serve(model: ModelDir, serving: Serving, loading: Loading, output: Output) -
         serving.port,
         dtype=loading.dtype,
         verify=loading.verify,
+        head_bits=loading.head_bits,
         settings=ServerSettings(
             served_name=name, max_waiting=serving.max_waiting, drain_s=serving.drain
         ),
@@ -370,7 +372,7 @@ def _load(path: str, loading: Loading) -> Model:
     from ..runtime.model import load_model
 
     _set_threads(loading.threads)
-    return load_model(path, loading.dtype, loading.verify)
+    return load_model(path, loading.dtype, loading.verify, loading.head_bits)
 
 
 def _set_threads(threads: int | None) -> None:

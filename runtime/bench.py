@@ -137,6 +137,7 @@ def bench_offline(
     progress: BenchProgress | None = None,
     dtype: str = "auto",
     verify: bool = True,
+    head_bits: int = 8,
 ) -> BenchResult:
     """Measure the models in `paths` (by the name to print), quality on `text` included.
 
@@ -150,7 +151,7 @@ def bench_offline(
     machine = this_machine()  # before our own work adds to the load
     models = {}
     for done, (name, path) in enumerate(_baseline_first(paths).items(), start=1):
-        models[name] = load_model(path, dtype, verify)
+        models[name] = load_model(path, dtype, verify, head_bits)
         tell(done, len(paths), f"load {name}")
     prompt = _prompt(models, text, plan)
     quality = in_passing_thread(lambda: _quality(models, text, plan, tell))

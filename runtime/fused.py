@@ -1,8 +1,9 @@
 """The decoder on a CPU: every step is one call into the kernels.
 
 Keys and values are rounded to fp16. Where a checkpoint has linears of codes, their inputs are
-rounded to 8 bits, and so are the embedding and the head; where all its weights are floats, nothing
-else is. The tokens of a sequence get the same bits however it is cut into calls.
+rounded to 8 bits, and so are the embedding and the head (this one to 4, if asked); where all its
+weights are floats, nothing else is. The tokens of a sequence get the same bits however it is cut
+into calls.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 from ..errors import CapacityError
 from ..kernels.cpu.decoder import PAGE_POSITIONS, Block, Ends, NativeDecoder, Shape
 from ..kernels.cpu.library import Library
-from ..kernels.cpu.packed import CODED, PackedWeight, pack_weight, round_to_int8
+from ..kernels.cpu.packed import CODED, PackedWeight, pack_weight, round_weight
 from ..kernels.formats import Dense
 from .checkpoint import Checkpoint
 from .loading import EMBEDDING, HEAD, Loader
@@ -25,7 +26,7 @@ _FIRST_PAGES = 16
 
 
 def rounds_end(checkpoint: Checkpoint, name: str) -> bool:
-    """Whether the embedding or head `name` is rounded to 8 bits when it is loaded.
+    """Whether the embedding or head `name` is rounded when it is loaded.
 
     That is where some linear is stored as codes, and this one is not.
     """
@@ -67,8 +68,10 @@ class FusedCache:
 class FusedDecoder:
     """As `Decoder`. One thread at a time, any number of sequences; `native` takes them at once."""
 
-    def __init__(self, checkpoint: Checkpoint, spec: DecoderSpec, library: Library) -> None:
-        """Read and repack every weight.
+    def __init__(
+        self, checkpoint: Checkpoint, spec: DecoderSpec, library: Library, head_bits: int = 8
+    ) -> None:
+        """Read and repack every weight; `head_bits`, 8 or 4, are those of a head that is rounded.
 
         Raises:
             CheckpointError: a tensor is missing, illegal, or does not fit the config.
@@ -88,7 +91,7 @@ class FusedDecoder:
                 spec.norm_eps,
             ),
             [_block(loader, library, f"model.layers.{i}.") for i in range(spec.layers)],
-            _ends(loader, library),
+            _ends(loader, library, head_bits),
         )
 
     def new_cache(self, limit: int | None = None) -> FusedCache:
@@ -130,18 +133,21 @@ def _block(loader: Loader, library: Library, prefix: str) -> Block:
     return Block(attention, mlp, linears, biases)
 
 
-def _ends(loader: Loader, library: Library) -> Ends:
+def _ends(loader: Loader, library: Library, head_bits: int) -> Ends:
     spec = loader.spec
-    embedding = _end(loader, library, EMBEDDING)
-    head = embedding if spec.tied else _end(loader, library, HEAD)
+    name = EMBEDDING if spec.tied else HEAD
+    embedding = _end(loader, library, EMBEDDING, 8)
+    shared = spec.tied and (head_bits == 8 or not rounds_end(loader.checkpoint, name))
+    head = embedding if shared else _end(loader, library, name, head_bits)
     norm = loader.vector("model.norm.weight", spec.hidden)
     frequencies = inverse_frequencies(spec.rope, spec.head_dim).contiguous()
     return Ends(embedding, head, norm, frequencies)
 
 
-def _end(loader: Loader, library: Library, name: str) -> PackedWeight:
+def _end(loader: Loader, library: Library, name: str, bits: int) -> PackedWeight:
+    """As it is stored, or in `bits` where it is rounded."""
     stored = loader.packed(name)
     if not rounds_end(loader.checkpoint, name):
         return pack_weight(library, stored)
     floats = stored.weight if isinstance(stored, Dense) else stored.unpack()
-    return round_to_int8(library, floats)
+    return round_weight(library, floats, bits)

@@ -60,9 +60,11 @@ class LLM:
         print(llm.generate("Once upon a time")[0].text)
     """
 
-    def __init__(self, path: str | Path, dtype: str = "auto", verify: bool = True) -> None:
-        """Load a dense or packed model directory; see `load_model` for errors."""
-        self.model: Model = load_model(path, dtype, verify)
+    def __init__(
+        self, path: str | Path, dtype: str = "auto", verify: bool = True, head_bits: int = 8
+    ) -> None:
+        """Load a dense or packed model directory; see `load_model` for the rest and for errors."""
+        self.model: Model = load_model(path, dtype, verify, head_bits)
         self._engine = Engine(self.model, max_waiting=2**20)
         self._one_at_a_time = threading.Lock()  # the engine's thread and `score` share the model
 

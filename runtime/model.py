@@ -19,6 +19,7 @@ from .threads import in_passing_thread
 from .tokenizer import Tokenizer
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+HEAD_BITS = (8, 4)
 
 
 class AnyCache(Protocol):
@@ -66,33 +67,40 @@ class Model:
         return self.spec.max_positions
 
 
-def load_model(path: str | Path, dtype: str = "auto", verify: bool = True) -> Model:
+def load_model(
+    path: str | Path, dtype: str = "auto", verify: bool = True, head_bits: int = 8
+) -> Model:
     """Open a directory and make it ready to run on the CPU.
 
     `dtype` is what is computed in: "float32" or "bfloat16" throughout, or "auto": whatever is
     fastest here, which rounds keys and values to fp16, and the inputs of weights of 4 and 8 bits to
     8 bits.
 
+    `head_bits` are those of the head where `auto` rounds it, which is in models that have weights
+    of 4 or 8 bits: 8, or 4, which is faster and less exact.
+
     Raises:
-        UsageError: no such directory, or unknown dtype.
+        UsageError: no such directory, or unknown dtype or bits.
         RefusedError, UnsupportedModel, CheckpointError: see Checkpoint, decoder_spec, Tokenizer.
     """
     if dtype not in ("auto", *_DTYPES):
         raise UsageError(f"dtype {dtype!r} is none of auto, {', '.join(_DTYPES)}")
+    if head_bits not in HEAD_BITS:
+        raise UsageError(f"head bits {head_bits} are neither 8 nor 4")
     checkpoint = Checkpoint.open(path, verify)
     spec = decoder_spec(checkpoint.config)
     tokenizer = Tokenizer.open(checkpoint.path)
     _check_vocabulary(checkpoint.path, spec, tokenizer)
-    decoder = in_passing_thread(lambda: _decoder(checkpoint, spec, dtype))
+    decoder = in_passing_thread(lambda: _decoder(checkpoint, spec, dtype, head_bits))
     checkpoint.warn_of_unused()
     name, exact = checkpoint.path.resolve().name, dtype != "auto"
     return Model(name, checkpoint, spec, decoder, tokenizer, exact)
 
 
-def _decoder(checkpoint: Checkpoint, spec: DecoderSpec, dtype: str) -> AnyDecoder:
+def _decoder(checkpoint: Checkpoint, spec: DecoderSpec, dtype: str, head_bits: int) -> AnyDecoder:
     native = library() if dtype == "auto" else None
     if native is not None:
-        return FusedDecoder(checkpoint, spec, native)
+        return FusedDecoder(checkpoint, spec, native, head_bits)
     compute, exact = _DTYPES.get(dtype, torch.float32), dtype != "auto"
     return Decoder(checkpoint, spec, compute, torch.device("cpu"), exact)
 

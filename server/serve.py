@@ -35,6 +35,7 @@ def serve(
     *,
     dtype: str = "auto",
     verify: bool = True,
+    head_bits: int = 8,
     settings: ServerSettings | None = None,
     on_ready: Callable[[str], None] | None = None,
 ) -> None:
@@ -53,7 +54,8 @@ def serve(
     settings = settings or ServerSettings()
     # The port first: nobody wants to hear that it is taken after a minute of loading.
     with open_socket(host, port) as sock:
-        engine = Engine(load_model(path, dtype, verify), max_waiting=settings.max_waiting)
+        model = load_model(path, dtype, verify, head_bits)
+        engine = Engine(model, max_waiting=settings.max_waiting)
         activity = Activity()
         server = Server(create_app(engine, settings, activity), engine, activity, settings)
         server.on_ready = on_ready

@@ -25,7 +25,7 @@ _FLOATS = {
 CODED = frozenset(_CODES)  # formats whose inputs are rounded to 8 bits
 _LINE = 64
 _ANY_GROUP = 32  # of weights without scales
-_INT8_GROUP = 32  # the layout has scales for groups; an Int8 repeats its row's
+_ROUNDED_GROUP = 32  # columns a scale, of what is rounded here; Int8 repeats that of its row
 
 
 @dataclass(frozen=True)
@@ -48,18 +48,23 @@ def pack_weight(library: Library, weight: PackedLinear) -> PackedWeight:
     if isinstance(weight, Sparse24):
         return _pack_floats(library, weight.kind, weight.shape, weight.values, weight.meta)
     if isinstance(weight, Int8):
-        groups = -(-weight.shape[1] // _INT8_GROUP)
+        groups = -(-weight.shape[1] // _ROUNDED_GROUP)
         tensors = (weight.values, None, weight.scale.expand(len(weight.scale), groups))
-        return _pack(library, _CODES[Int8.kind], _INT8_GROUP, weight.shape, tensors)
+        return _pack(library, _CODES[Int8.kind], _ROUNDED_GROUP, weight.shape, tensors)
     meta = weight.meta if isinstance(weight, Sparse24Int4) else None
     stored = (weight.values, meta, weight.scale)
     return _pack(library, _CODES[weight.kind], weight.group, weight.shape, stored)
 
 
-def round_to_int8(library: Library, weight: Tensor) -> PackedWeight:
-    """A float weight [N, K] in 8 bits: the nearest of 255 levels per row and 32 columns."""
+def round_weight(library: Library, weight: Tensor, bits: int) -> PackedWeight:
+    """A float weight [N, K] in 8 or 4 bits, with a scale for 32 columns of a row.
+
+    8 bits: the nearest of 255 levels up to the largest. 4 bits: of some scales the one with the
+    least squared error.
+    """
     rows, columns = weight.shape
-    packed = _new(library, _CODES[Int8.kind], _INT8_GROUP, (rows, columns))
+    kind = {8: Int8.kind, 4: Int4.kind}[bits]
+    packed = _new(library, _CODES[kind], _ROUNDED_GROUP, (rows, columns))
     values, from_kind = weight.contiguous(), _FLOATS[Dense.kind, weight.dtype]
     pointers = values.data_ptr(), packed.data.data_ptr()
     library.call("hw_round", library.pool, packed.struct, from_kind, *pointers)
@@ -114,7 +119,7 @@ def packed_bytes(
         HalfweaveError: its shape is beyond the kernels.
     """
     if kind == Int8.kind:
-        group = _INT8_GROUP
+        group = _ROUNDED_GROUP
     number = _CODES[kind] if dtype is None else _FLOATS[kind, dtype]
     return _size(library, number, group or _ANY_GROUP, shape)
 

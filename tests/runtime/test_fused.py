@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from halfweave.errors import CapacityError, CheckpointError, HalfweaveError
+from halfweave.errors import CapacityError, CheckpointError, HalfweaveError, UsageError
 from halfweave.kernels import dispatch
 from halfweave.runtime import model as model_module
 from halfweave.runtime.cache import SequenceCache
@@ -212,6 +212,28 @@ def test_the_roof_counts_what_a_token_reads(name: str, kind: str, tmp_path: Path
     roof = inspect_checkpoint(path).roof
     assert roof is not None
     assert roof.token_bytes == sum(w.struct.bytes for w in [*linears, ends.head])
+
+
+@pytest.mark.parametrize("name", ["tied", "untied"])
+def test_a_head_of_4_bits_is_smaller_and_near_the_one_of_8(name: str, tmp_path: Path) -> None:
+    checkpoint = packed(tmp_path, MODELS[name])
+    spec, library = decoder_spec(checkpoint.config), at_level(LEVELS_HERE[0])
+    fine, coarse = (FusedDecoder(checkpoint, spec, library, bits) for bits in (8, 4))
+    heads = [decoder.native.weights[1].head.struct for decoder in (fine, coarse)]
+    assert heads[1].bytes < 0.6 * heads[0].bytes
+    hidden = fine.forward(tokens(30), fine.new_cache())
+    assert torch.equal(hidden, coarse.forward(tokens(30), coarse.new_cache()))  # and nothing else
+    wanted, found = fine.logits(hidden), coarse.logits(hidden)
+    assert 0 < (found - wanted).norm() < 0.15 * wanted.norm()
+
+
+def test_only_8_and_4_bits_are_known_and_floats_keep_their_head(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "dense", Tiny())
+    with pytest.raises(UsageError, match="head bits 3 are neither 8 nor 4"):
+        load_model(source, head_bits=3)
+    ids = tokens(9)
+    found = [logits(load_model(source, head_bits=bits).decoder, ids, [9]) for bits in (8, 4)]
+    assert torch.equal(*found)
 
 
 def test_a_packed_embedding_is_refused(tmp_path: Path) -> None:

@@ -131,14 +131,14 @@ int hw_pack(void* pool, hw_weight shape, const uint8_t* values, const uint8_t* m
 
 int hw_round(void* pool, hw_weight shape, int32_t from, const uint8_t* values, uint8_t* out) {
   if (!pool || !values || !out) return HW_NULL;
-  if (shape.kind != kInt8 || shape.group != kBlock || from < kDenseBf16 || from >= kKinds)
-    return HW_SHAPE;
+  if ((shape.kind != kInt8 && shape.kind != kInt4) || shape.group != kBlock) return HW_SHAPE;
+  if (from < kDenseBf16 || from >= kKinds) return HW_SHAPE;
   shape.data = out;
   if (int code = check(shape)) return code;
   const Weight w = to_weight(shape);
   ((Pool*)pool)->run([&](int thread, int threads) {
-    round_to_int8(w, from, values, out, share(w.tiles(), thread, threads),
-                  share(w.tiles(), thread + 1, threads));
+    round_weight(w, from, values, out, share(w.tiles(), thread, threads),
+                 share(w.tiles(), thread + 1, threads));
   });
   return HW_OK;
 }

@@ -69,7 +69,7 @@ HW_API int64_t hw_packed_bytes(int32_t kind, int32_t group, int64_t rows, int64_
 HW_API int hw_pack(void* pool, hw_weight shape, const uint8_t* values, const uint8_t* meta,
             const uint16_t* scales, uint8_t* out);
 
-/* An int8 weight in groups of 32 from floats [rows, columns] of the dense kind `from`. */
+/* An int8 or int4 weight in groups of 32 from floats [rows, columns] of the dense kind `from`. */
 HW_API int hw_round(void* pool, hw_weight shape, int32_t from, const uint8_t* values, uint8_t* out);
 
 /* y [tokens, rows] = x [tokens, columns] W^T + bias, where bias may be NULL. */

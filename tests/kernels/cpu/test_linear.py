@@ -22,7 +22,7 @@ from halfweave.kernels.cpu.packed import (
     PackedWeight,
     linear,
     pack_weight,
-    round_to_int8,
+    round_weight,
 )
 from halfweave.kernels.formats import Dense, Int4, Int8, PackedLinear, Sparse24, Sparse24Int4
 from support.cpu_levels import LEVELS_HERE, UNDER_TEST, at_level, native_levels
@@ -180,7 +180,7 @@ def test_a_float_weight_in_8_bits_takes_the_nearest_of_255_levels(
 ) -> None:
     weight = torch.randn(50, 100).to(dtype)  # a short last group
     weight[3] = 0
-    packed = round_to_int8(library, weight)
+    packed = round_weight(library, weight, 8)
     groups = functional.pad(weight.float(), (0, 28)).unflatten(1, (-1, 32))
     scale = (groups.abs().amax(-1, keepdim=True) / 127).clamp_min(2**-14).half().float()
     wanted = (torch.round(groups / scale).clamp(-127, 127) * scale).flatten(1)[:, :100]
@@ -188,11 +188,29 @@ def test_a_float_weight_in_8_bits_takes_the_nearest_of_255_levels(
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
 
 
+def test_a_float_weight_in_4_bits_takes_the_best_of_some_scales(library: Library) -> None:
+    weight = torch.randn(50, 100)
+    groups = functional.pad(weight, (0, 28)).unflatten(1, (-1, 32))
+    largest = groups.abs().amax(-1, keepdim=True)
+    tried = []
+    for i in range(8):
+        scale = ((0.7 + 0.05 * i) * largest / 7).half().float()
+        tried.append(torch.round((groups / scale).clamp(-8, 7)) * scale)
+    errors = torch.stack([(each - groups).square().sum(-1) for each in tried])
+    found = linear(library, round_weight(library, weight, 4), torch.eye(100), None).T
+    rest = functional.pad(found, (0, 28)).unflatten(1, (-1, 32)) - groups
+    torch.testing.assert_close(rest.square().sum(-1), errors.amin(0), rtol=1e-3, atol=1e-5)
+    assert rest.square().sum() < 0.9 * errors[6].sum()  # than by the largest alone
+
+
+@pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_weight_that_is_no_number_does_not_become_one(library: Library, value: float) -> None:
+def test_a_weight_that_is_no_number_does_not_become_one(
+    library: Library, value: float, bits: int
+) -> None:
     weight = torch.randn(20, 64)
     weight[3, 40] = value
-    found = linear(library, round_to_int8(library, weight), torch.ones(1, 64), None)[0]
+    found = linear(library, round_weight(library, weight, bits), torch.ones(1, 64), None)[0]
     assert not torch.isfinite(found[3])
     assert torch.isfinite(found[torch.arange(20) != 3]).all()
 
@@ -208,12 +226,12 @@ def test_all_of_a_buffer_is_read(library: Library) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "from_kind", "code"),
-    [({}, 5, 2), ({}, 9, 2), ({"kind": 1}, 8, 2), ({"group": 64}, 8, 2), ({"rows": 100}, 8, 3)],
+    [({}, 5, 2), ({}, 9, 2), ({"kind": 0}, 8, 2), ({"group": 64}, 8, 2), ({"rows": 100}, 8, 3)],
 )
 def test_rounding_refuses_what_it_cannot_do(
     library: Library, changes: dict[str, int | None], from_kind: int, code: int
 ) -> None:
-    packed = round_to_int8(library, torch.randn(16, 32))
+    packed = round_weight(library, torch.randn(16, 32), 8)
     struct, values = struct_of(packed, **changes), torch.zeros(16, 32)
     arguments = (struct, from_kind, values.data_ptr(), packed.data.data_ptr())
     assert library.functions.hw_round(library.pool, *arguments) == code
