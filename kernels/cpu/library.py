@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from ...errors import HalfweaveError, UsageError
+from .cores import granted_cores
 
 LEVEL_VARIABLE = "HALFWEAVE_CPU_LEVEL"
 LEVELS = ("avx512_vnni", "avx2", "portable")
@@ -158,7 +159,9 @@ def library() -> Library | None:
 def open_level(
     functions: ctypes.CDLL, name: str | None = None, threads: int | None = None
 ) -> Library:
-    """A library of its own at one level, the best for None, with as many threads as torch has.
+    """A library of its own at one level, the best for None.
+
+    It has `threads`, or as many as torch, but no more than there are cores for.
 
     Raises:
         UsageError: this machine cannot run the level.
@@ -166,7 +169,7 @@ def open_level(
     level = functions.hw_level(None if name is None else name.encode())
     if not level:
         raise UsageError(f"this machine cannot run the CPU kernels' level {name}")
-    return Library(functions, level, threads or torch.get_num_threads())
+    return Library(functions, level, threads or min(torch.get_num_threads(), granted_cores()))
 
 
 @cache

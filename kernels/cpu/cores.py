@@ -1,0 +1,71 @@
+"""How many threads this process should compute with: cores that it was granted, not those it sees.
+
+The kernels' threads wait for each other many times a token, so one thread too many costs more than
+one too few: a thread that shares its core, or is throttled, keeps all others waiting.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+_ROOT = Path("/")
+
+
+def granted_cores(root: Path = _ROOT) -> int:
+    """Physical cores that the affinity mask and the control group's CPU quota leave; at least 1.
+
+    `root` is where /sys and /proc are looked for. What they do not tell is taken as no limit.
+    """
+    allowed = _allowed()
+    cores = {_siblings(root, cpu) for cpu in allowed}
+    return max(1, min([len(cores), *(int(quota) for quota in _quotas(root))]))
+
+
+def _allowed() -> set[int]:
+    try:
+        return os.sched_getaffinity(0)
+    except AttributeError:  # not on macOS
+        return set(range(os.cpu_count() or 1))
+
+
+def _siblings(root: Path, cpu: int) -> str:
+    """Which logical CPUs share a core with this one, as the kernel writes it."""
+    folder = root / "sys/devices/system/cpu" / f"cpu{cpu}" / "topology"
+    return _read(folder / "thread_siblings_list") or str(cpu)
+
+
+def _quotas(root: Path) -> Iterator[float]:
+    """CPU quotas, in CPUs, of the control group (version 2, or 1) and of those above it."""
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            base, read = root / "sys/fs/cgroup", _quota
+        elif "cpu" in controllers.split(","):
+            base, read = root / "sys/fs/cgroup/cpu", _old_quota
+        else:
+            continue
+        # In a container the path may be the host's, and only what is mounted can be read.
+        parts = Path(path.lstrip("/"))
+        for group in (parts, *parts.parents):
+            quota = read(base / group)
+            if quota is not None:
+                yield quota
+
+
+def _quota(group: Path) -> float | None:
+    quota, _, period = _read(group / "cpu.max").partition(" ")
+    return float(quota) / float(period) if quota.isdigit() and period.isdigit() else None
+
+
+def _old_quota(group: Path) -> float | None:
+    quota, period = (_read(group / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
+    return float(quota) / float(period) if quota.isdigit() and period.isdigit() else None
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text().strip()
+    except OSError:
+        return ""
