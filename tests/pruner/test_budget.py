@@ -173,7 +173,7 @@ def test_the_predicted_loss_is_that_of_a_small_change(case: Case) -> None:
 
 def test_losses_of_a_model_are_the_runtimes(case: Case) -> None:
     losses = window_losses(case.source, case.windows.judge, case.source.block_tensors)
-    expected = served_losses(load_model(case.path), case.windows.judge)
+    expected = served_losses(load_model(case.path, "float32"), case.windows.judge)
     assert losses == pytest.approx(expected, rel=1e-5)
 
 
