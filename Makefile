@@ -45,7 +45,7 @@ layer-error: work/SmolLM2-135M-Instruct $(VENV)/.text-ready
 	$(BIN)/python benchmarks/layer_error.py --model $< --text work/text/calib.wiki.txt --blocks 5 14
 
 # Beside llama.cpp, OpenVINO and ONNX Runtime, each in an environment of its own; the first run builds
-# llama.cpp and takes half an hour, later ones a third of that.
+# llama.cpp from source.
 bench-peers: work/SmolLM2-135M-Instruct
 	$(BIN)/python benchmarks/bench_peers.py --model $< --work work/peers
 
@@ -54,8 +54,8 @@ bench-peers: work/SmolLM2-135M-Instruct
 test: $(VENV)/.model-ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
-# The kernels' own tests again, with every access to memory and every conversion checked, and the
-# pool's threads with every order of access. Minutes; builds beside the installed library.
+# The kernels' own tests again on a build that checks memory and arithmetic as it runs, and the pool's
+# threads on one that looks for races. Minutes; builds beside the installed library.
 SANITIZE := -O1 -fno-omit-frame-pointer -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all
 SANITIZED := build/sanitized
 

@@ -4,7 +4,7 @@
 
 Every engine has an environment of its own under WORK_DIR and stays loaded while all are measured
 in turns, so that a busy moment of the machine falls on all of them. What does not install is named
-with its reason. The first run builds llama.cpp, which takes a quarter of an hour.
+with its reason. The first run builds llama.cpp from source.
 """
 
 from __future__ import annotations
