@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from ..pruner.recipe import Recipe
     from ..pruner.recover.settings import DistillProgress
     from ..pruner.steps import ProgressEvent as PruneEvent
-    from ..runtime.model import Model
+    from ..runtime.model import LoadSettings, Model
 
 app = Typer(
     name="halfweave",
@@ -270,9 +270,7 @@ def bench(
             text_origin=origin,
             plan=BenchPlan(**vars(speed)),
             progress=bar.step,
-            dtype=loading.dtype,
-            verify=loading.verify,
-            head_bits=loading.head_bits,
+            loading=_settings(loading),
         )
     console.table(*tables.bench(result), words=(0,))
     for line in tables.bench_notes(result):
@@ -340,9 +338,7 @@ def serve(model: ModelDir, serving: Serving, loading: Loading, output: Output) -
         model,
         serving.host,
         serving.port,
-        dtype=loading.dtype,
-        verify=loading.verify,
-        head_bits=loading.head_bits,
+        loading=_settings(loading),
         settings=ServerSettings(
             served_name=name, max_waiting=serving.max_waiting, drain_s=serving.drain
         ),
@@ -372,7 +368,13 @@ def _load(path: str, loading: Loading) -> Model:
     from ..runtime.model import load_model
 
     _set_threads(loading.threads)
-    return load_model(path, loading.dtype, loading.verify, loading.head_bits)
+    return load_model(path, **vars(_settings(loading)))
+
+
+def _settings(loading: Loading) -> LoadSettings:
+    from ..runtime.model import LoadSettings
+
+    return LoadSettings(loading.dtype, loading.verify, loading.head_bits, loading.kv_bits)
 
 
 def _set_threads(threads: int | None) -> None:

@@ -36,6 +36,11 @@ class _Stored:
         moved: dict[str, Any] = {suffix: t.to(device) for suffix, t in self.tensors().items()}
         return replace(self, **moved)  # type: ignore[type-var]
 
+    def rows(self, index: Tensor) -> Self:
+        """The linear of some of the rows; `index` is int64."""
+        taken: dict[str, Any] = {suffix: t[index] for suffix, t in self.tensors().items()}
+        return replace(self, **taken)  # type: ignore[type-var]
+
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors as stored."""

@@ -24,7 +24,7 @@ from .checkpoint import Checkpoint
 from .engine import Engine
 from .eval import EvalResult, evaluate
 from .hardware import Hardware, peak_memory_bytes, this_machine, versions
-from .model import Model, load_model
+from .model import LoadSettings, Model, load_model
 from .request import Failed, Finished, GenerationRequest, SamplingParams, TextDelta
 from .threads import in_passing_thread
 
@@ -135,9 +135,7 @@ def bench_offline(
     text_origin: str = "the given text",
     plan: BenchPlan | None = None,
     progress: BenchProgress | None = None,
-    dtype: str = "auto",
-    verify: bool = True,
-    head_bits: int = 8,
+    loading: LoadSettings | None = None,
 ) -> BenchResult:
     """Measure the models in `paths` (by the name to print), quality on `text` included.
 
@@ -151,7 +149,7 @@ def bench_offline(
     machine = this_machine()  # before our own work adds to the load
     models = {}
     for done, (name, path) in enumerate(_baseline_first(paths).items(), start=1):
-        models[name] = load_model(path, dtype, verify, head_bits)
+        models[name] = load_model(path, **vars(loading or LoadSettings()))
         tell(done, len(paths), f"load {name}")
     prompt = _prompt(models, text, plan)
     quality = in_passing_thread(lambda: _quality(models, text, plan, tell))

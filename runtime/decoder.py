@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,26 +12,38 @@ from torch.nn import functional
 
 from ..kernels.dispatch import LinearFunction, prepare
 from ..kernels.formats import Dense
+from .alibi import slopes
 from .cache import SequenceCache
 from .checkpoint import Checkpoint
-from .loading import Loader
+from .loading import Loader, Norm
 from .rope import inverse_frequencies, rotate, rotation
-from .spec import DecoderSpec
+from .spec import AlibiSpec, DecoderSpec, LearnedSpec, RopeSpec
+
+_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": partial(functional.gelu, approximate="tanh"),
+    "relu": functional.relu,
+}
 
 
 @dataclass(frozen=True)
 class _Block:
-    """One decoder block, its linears bound to their kernels."""
+    """One decoder block, its linears bound to their kernels by role."""
 
-    attention_norm: Tensor
-    mlp_norm: Tensor
-    q: LinearFunction
-    k: LinearFunction
-    v: LinearFunction
-    o: LinearFunction
-    gate: LinearFunction
-    up: LinearFunction
-    down: LinearFunction
+    attention_norm: Norm
+    mlp_norm: Norm
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    linears: Mapping[str, LinearFunction]
+
+
+@dataclass(frozen=True)
+class _Where:
+    """What a block must know of the new tokens' positions: angles to turn by, and who sees whom."""
+
+    angles: tuple[Tensor, Tensor] | None
+    mask: Tensor | None
 
 
 class Decoder:
@@ -51,12 +65,18 @@ class Decoder:
         self.spec = spec
         self._dtype, self._device = dtype, device
         loader = Loader(checkpoint, spec, dtype, device)
-        embedding = loader.embedding()
-        self._embedding = embedding
-        self._blocks = [_block(loader, f"model.layers.{i}.", exact) for i in range(spec.layers)]
-        self._norm = loader.vector("model.norm.weight", spec.hidden)
-        self._head = _head(loader, embedding, exact)
-        self._frequencies = inverse_frequencies(spec.rope, spec.head_dim).to(device)
+        self._embedding, self._positions = loader.embedding(), loader.positions()
+        named = spec.names.embedding_norm
+        self._embedding_norm = loader.norm(named) if named else None
+        self._blocks = [_block(loader, layer, exact) for layer in range(spec.layers)]
+        self._norm = loader.norm(spec.names.norm)
+        head = Dense(self._embedding) if spec.tied else loader.end(spec.names.head)
+        self._head = prepare(head, None, device, dtype, exact)
+        self._frequencies = self._slopes = None
+        if isinstance(spec.positions, RopeSpec):
+            self._frequencies = inverse_frequencies(spec.positions, spec.head_dim).to(device)
+        if isinstance(spec.positions, AlibiSpec):
+            self._slopes = slopes(spec.heads).to(device)
 
     def new_cache(self, limit: int | None = None) -> SequenceCache:
         """An empty cache for one sequence of at most `limit` positions."""
@@ -73,49 +93,88 @@ class Decoder:
         """
         count = len(token_ids)
         cache.reserve(count)
-        hidden = self._embedding[token_ids.to(self._device)]
-        cosine, sine = rotation(self._frequencies, cache.length, count)
-        cosine, sine = cosine.to(self._dtype), sine.to(self._dtype)
-        mask = self._mask(cache.length, count)
+        hidden = self._embedded(token_ids.to(self._device), cache.length)
+        where = _Where(self._angles(cache.length, count), self._mask(cache.length, count))
         for index, block in enumerate(self._blocks):
-            hidden = self._block(block, index, hidden, cache, (cosine, sine, mask))
+            hidden = self._block(block, index, hidden, cache, where)
         cache.advance(count)
         return self._normed(hidden, self._norm)
-
-    def _normed(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        normed: Tensor = functional.rms_norm(hidden, hidden.shape[-1:], weight, self.spec.norm_eps)
-        return normed
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of every next token, fp32 [..., vocab], for final hidden states [..., hidden]."""
         return self._head(hidden).float()
 
+    def _embedded(self, ids: Tensor, start: int) -> Tensor:
+        hidden = self._embedding[ids]
+        if self._positions is not None and isinstance(self.spec.positions, LearnedSpec):
+            first = self.spec.positions.first + start
+            hidden = hidden + self._positions[first : first + len(ids)]
+        norm = self._embedding_norm
+        return hidden if norm is None else self._normed(hidden, norm)
+
+    def _normed(self, x: Tensor, norm: Norm) -> Tensor:
+        size, eps = x.shape[-1:], self.spec.norm.eps
+        if norm.bias is not None:
+            return functional.layer_norm(x, size, norm.gain, norm.bias, eps)
+        normed: Tensor = functional.rms_norm(x, size, norm.gain, eps)
+        return normed
+
     def _block(
-        self,
-        block: _Block,
-        index: int,
-        hidden: Tensor,
-        cache: SequenceCache,
-        position: tuple[Tensor, Tensor, Tensor | None],
+        self, block: _Block, index: int, hidden: Tensor, cache: SequenceCache, where: _Where
     ) -> Tensor:
-        spec = self.spec
-        cosine, sine, mask = position
-        x = self._normed(hidden, block.attention_norm)
-        q = rotate(_split_heads(block.q(x), spec.heads), cosine, sine)
-        k = rotate(_split_heads(block.k(x), spec.kv_heads), cosine, sine)
-        keys, values = cache.store(index, k, _split_heads(block.v(x), spec.kv_heads))
-        attended = _attend(q, keys, values, mask)
-        hidden = hidden + block.o(attended.transpose(0, 1).flatten(1))
-        x = self._normed(hidden, block.mlp_norm)
-        return hidden + block.down(functional.silu(block.gate(x)) * block.up(x))
+        attended = self._attention(
+            block, index, self._normed(hidden, block.attention_norm), cache, where
+        )
+        hidden = hidden + attended
+        return hidden + self._mlp(block, self._normed(hidden, block.mlp_norm))
+
+    def _attention(
+        self, block: _Block, index: int, x: Tensor, cache: SequenceCache, where: _Where
+    ) -> Tensor:
+        spec, linears = self.spec, block.linears
+        q = self._placed(_split_heads(linears["q"](x), spec.heads), block.q_norm, where)
+        k = self._placed(_split_heads(linears["k"](x), spec.kv_heads), block.k_norm, where)
+        v = _split_heads(linears["v"](x), spec.kv_heads)
+        keys, values = cache.store(index, k, v)
+        attended = _attend(q, keys, values, where.mask)
+        return linears["o"](attended.transpose(0, 1).flatten(1))
+
+    def _placed(self, x: Tensor, gain: Tensor | None, where: _Where) -> Tensor:
+        """Queries or keys [heads, tokens, head_dim]: normed, then turned by their positions."""
+        if gain is not None:
+            x = self._normed(x, Norm(gain, None))
+        return x if where.angles is None else rotate(x, *where.angles)
+
+    def _mlp(self, block: _Block, x: Tensor) -> Tensor:
+        linears, activation = block.linears, _ACTIVATIONS[self.spec.activation]
+        up = linears["up"](x)
+        inner = activation(linears["gate"](x)) * up if self.spec.gated else activation(up)
+        return linears["down"](inner)
+
+    def _angles(self, start: int, count: int) -> tuple[Tensor, Tensor] | None:
+        if self._frequencies is None:
+            return None
+        cosine, sine = rotation(self._frequencies, start, count)
+        return cosine.to(self._dtype), sine.to(self._dtype)
 
     def _mask(self, start: int, count: int) -> Tensor | None:
-        """Which of start + count keys each of the new tokens sees; None when one sees them all."""
-        if count == 1:
+        """Which of start + count keys each of the new tokens sees, or what it adds to their scores.
+
+        None when one token sees all and adds nothing.
+        """
+        total, window = start + count, self.spec.window
+        if count == 1 and self._slopes is None and (window is None or total <= window):
             return None
-        everything = torch.ones(count, start + count, dtype=torch.bool, device=self._device)
-        return everything.tril(diagonal=start)
+        positions = torch.arange(total, device=self._device)
+        distance = positions[start:, None] - positions
+        seen = distance >= 0
+        if window is not None:
+            seen &= distance < window
+        if self._slopes is None:
+            return seen
+        lost = self._slopes[:, None, None] * distance
+        return (-lost).masked_fill(~seen, -torch.inf).to(self._dtype)
 
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:
@@ -140,21 +199,17 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Ten
     )[0]
 
 
-def _bound(loader: Loader, linear: str, exact: bool) -> LinearFunction:
-    weight, bias = loader.packed(linear), loader.bias(linear)
-    return prepare(weight, bias, loader.device, loader.dtype, exact)
-
-
-def _block(loader: Loader, prefix: str, exact: bool) -> _Block:
-    hidden = loader.spec.hidden
+def _block(loader: Loader, layer: int, exact: bool) -> _Block:
+    names = loader.spec.names
     return _Block(
-        loader.vector(f"{prefix}input_layernorm.weight", hidden),
-        loader.vector(f"{prefix}post_attention_layernorm.weight", hidden),
-        *(_bound(loader, prefix + name, exact) for name in loader.spec.linear_shapes),
+        loader.block_norm(layer, names.attention_norm),
+        loader.block_norm(layer, names.mlp_norm),
+        loader.head_norm(layer, names.q_norm),
+        loader.head_norm(layer, names.k_norm),
+        {role: _bound(loader, layer, role, exact) for role in loader.spec.roles},
     )
 
 
-def _head(loader: Loader, embedding: Tensor, exact: bool) -> LinearFunction:
-    if loader.spec.tied:
-        return prepare(Dense(embedding), None, loader.device, loader.dtype, exact)
-    return _bound(loader, "lm_head", exact)
+def _bound(loader: Loader, layer: int, role: str, exact: bool) -> LinearFunction:
+    weight, bias = loader.linear(layer, role), loader.bias(layer, role)
+    return prepare(weight, bias, loader.device, loader.dtype, exact)

@@ -8,21 +8,33 @@ into calls.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from ..errors import CapacityError
-from ..kernels.cpu.decoder import PAGE_POSITIONS, Block, Ends, NativeDecoder, Shape
+from ..kernels.cpu import decoder as native
+from ..kernels.cpu.decoder import PAGE_POSITIONS, NativeDecoder
 from ..kernels.cpu.library import Library
 from ..kernels.cpu.packed import CODED, PackedWeight, pack_weight, round_weight
 from ..kernels.formats import Dense
+from .alibi import slopes
 from .checkpoint import Checkpoint
-from .loading import EMBEDDING, HEAD, Loader
+from .loading import Loader, Norm
 from .rope import inverse_frequencies
-from .spec import DecoderSpec
+from .spec import ROLES, AlibiSpec, DecoderSpec, LearnedSpec, RopeSpec
 
 _TOKENS_AT_ONCE = 256  # bounds the states that a long prompt has at a time
 _FIRST_PAGES = 16
+
+
+@dataclass(frozen=True)
+class FusedBits:
+    """How finely is rounded what may be: a head, 8 or 4 bits, and keys and values, 16 or 8."""
+
+    head: int = 8
+    kv: int = 16
 
 
 def rounds_end(checkpoint: Checkpoint, name: str) -> bool:
@@ -69,9 +81,13 @@ class FusedDecoder:
     """As `Decoder`. One thread at a time, any number of sequences; `native` takes them at once."""
 
     def __init__(
-        self, checkpoint: Checkpoint, spec: DecoderSpec, library: Library, head_bits: int = 8
+        self,
+        checkpoint: Checkpoint,
+        spec: DecoderSpec,
+        library: Library,
+        bits: FusedBits = FusedBits(),
     ) -> None:
-        """Read and repack every weight; `head_bits`, 8 or 4, are those of a head that is rounded.
+        """Read and repack every weight.
 
         Raises:
             CheckpointError: a tensor is missing, illegal, or does not fit the config.
@@ -80,18 +96,9 @@ class FusedDecoder:
         loader = Loader(checkpoint, spec, torch.float32, torch.device("cpu"))
         self.native = NativeDecoder(
             library,
-            Shape(
-                spec.layers,
-                spec.hidden,
-                spec.heads,
-                spec.kv_heads,
-                spec.head_dim,
-                spec.ffn,
-                spec.vocab,
-                spec.norm_eps,
-            ),
-            [_block(loader, library, f"model.layers.{i}.") for i in range(spec.layers)],
-            _ends(loader, library, head_bits),
+            _shape(spec, bits),
+            [_block(loader, library, layer) for layer in range(spec.layers)],
+            _ends(loader, library, bits),
         )
 
     def new_cache(self, limit: int | None = None) -> FusedCache:
@@ -124,29 +131,69 @@ class FusedDecoder:
         return hidden
 
 
-def _block(loader: Loader, library: Library, prefix: str) -> Block:
-    names = [prefix + name for name in loader.spec.linear_shapes]
-    linears = [pack_weight(library, loader.packed(name)) for name in names]
-    biases = [loader.bias(name) for name in names]
-    attention = loader.vector(f"{prefix}input_layernorm.weight", loader.spec.hidden)
-    mlp = loader.vector(f"{prefix}post_attention_layernorm.weight", loader.spec.hidden)
-    return Block(attention, mlp, linears, biases)
+def _shape(spec: DecoderSpec, bits: FusedBits) -> native.Shape:
+    return native.Shape(
+        layers=spec.layers,
+        hidden=spec.hidden,
+        heads=spec.heads,
+        kv_heads=spec.kv_heads,
+        head_dim=spec.head_dim,
+        ffn=spec.ffn,
+        vocab=spec.vocab,
+        rotary_dim=spec.head_dim if isinstance(spec.positions, RopeSpec) else 0,
+        window=spec.window or 0,
+        cache_bits=bits.kv,
+        norm_eps=spec.norm.eps,
+        activation=spec.activation,
+    )
 
 
-def _ends(loader: Loader, library: Library, head_bits: int) -> Ends:
+def _block(loader: Loader, library: Library, layer: int) -> native.Block:
     spec = loader.spec
-    name = EMBEDDING if spec.tied else HEAD
-    embedding = _end(loader, library, EMBEDDING, 8)
-    shared = spec.tied and (head_bits == 8 or not rounds_end(loader.checkpoint, name))
-    head = embedding if shared else _end(loader, library, name, head_bits)
-    norm = loader.vector("model.norm.weight", spec.hidden)
-    frequencies = inverse_frequencies(spec.rope, spec.head_dim).contiguous()
-    return Ends(embedding, head, norm, frequencies)
+    return native.Block(
+        _norm(loader.block_norm(layer, spec.names.attention_norm)),
+        _norm(loader.block_norm(layer, spec.names.mlp_norm)),
+        [
+            pack_weight(library, loader.linear(layer, role)) if role in spec.roles else None
+            for role in ROLES
+        ],
+        [loader.bias(layer, role) for role in ROLES],
+        loader.head_norm(layer, spec.names.q_norm),
+        loader.head_norm(layer, spec.names.k_norm),
+    )
+
+
+def _norm(norm: Norm) -> native.Norm:
+    return native.Norm(norm.gain, norm.bias)
+
+
+def _ends(loader: Loader, library: Library, bits: FusedBits) -> native.Ends:
+    spec, positions = loader.spec, loader.spec.positions
+    names, table = spec.names, loader.positions()
+    named = names.embedding if spec.tied else names.head
+    embedding = _end(loader, library, names.embedding, 8)
+    shared = spec.tied and (bits.head == 8 or not rounds_end(loader.checkpoint, named))
+    return native.Ends(
+        embedding,
+        head=embedding if shared else _end(loader, library, named, bits.head),
+        norm=_norm(loader.norm(names.norm)),
+        embedding_norm=_norm(loader.norm(names.embedding_norm)) if names.embedding_norm else None,
+        positions=None if table is None else pack_weight(library, Dense(table)),
+        first_position=positions.first if isinstance(positions, LearnedSpec) else 0,
+        frequencies=_frequencies(spec),
+        slopes=slopes(spec.heads) if isinstance(positions, AlibiSpec) else None,
+    )
+
+
+def _frequencies(spec: DecoderSpec) -> Tensor | None:
+    if not isinstance(spec.positions, RopeSpec):
+        return None
+    return inverse_frequencies(spec.positions, spec.head_dim).contiguous()
 
 
 def _end(loader: Loader, library: Library, name: str, bits: int) -> PackedWeight:
     """As it is stored, or in `bits` where it is rounded."""
-    stored = loader.packed(name)
+    stored = loader.end(name)
     if not rounds_end(loader.checkpoint, name):
         return pack_weight(library, stored)
     floats = stored.weight if isinstance(stored, Dense) else stored.unpack()

@@ -12,9 +12,8 @@ from ..kernels.dispatch import choose
 from ..kernels.formats import FORMATS, Dense
 from ..kernels.shards import ShardedTensors
 from .checkpoint import Checkpoint
-from .loading import EMBEDDING
+from .families import decoder_spec
 from .roof import Roof, find_roof
-from .spec import decoder_spec
 
 
 @dataclass(frozen=True)
@@ -65,11 +64,12 @@ def inspect_checkpoint(path: str | Path, verify: bool = True) -> Inspection:
     checkpoint = Checkpoint.open(path, verify)
     spec = decoder_spec(checkpoint.config)
     records = (checkpoint.manifest or {}).get("linears", {})
-    names = [f"model.layers.{i}.{name}" for i in range(spec.layers) for name in spec.linear_shapes]
     tensors = ShardedTensors.open(checkpoint.path)
-    linears = tuple(_linear(checkpoint, tensors, name, records.get(name, {})) for name in names)
+    linears = tuple(
+        _linear(checkpoint, tensors, name, records.get(name, {})) for name in spec.linear_names
+    )
     # The embedding is never packed: it has the dtype of the dense model.
-    item_bytes = tensors.dtype(f"{EMBEDDING}.weight").itemsize
+    item_bytes = tensors.dtype(f"{spec.names.embedding}.weight").itemsize
     saved = sum(
         item_bytes * prod(row.shape) - row.bytes for row in linears if row.format != Dense.kind
     )
@@ -83,7 +83,7 @@ def inspect_checkpoint(path: str | Path, verify: bool = True) -> Inspection:
         verified_files=len(manifest["files"]) if manifest is not None and verify else None,
         recipe=None if manifest is None else manifest.get("recipe"),
         provenance=None if manifest is None else manifest.get("provenance"),
-        roof=find_roof(checkpoint, spec, tensors, names),
+        roof=find_roof(checkpoint, spec, tensors),
     )
 
 

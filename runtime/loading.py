@@ -10,9 +10,15 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..kernels.formats import FLOAT_DTYPES, PackedLinear
 from .checkpoint import Checkpoint
-from .spec import DecoderSpec
+from .spec import DecoderSpec, LearnedSpec
 
-EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+
+@dataclass(frozen=True)
+class Norm:
+    """Gain and, of a LayerNorm, bias [size]."""
+
+    gain: Tensor
+    bias: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -39,44 +45,67 @@ class Loader:
             raise CheckpointError(f"tensor {name}: expected a float dtype, found {tensor.dtype}")
         return tensor.to(device=self.device, dtype=self.dtype)
 
-    def vector(self, name: str, size: int) -> Tensor:
-        """A float tensor [size]."""
-        return self.matrix(name, (size,))
-
     def embedding(self) -> Tensor:
         """[vocab, hidden]."""
-        return self.matrix(f"{EMBEDDING}.weight", (self.spec.vocab, self.spec.hidden))
+        shape = (self.spec.vocab, self.spec.hidden)
+        return self.matrix(f"{self.spec.names.embedding}.weight", shape)
 
-    def packed(self, linear: str) -> PackedLinear:
-        """A linear of a block by its full name, or one of the ends, as it is stored."""
-        if linear == EMBEDDING and linear in self.checkpoint.linears:
-            raise CheckpointError(f"{EMBEDDING} is packed, and embeddings never are")
-        shape = self._shape(linear)
-        found = self.checkpoint.linear_shape(linear)
+    def positions(self) -> Tensor | None:
+        """The table of learned positions [rows, hidden], if there is one."""
+        spec = self.spec
+        if not isinstance(spec.positions, LearnedSpec):
+            return None
+        rows = spec.positions.first + spec.max_positions
+        return self.matrix(f"{spec.names.positions}.weight", (rows, spec.hidden))
+
+    def norm(self, name: str) -> Norm:
+        """A norm of hidden states by its full name."""
+        size = (self.spec.hidden,)
+        biased = self.spec.norm.kind == "layer"
+        bias = self.matrix(f"{name}.bias", size) if biased else None
+        return Norm(self.matrix(f"{name}.weight", size), bias)
+
+    def block_norm(self, layer: int, short: str) -> Norm:
+        """A norm of a block by its name inside it."""
+        return self.norm(f"{self.spec.names.blocks}.{layer}.{short}")
+
+    def head_norm(self, layer: int, short: str) -> Tensor | None:
+        """The gain [head_dim] of a norm of every head; None where it has no name."""
+        name = f"{self.spec.names.blocks}.{layer}.{short}.weight"
+        return self.matrix(name, (self.spec.head_dim,)) if short else None
+
+    def linear(self, layer: int, role: str) -> PackedLinear:
+        """A linear of a block, as it is stored; its own rows, where others are stored with it."""
+        name = self.spec.linear_name(layer, role)
+        stored, part = self._checked(name, self.spec.stored_shape(role)), self._part(role)
+        return stored if part is None else stored.rows(part)
+
+    def end(self, name: str) -> PackedLinear:
+        """The embedding or the head [vocab, hidden] by its full name, as it is stored."""
+        if name == self.spec.names.embedding and name in self.checkpoint.linears:
+            raise CheckpointError(f"{name} is packed, and embeddings never are")
+        return self._checked(name, (self.spec.vocab, self.spec.hidden))
+
+    def bias(self, layer: int, role: str) -> Tensor | None:
+        """The bias [N] of a linear of a block, if the spec gives it one."""
+        if role not in self.spec.biased:
+            return None
+        name = f"{self.spec.linear_name(layer, role)}.bias"
+        bias, part = self.matrix(name, self.spec.stored_shape(role)[:1]), self._part(role)
+        return bias if part is None else bias[part]
+
+    def _checked(self, name: str, shape: tuple[int, int]) -> PackedLinear:
+        found = self.checkpoint.linear_shape(name)
         if found != shape:
             raise CheckpointError(
-                f"linear {linear}: config.json says {list(shape)}, found {list(found)}"
+                f"linear {name}: config.json says {list(shape)}, found {list(found)}"
             )
-        return self.checkpoint.linear(linear)
+        return self.checkpoint.linear(name)
 
-    def bias(self, linear: str) -> Tensor | None:
-        """Its bias [N], if the spec gives it one."""
-        if not self._has_bias(linear):
+    def _part(self, role: str) -> Tensor | None:
+        """Which rows of the stored linear are this one's; None for all."""
+        part = self.spec.names.linears[role].part
+        if part is None:
             return None
-        return self.vector(f"{linear}.bias", self._shape(linear)[0])
-
-    def _shape(self, linear: str) -> tuple[int, int]:
-        if linear in (EMBEDDING, HEAD):
-            return self.spec.vocab, self.spec.hidden
-        return self.spec.linear_shapes[_short(linear)]
-
-    def _has_bias(self, linear: str) -> bool:
-        if linear in (EMBEDDING, HEAD):
-            return False
-        inside_attention = _short(linear).startswith("self_attn")
-        return self.spec.attention_bias if inside_attention else self.spec.mlp_bias
-
-
-def _short(linear: str) -> str:
-    """A linear's name inside its block: the part behind the block's number."""
-    return ".".join(linear.split(".")[-2:])
+        rows = torch.arange(3 * self.spec.shape(role)[0])
+        return rows.view(-1, 3, self.spec.head_dim)[:, part].flatten()

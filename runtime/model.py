@@ -13,13 +13,14 @@ from ..errors import CheckpointError, UsageError
 from ..kernels.cpu.library import library
 from .checkpoint import Checkpoint
 from .decoder import Decoder
-from .fused import FusedDecoder
-from .spec import DecoderSpec, decoder_spec
+from .families import decoder_spec
+from .fused import FusedBits, FusedDecoder
+from .spec import DecoderSpec
 from .threads import in_passing_thread
 from .tokenizer import Tokenizer
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-HEAD_BITS = (8, 4)
+HEAD_BITS, KV_BITS = (8, 4), (16, 8)
 
 
 class AnyCache(Protocol):
@@ -48,6 +49,16 @@ class AnyDecoder(Protocol):
 
 
 @dataclass(frozen=True)
+class LoadSettings:
+    """How a model is loaded; the fields are the arguments of `load_model`."""
+
+    dtype: str = "auto"
+    verify: bool = True
+    head_bits: int = 8
+    kv_bits: int = 16
+
+
+@dataclass(frozen=True)
 class Model:
     """Everything the engine needs.
 
@@ -68,7 +79,11 @@ class Model:
 
 
 def load_model(
-    path: str | Path, dtype: str = "auto", verify: bool = True, head_bits: int = 8
+    path: str | Path,
+    dtype: str = "auto",
+    verify: bool = True,
+    head_bits: int = 8,
+    kv_bits: int = 16,
 ) -> Model:
     """Open a directory and make it ready to run on the CPU.
 
@@ -77,7 +92,8 @@ def load_model(
     8 bits.
 
     `head_bits` are those of the head where `auto` rounds it, which is in models that have weights
-    of 4 or 8 bits: 8, or 4, which is faster and less exact.
+    of 4 or 8 bits: 8, or 4, which is faster and less exact. `kv_bits` are those of keys and values
+    where `auto` rounds them: 16, or 8 with a scale for every vector, which takes half the memory.
 
     Raises:
         UsageError: no such directory, or unknown dtype or bits.
@@ -87,20 +103,23 @@ def load_model(
         raise UsageError(f"dtype {dtype!r} is none of auto, {', '.join(_DTYPES)}")
     if head_bits not in HEAD_BITS:
         raise UsageError(f"head bits {head_bits} are neither 8 nor 4")
+    if kv_bits not in KV_BITS:
+        raise UsageError(f"key and value bits {kv_bits} are neither 16 nor 8")
     checkpoint = Checkpoint.open(path, verify)
     spec = decoder_spec(checkpoint.config)
     tokenizer = Tokenizer.open(checkpoint.path)
     _check_vocabulary(checkpoint.path, spec, tokenizer)
-    decoder = in_passing_thread(lambda: _decoder(checkpoint, spec, dtype, head_bits))
+    bits = FusedBits(head_bits, kv_bits)
+    decoder = in_passing_thread(lambda: _decoder(checkpoint, spec, dtype, bits))
     checkpoint.warn_of_unused()
     name, exact = checkpoint.path.resolve().name, dtype != "auto"
     return Model(name, checkpoint, spec, decoder, tokenizer, exact)
 
 
-def _decoder(checkpoint: Checkpoint, spec: DecoderSpec, dtype: str, head_bits: int) -> AnyDecoder:
+def _decoder(checkpoint: Checkpoint, spec: DecoderSpec, dtype: str, bits: FusedBits) -> AnyDecoder:
     native = library() if dtype == "auto" else None
     if native is not None:
-        return FusedDecoder(checkpoint, spec, native, head_bits)
+        return FusedDecoder(checkpoint, spec, native, bits)
     compute, exact = _DTYPES.get(dtype, torch.float32), dtype != "auto"
     return Decoder(checkpoint, spec, compute, torch.device("cpu"), exact)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..errors import CheckpointError
@@ -13,7 +12,6 @@ from ..kernels.formats import FLOAT_DTYPES, FORMATS, Dense, Int8
 from ..kernels.shards import ShardedTensors
 from .checkpoint import Checkpoint
 from .fused import rounds_end
-from .loading import EMBEDDING, HEAD
 from .spec import DecoderSpec
 
 
@@ -36,12 +34,10 @@ class Roof:
         return self.read_bytes_per_second / self.token_bytes
 
 
-def find_roof(
-    checkpoint: Checkpoint, spec: DecoderSpec, tensors: ShardedTensors, linears: Sequence[str]
-) -> Roof | None:
+def find_roof(checkpoint: Checkpoint, spec: DecoderSpec, tensors: ShardedTensors) -> Roof | None:
     """Measure for a tenth of a second; None without the CPU kernels, or memory to read.
 
-    `tensors` are the checkpoint's, `linears` the names of those of its blocks.
+    `tensors` are the checkpoint's.
 
     Raises:
         CheckpointError: a weight is stored in a dtype that no weight has.
@@ -49,12 +45,17 @@ def find_roof(
     native = library()
     if native is None:
         return None
-    head = EMBEDDING if spec.tied else HEAD
-    total = sum(_stored_bytes(native, checkpoint, tensors, name) for name in linears)
+    head = spec.names.embedding if spec.tied else spec.names.head
+    ends = (spec.vocab, spec.hidden)
+    total = sum(
+        _stored_bytes(native, checkpoint, tensors, spec.linear_name(layer, role), spec.shape(role))
+        for layer in range(spec.layers)
+        for role in spec.roles
+    )
     if rounds_end(checkpoint, head):
-        total += packed_bytes(native, Int8.kind, (spec.vocab, spec.hidden))
+        total += packed_bytes(native, Int8.kind, ends)
     else:
-        total += _stored_bytes(native, checkpoint, tensors, head)
+        total += _stored_bytes(native, checkpoint, tensors, head, ends)
     try:
         return Roof(native.level, native.threads, total, read_bandwidth(native))
     except RuntimeError:  # torch's word for memory that there is not
@@ -62,11 +63,16 @@ def find_roof(
 
 
 def _stored_bytes(
-    native: Library, checkpoint: Checkpoint, tensors: ShardedTensors, name: str
+    native: Library,
+    checkpoint: Checkpoint,
+    tensors: ShardedTensors,
+    name: str,
+    shape: tuple[int, int],
 ) -> int:
+    """Of a linear of `shape`, which may be a part of the stored one."""
     entry = checkpoint.linears.get(name)
     kind, group = (Dense.kind, None) if entry is None else (entry.format, entry.group)
     dtype = None if kind in CODED else tensors.dtype(f"{name}.{FORMATS[kind].suffixes[0]}")
     if dtype is not None and dtype not in FLOAT_DTYPES:
         raise CheckpointError(f"{name}: {dtype} is no dtype for weights")
-    return packed_bytes(native, kind, checkpoint.linear_shape(name), group, dtype)
+    return packed_bytes(native, kind, shape, group, dtype)

@@ -1,18 +1,22 @@
-"""What a decoder is made of, as typed data: one spec per model, one reader per family.
+"""What a decoder is made of, as typed data: one spec per model.
 
-The table of families is closed: a config's `model_type` is looked up in it and never imported.
+Knows no config.json: `families` reads those.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from ..errors import CheckpointError, UnsupportedModel
-from .fields import flag, number, positive_int
+ROLES = ("q", "k", "v", "o", "gate", "up", "down")  # linears of a block; a plain MLP has no gate
 
-_MAX_LAYERS = 1000
+
+@dataclass(frozen=True)
+class NormSpec:
+    """`kind` is rms (Zhang and Sennrich, 1910.07467) or layer (Ba et al., 1607.06450)."""
+
+    kind: str
+    eps: float
 
 
 @dataclass(frozen=True)
@@ -32,8 +36,60 @@ class RopeSpec:
 
 
 @dataclass(frozen=True)
+class LearnedSpec:
+    """A vector for every position, added to the embedding; that of position 0 is row `first`."""
+
+    first: int = 0
+
+
+@dataclass(frozen=True)
+class AlibiSpec:
+    """Scores fall with the distance, by a slope of every head's own (Press et al., 2108.12409)."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a linear's rows are: all of a stored linear's, or one of three that take turns.
+
+    In a fused q, k and v the rows of a head are its q, then its k, then its v; `part` says which.
+    """
+
+    name: str
+    part: int | None = None
+
+
+@dataclass(frozen=True)
+class Names:
+    """Names of tensors without their last part; those of a block are without its beginning."""
+
+    blocks: str
+    embedding: str
+    norm: str
+    attention_norm: str
+    mlp_norm: str
+    linears: Mapping[str, Stored]  # by role
+    head: str = "lm_head"
+    positions: str = ""
+    embedding_norm: str = ""
+    q_norm: str = ""
+    k_norm: str = ""
+
+
+@dataclass(frozen=True)
 class DecoderSpec:
-    """A decoder-only transformer with pre-norm RMSNorm, rotary attention and a gated MLP."""
+    """A decoder-only transformer with pre-norm blocks: attention, then an MLP.
+
+    Attributes:
+        kv_heads: heads that keys and values have; consecutive query heads share one.
+        max_positions: most positions of a sequence.
+        activation: silu, gelu, gelu_tanh (its usual approximation) or relu.
+        gated: the activated vector is multiplied by a second one.
+        biased: roles of the linears that have a bias.
+        window: positions that a token sees, its own included; None: all before it.
+        tied: the head is the embedding.
+        names: where the weights are. Norms of every head's queries and keys, of the embedding, and
+            a table of positions are there where they have a name.
+    """
 
     family: str
     layers: int
@@ -44,108 +100,37 @@ class DecoderSpec:
     ffn: int
     vocab: int
     max_positions: int
-    norm_eps: float
-    rope: RopeSpec
-    attention_bias: bool
-    mlp_bias: bool
+    norm: NormSpec
+    positions: RopeSpec | LearnedSpec | AlibiSpec
+    activation: str
+    gated: bool
+    biased: frozenset[str]
     tied: bool
+    names: Names
+    window: int | None = None
 
     @property
-    def linear_shapes(self) -> Mapping[str, tuple[int, int]]:
-        """(N, K) of each linear of a block, by name inside the block."""
+    def roles(self) -> tuple[str, ...]:
+        """Those that the linears of a block have here, in order."""
+        return tuple(role for role in ROLES if role in self.names.linears)
+
+    def shape(self, role: str) -> tuple[int, int]:
+        """(N, K) of a linear of a block."""
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        return {
-            "self_attn.q_proj": (q, self.hidden),
-            "self_attn.k_proj": (kv, self.hidden),
-            "self_attn.v_proj": (kv, self.hidden),
-            "self_attn.o_proj": (self.hidden, q),
-            "mlp.gate_proj": (self.ffn, self.hidden),
-            "mlp.up_proj": (self.ffn, self.hidden),
-            "mlp.down_proj": (self.hidden, self.ffn),
-        }
+        rows = {"q": q, "k": kv, "v": kv, "gate": self.ffn, "up": self.ffn}.get(role, self.hidden)
+        return rows, {"o": q, "down": self.ffn}.get(role, self.hidden)
 
+    def stored_shape(self, role: str) -> tuple[int, int]:
+        """(N, K) of the stored linear that a linear's rows are in."""
+        rows, columns = self.shape(role)
+        return (rows if self.names.linears[role].part is None else 3 * rows), columns
 
-def decoder_spec(config: Mapping[str, Any]) -> DecoderSpec:
-    """Read a parsed config.json.
+    def linear_name(self, layer: int, role: str) -> str:
+        """Full name of the stored linear that a linear's rows are in."""
+        return f"{self.names.blocks}.{layer}.{self.names.linears[role].name}"
 
-    Raises:
-        UnsupportedModel: the family, or an option of it, is not known here.
-        CheckpointError: a value is missing or impossible.
-    """
-    kind = config.get("model_type")
-    if not isinstance(kind, str) or kind not in _FAMILIES:
-        raise UnsupportedModel(
-            f"config.json: model_type {str(kind)[:40]!r} cannot be served; "
-            f"supported: {', '.join(sorted(_FAMILIES))}"
-        )
-    return _FAMILIES[kind](config)
-
-
-def _llama(config: Mapping[str, Any]) -> DecoderSpec:
-    if config.get("hidden_act", "silu") != "silu":
-        raise UnsupportedModel(
-            f"config.json: hidden_act {str(config['hidden_act'])[:40]!r} is not supported; "
-            "supported: silu"
-        )
-    heads = positive_int(config, "num_attention_heads")
-    hidden = positive_int(config, "hidden_size")
-    kv_heads = positive_int(config, "num_key_value_heads", heads)
-    head_dim = positive_int(config, "head_dim", hidden // heads)
-    if heads % kv_heads or head_dim % 2:
-        raise CheckpointError(
-            f"config.json: {heads} heads of {head_dim} do not go with {kv_heads} key-value heads"
-        )
-    if config.get("head_dim") is None and hidden % heads:
-        raise CheckpointError(f"config.json: hidden_size {hidden} is no multiple of {heads} heads")
-    layers = positive_int(config, "num_hidden_layers")
-    if layers > _MAX_LAYERS:
-        raise CheckpointError(f"config.json: num_hidden_layers is {layers}, over {_MAX_LAYERS}")
-    return DecoderSpec(
-        family="llama",
-        layers=layers,
-        hidden=hidden,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        ffn=positive_int(config, "intermediate_size"),
-        vocab=positive_int(config, "vocab_size"),
-        max_positions=positive_int(config, "max_position_embeddings", 2048),
-        norm_eps=number(config, "rms_norm_eps", 1e-6),
-        rope=_rope(config),
-        attention_bias=flag(config, "attention_bias", False),
-        mlp_bias=flag(config, "mlp_bias", False),
-        tied=flag(config, "tie_word_embeddings", False),
-    )
-
-
-def _rope(config: Mapping[str, Any]) -> RopeSpec:
-    """Read `rope_parameters`, or the older pair `rope_theta` and `rope_scaling`."""
-    block = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(block, dict):
-        raise CheckpointError("config.json: the rope parameters are not an object")
-    merged = {"rope_theta": config.get("rope_theta", 10000.0), **block}
-    kind = merged.get("rope_type", merged.get("type", "default"))
-    theta = number(merged, "rope_theta", 10000.0)
-    if merged.get("partial_rotary_factor", config.get("partial_rotary_factor")) not in (None, 1):
-        raise UnsupportedModel("config.json: a partial_rotary_factor is not supported")
-    if kind == "default":
-        return RopeSpec(theta)
-    if kind == "linear":
-        return RopeSpec(theta, kind, number(merged, "factor"))
-    if kind == "llama3":
-        return _llama3_rope(theta, merged)
-    raise UnsupportedModel(
-        f"config.json: rope type {str(kind)[:40]!r} is not supported; "
-        "supported: default, linear, llama3"
-    )
-
-
-def _llama3_rope(theta: float, values: Mapping[str, Any]) -> RopeSpec:
-    low, high = number(values, "low_freq_factor"), number(values, "high_freq_factor")
-    if low >= high:
-        raise CheckpointError("config.json: high_freq_factor is not above low_freq_factor")
-    original = positive_int(values, "original_max_position_embeddings")
-    return RopeSpec(theta, "llama3", number(values, "factor"), low, high, original)
-
-
-_FAMILIES: Mapping[str, Callable[[Mapping[str, Any]], DecoderSpec]] = {"llama": _llama}
+    @property
+    def linear_names(self) -> tuple[str, ...]:
+        """Full names of all stored linears of the blocks, in order."""
+        names = [self.linear_name(layer, r) for layer in range(self.layers) for r in self.roles]
+        return tuple(dict.fromkeys(names))

@@ -18,7 +18,7 @@ from fastapi import FastAPI
 
 from ..errors import EngineDeadError, HalfweaveError, UsageError
 from ..runtime.engine import Engine
-from ..runtime.model import load_model
+from ..runtime.model import LoadSettings, load_model
 from .app import create_app
 from .service import Activity
 from .settings import ServerSettings
@@ -33,9 +33,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     *,
-    dtype: str = "auto",
-    verify: bool = True,
-    head_bits: int = 8,
+    loading: LoadSettings | None = None,
     settings: ServerSettings | None = None,
     on_ready: Callable[[str], None] | None = None,
 ) -> None:
@@ -54,7 +52,7 @@ def serve(
     settings = settings or ServerSettings()
     # The port first: nobody wants to hear that it is taken after a minute of loading.
     with open_socket(host, port) as sock:
-        model = load_model(path, dtype, verify, head_bits)
+        model = load_model(path, **vars(loading or LoadSettings()))
         engine = Engine(model, max_waiting=settings.max_waiting)
         activity = Activity()
         server = Server(create_app(engine, settings, activity), engine, activity, settings)

@@ -14,15 +14,30 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .library import BatchStruct, BlockStruct, CacheStruct, Library, ShapeStruct
+from .library import (
+    BatchStruct,
+    BlockStruct,
+    CacheStruct,
+    EndsStruct,
+    Library,
+    NormStruct,
+    ShapeStruct,
+    WeightStruct,
+)
 from .packed import PackedWeight
 
 PAGE_POSITIONS = 16
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")  # numbers of api.h
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a decoder with pre-norm RMSNorm, rotary attention and a gated SiLU MLP."""
+    """Sizes of a pre-norm decoder.
+
+    Rotary positions turn the first `rotary_dim` dimensions of a head. A token sees `window`
+    positions, its own included; 0 stands for all. Keys and values are stored in `cache_bits`: 16,
+    or 8 with a scale for every vector of a head. `activation` is one of ACTIVATIONS.
+    """
 
     layers: int
     hidden: int
@@ -31,17 +46,39 @@ class Shape:
     head_dim: int
     ffn: int
     vocab: int
+    rotary_dim: int
+    window: int
+    cache_bits: int
     norm_eps: float
+    activation: str
+
+
+@dataclass(frozen=True)
+class Norm:
+    """RMSNorm without a bias, LayerNorm with one; both fp32 [size]."""
+
+    gain: Tensor
+    bias: Tensor | None = None
+
+    @property
+    def struct(self) -> NormStruct:
+        """Points into the tensors."""
+        return NormStruct(self.gain.data_ptr(), _pointer(self.bias))
 
 
 @dataclass(frozen=True)
 class Block:
-    """One block: norms fp32 [hidden]; linears and biases (fp32 or None): q k v o gate up down."""
+    """One block: norms of [hidden], and of every head's queries and keys, where there are some.
 
-    attention_norm: Tensor
-    mlp_norm: Tensor
-    linears: Sequence[PackedWeight]
+    Linears, and biases (fp32 or None), are q k v o gate up down; a plain MLP has None for a gate.
+    """
+
+    attention_norm: Norm
+    mlp_norm: Norm
+    linears: Sequence[PackedWeight | None]
     biases: Sequence[Tensor | None]
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -49,14 +86,19 @@ class Ends:
     """What is not in the blocks.
 
     `embedding` [vocab, hidden] is packed as int8 or dense floats, `head` as anything; a tied model
-    gives one for both.
-    `norm` is fp32 [hidden], `frequencies` fp32 [head_dim / 2] in radians per position.
+    gives one for both. Of `positions`, packed as dense floats, the row `first_position` + p is
+    added to the embedding at position p. `frequencies` fp32 [rotary_dim / 2] are radians per
+    position; `slopes` fp32 [heads] are what a score loses per position of distance.
     """
 
     embedding: PackedWeight
     head: PackedWeight
-    norm: Tensor
-    frequencies: Tensor
+    norm: Norm
+    embedding_norm: Norm | None = None
+    positions: PackedWeight | None = None
+    first_position: int = 0
+    frequencies: Tensor | None = None
+    slopes: Tensor | None = None
 
 
 class NativeDecoder:
@@ -72,22 +114,10 @@ class NativeDecoder:
         self._library, self.weights = library, (tuple(blocks), ends)
         structs = (BlockStruct * len(blocks))()
         for struct, block in zip(structs, blocks, strict=True):
-            struct.attention_norm = block.attention_norm.data_ptr()
-            struct.mlp_norm = block.mlp_norm.data_ptr()
-            for i, (linear, bias) in enumerate(zip(block.linears, block.biases, strict=True)):
-                struct.linears[i] = linear.struct
-                struct.biases[i] = None if bias is None else bias.data_ptr()
+            _fill(struct, block)
         pointer = ctypes.c_void_p()
-        library.call(
-            "hw_decoder_new",
-            byref(ShapeStruct(*(getattr(shape, name) for name, *_ in ShapeStruct._fields_))),
-            structs,
-            ends.norm.data_ptr(),
-            byref(ends.embedding.struct),
-            byref(ends.head.struct),
-            ends.frequencies.data_ptr(),
-            byref(pointer),
-        )
+        shapes, ends_struct = byref(_shape_struct(shape)), byref(_ends_struct(ends))
+        library.call("hw_decoder_new", shapes, structs, ends_struct, byref(pointer))
         self._pointer = pointer.value
         weakref.finalize(self, library.functions.hw_decoder_free, self._pointer)
         self.page_bytes = int(library.functions.hw_page_bytes(self._pointer))
@@ -143,3 +173,38 @@ class NativeDecoder:
                 scores.data_ptr(),
             )
         return scores
+
+
+def _shape_struct(shape: Shape) -> ShapeStruct:
+    values = {**vars(shape), "activation": ACTIVATIONS.index(shape.activation)}
+    return ShapeStruct(*(values[name] for name, *_ in ShapeStruct._fields_))
+
+
+def _fill(struct: BlockStruct, block: Block) -> None:
+    struct.attention_norm, struct.mlp_norm = block.attention_norm.struct, block.mlp_norm.struct
+    struct.q_norm, struct.k_norm = _pointer(block.q_norm), _pointer(block.k_norm)
+    for i, (linear, bias) in enumerate(zip(block.linears, block.biases, strict=True)):
+        struct.linears[i] = _weight_struct(linear)
+        struct.biases[i] = _pointer(bias)
+
+
+def _ends_struct(ends: Ends) -> EndsStruct:
+    return EndsStruct(
+        ends.embedding.struct,
+        ends.head.struct,
+        NormStruct() if ends.embedding_norm is None else ends.embedding_norm.struct,
+        ends.norm.struct,
+        _weight_struct(ends.positions),
+        ends.first_position,
+        _pointer(ends.frequencies),
+        _pointer(ends.slopes),
+    )
+
+
+def _weight_struct(weight: PackedWeight | None) -> WeightStruct:
+    """Without data where there is no weight."""
+    return WeightStruct() if weight is None else weight.struct
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

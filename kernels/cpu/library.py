@@ -47,12 +47,20 @@ class WeightStruct(Structure):
     )
 
 
+class NormStruct(Structure):
+    """hw_norm: gain and bias of a norm."""
+
+    _fields_ = (("gain", c_void_p), ("bias", c_void_p))
+
+
 class BlockStruct(Structure):
     """hw_block: the weights of one decoder block."""
 
     _fields_ = (
-        ("attention_norm", c_void_p),
-        ("mlp_norm", c_void_p),
+        ("attention_norm", NormStruct),
+        ("mlp_norm", NormStruct),
+        ("q_norm", c_void_p),
+        ("k_norm", c_void_p),
         ("linears", WeightStruct * LINEARS),
         ("biases", c_void_p * LINEARS),
     )
@@ -63,9 +71,24 @@ class ShapeStruct(Structure):
 
     _fields_ = (
         *((name, c_int64) for name in ("layers", "hidden", "heads", "kv_heads", "head_dim")),
-        ("ffn", c_int64),
-        ("vocab", c_int64),
+        *((name, c_int64) for name in ("ffn", "vocab", "rotary_dim", "window", "cache_bits")),
         ("norm_eps", c_float),
+        ("activation", c_int32),
+    )
+
+
+class EndsStruct(Structure):
+    """hw_ends: the weights that are not in the blocks."""
+
+    _fields_ = (
+        ("embedding", WeightStruct),
+        ("head", WeightStruct),
+        ("embedding_norm", NormStruct),
+        ("norm", NormStruct),
+        ("positions", WeightStruct),
+        ("first_position", c_int64),
+        ("frequencies", c_void_p),
+        ("slopes", c_void_p),
     )
 
 
@@ -103,7 +126,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "hw_linear": (c_int32, [_P, _P, _W, _P, c_int64, _P, _P]),
     "hw_decoder_new": (
         c_int32,
-        [POINTER(ShapeStruct), POINTER(BlockStruct), _P, _W, _W, _P, POINTER(_P)],
+        [POINTER(ShapeStruct), POINTER(BlockStruct), POINTER(EndsStruct), POINTER(_P)],
     ),
     "hw_decoder_free": (None, [_P]),
     "hw_page_bytes": (c_int64, [_P]),

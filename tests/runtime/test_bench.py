@@ -10,7 +10,7 @@ from halfweave.errors import UsageError
 from halfweave.files import sha256_file
 from halfweave.runtime.bench import BenchPlan, BenchResult, Sample, Spread, bench_offline
 from halfweave.runtime.eval import evaluate
-from halfweave.runtime.model import load_model
+from halfweave.runtime.model import LoadSettings, load_model
 from support.tiny import edit_json
 
 TEXT = "Two foxes keep every fourth weight; nobody minds the lazy zero. " * 30
@@ -109,7 +109,7 @@ def test_the_kernels_are_named_and_weights_that_are_expanded_said_to_be_no_faste
     assert next(iter(packed.kernels.values())).startswith("cpu-")
     assert not any("can be no faster than dense" in note for note in result.notes)
     paths: dict[str, str | Path] = {"tiny": tiny_model, "packed": packed_model}
-    exact = bench_offline(paths, TEXT, plan=PLAN, dtype="float32")
+    exact = bench_offline(paths, TEXT, plan=PLAN, loading=LoadSettings("float32"))
     assert next(iter(exact.models[1].kernels.values())).startswith("torch-dense")
     assert any("can be no faster than dense" in note for note in exact.notes)
 

@@ -9,8 +9,16 @@ import torch
 from halfweave.errors import CapacityError
 from halfweave.runtime.checkpoint import Checkpoint
 from halfweave.runtime.decoder import Decoder
-from halfweave.runtime.spec import decoder_spec
-from support.tiny import LLAMA3_ROPE, VOCABULARY, Tiny, dense_model, pack_directory, save_tiny
+from halfweave.runtime.families import decoder_spec
+from support.tiny import (
+    FAMILIES,
+    LLAMA3_ROPE,
+    VOCABULARY,
+    Tiny,
+    dense_model,
+    pack_directory,
+    save_tiny,
+)
 from torch import Tensor
 
 TOLERANCE = 1e-4
@@ -26,6 +34,7 @@ MODELS = {
         options={"rope_parameters": {"rope_type": "linear", "rope_theta": 5e4, "factor": 4.0}}
     ),
     "stored in bf16": Tiny(dtype=torch.bfloat16),
+    **FAMILIES,
 }
 
 
@@ -60,9 +69,9 @@ def test_logits_equal_transformers_for_any_cut_of_the_sequence(name: str, tmp_pa
 
 
 @pytest.mark.parametrize("kind", ["dense", "sparse24", "sparse24_int4"])
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_packed_model_equals_its_unpacked_weights(kind: str, tied: bool, tmp_path: Path) -> None:
-    source = save_tiny(tmp_path / "source", Tiny(tied=tied))
+@pytest.mark.parametrize("name", ["tied", "untied", *FAMILIES])
+def test_a_packed_model_equals_its_unpacked_weights(kind: str, name: str, tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "source", MODELS[name])
     packed = pack_directory(source, tmp_path / "packed", kind)
     ids = tokens(40)
     wanted = expected(tmp_path / "packed-dense", ids)

@@ -14,12 +14,12 @@ from halfweave.runtime import model as model_module
 from halfweave.runtime.cache import SequenceCache
 from halfweave.runtime.checkpoint import Checkpoint
 from halfweave.runtime.decoder import Decoder
-from halfweave.runtime.fused import FusedDecoder
+from halfweave.runtime.families import decoder_spec
+from halfweave.runtime.fused import FusedBits, FusedDecoder
 from halfweave.runtime.inspection import inspect_checkpoint
 from halfweave.runtime.model import load_model
-from halfweave.runtime.spec import decoder_spec
 from support.cpu_levels import LEVELS_HERE, at_level
-from support.tiny import LLAMA3_ROPE, VOCABULARY, Tiny, pack_directory, save_tiny
+from support.tiny import FAMILIES, LLAMA3_ROPE, VOCABULARY, Tiny, pack_directory, save_tiny
 from torch import Tensor
 
 # Of the largest, against the same kernels called one by one. Both add floats in their own order, so
@@ -36,6 +36,8 @@ MODELS = {
     "large heads": Tiny(heads=2, kv_heads=1, options={"head_dim": 72}),
     "llama3 rope": Tiny(options={"rope_parameters": LLAMA3_ROPE}),
     "many heads share": Tiny(hidden=80, heads=10, kv_heads=1),
+    "gelu": Tiny(options={"hidden_act": "gelu"}),
+    **FAMILIES,
 }
 
 
@@ -43,8 +45,8 @@ def on_the_8_bit_grid(directory: Path) -> Path:
     """Round embedding and head so that 8 bits hold them exactly: the largest of 32 is 127 steps."""
     path = directory / "model.safetensors"
     tensors = safetensors.torch.load_file(path)
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        if name in tensors:
+    for name in tensors:
+        if "embed_tokens" in name or "word_embeddings.weight" in name or name == "lm_head.weight":
             codes = torch.round(tensors[name] * 256).clamp(-126, 126)
             codes[:, ::32] = 127
             tensors[name] = (codes / 256).contiguous()
@@ -203,12 +205,12 @@ def test_exact_results_come_without_the_kernels(
 
 
 @pytest.mark.parametrize("kind", ["sparse24_int4", "sparse24", "dense"])
-@pytest.mark.parametrize("name", ["tied", "untied"])
+@pytest.mark.parametrize("name", ["tied", "untied", "bloom"])
 def test_the_roof_counts_what_a_token_reads(name: str, kind: str, tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "dense", MODELS[name])
     path = source if kind == "dense" else pack_directory(source, tmp_path / "packed", kind)
     blocks, ends = fused(Checkpoint.open(path)).native.weights
-    linears = [weight for block in blocks for weight in block.linears]
+    linears = [weight for block in blocks for weight in block.linears if weight]
     roof = inspect_checkpoint(path).roof
     assert roof is not None
     assert roof.token_bytes == sum(w.struct.bytes for w in [*linears, ends.head])
@@ -218,13 +220,78 @@ def test_the_roof_counts_what_a_token_reads(name: str, kind: str, tmp_path: Path
 def test_a_head_of_4_bits_is_smaller_and_near_the_one_of_8(name: str, tmp_path: Path) -> None:
     checkpoint = packed(tmp_path, MODELS[name])
     spec, library = decoder_spec(checkpoint.config), at_level(LEVELS_HERE[0])
-    fine, coarse = (FusedDecoder(checkpoint, spec, library, bits) for bits in (8, 4))
+    fine, coarse = (
+        FusedDecoder(checkpoint, spec, library, FusedBits(head=bits)) for bits in (8, 4)
+    )
     heads = [decoder.native.weights[1].head.struct for decoder in (fine, coarse)]
     assert heads[1].bytes < 0.6 * heads[0].bytes
     hidden = fine.forward(tokens(30), fine.new_cache())
     assert torch.equal(hidden, coarse.forward(tokens(30), coarse.new_cache()))  # and nothing else
     wanted, found = fine.logits(hidden), coarse.logits(hidden)
     assert 0 < (found - wanted).norm() < 0.15 * wanted.norm()
+
+
+class CodeCache(SequenceCache):
+    """Keys and values rounded to 8 bits, a scale for every vector of a head."""
+
+    def store(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        return super().store(layer, *(on_127_steps(each) for each in (keys, values)))
+
+
+def on_127_steps(x: Tensor) -> Tensor:
+    scale = x.abs().amax(-1, keepdim=True) / 127
+    return torch.round(x / scale) * scale
+
+
+@pytest.mark.parametrize("level", LEVELS_HERE)
+@pytest.mark.parametrize("name", ["tied", "large heads", "mistral", "bloom"])
+def test_keys_and_values_of_8_bits(name: str, level: str, tmp_path: Path) -> None:
+    """Fewer bytes than half and a bit, and what arithmetic on rounded keys and values gives."""
+    checkpoint = Checkpoint.open(save_tiny(tmp_path / "dense", MODELS[name]))
+    spec, library = decoder_spec(checkpoint.config), at_level(level)
+    exact = Decoder(checkpoint, spec, torch.float32, torch.device("cpu"))
+    halves, codes = (FusedDecoder(checkpoint, spec, library, FusedBits(kv=b)) for b in (16, 8))
+    ids = tokens(70)
+    with torch.inference_mode():
+        shape = (spec.layers, spec.kv_heads, spec.head_dim)
+        cache = CodeCache(shape, 70, torch.float32, torch.device("cpu"))
+        wanted = exact.forward(ids, cache)
+    found = codes.forward(ids, codes.new_cache())
+    of_halves = halves.forward(ids, halves.new_cache())
+    # A number at the edge between two codes may take the other one.
+    assert (found - wanted).abs().mean() < 1e-4 * wanted.abs().max()
+    assert (found - wanted).norm() < 0.2 * (of_halves - wanted).norm()
+    assert torch.equal(logits(codes, ids, [70]), logits(codes, ids, [1] * 30 + [23, 17]))
+    sizes = [decoder.native.page_bytes for decoder in (codes, halves)]
+    assert sizes[0] == sizes[1] * (0.5 + 2 / (-(-spec.head_dim // 16) * 16))
+
+
+def test_a_number_that_is_none_spoils_the_sequence_and_no_other(tmp_path: Path) -> None:
+    """As in any other arithmetic: 8 bits must not make a zero of it."""
+    source = save_tiny(tmp_path / "dense", Tiny())
+    path = source / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    tensors["model.embed_tokens.weight"][5] = torch.nan
+    safetensors.torch.save_file(tensors, path, {"format": "pt"})
+    checkpoint = Checkpoint.open(source)
+    spec = decoder_spec(checkpoint.config)
+    decoder = FusedDecoder(checkpoint, spec, at_level(LEVELS_HERE[0]), FusedBits(kv=8))
+    assert decoder.forward(torch.tensor([1, 5, 2]), decoder.new_cache())[2].isnan().all()
+    assert decoder.forward(torch.tensor([1, 2]), decoder.new_cache()).isfinite().all()
+
+
+def test_positions_beyond_the_table_are_refused_by_the_library(tmp_path: Path) -> None:
+    native = fused(packed(tmp_path, MODELS["opt"])).native
+    memory = torch.zeros(17 * native.page_bytes, dtype=torch.uint8)
+    ids, pages = torch.tensor([1], dtype=torch.int32), torch.arange(17, dtype=torch.int32)
+    native.forward(ids, torch.tensor([255]), pages, torch.tensor([0]), memory)
+    with pytest.raises(HalfweaveError, match="out of range"):
+        native.forward(ids, torch.tensor([256]), pages, torch.tensor([0]), memory)
+
+
+def test_only_16_and_8_bits_are_known_for_keys_and_values(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="key and value bits 4 are neither 16 nor 8"):
+        load_model(save_tiny(tmp_path / "dense", Tiny()), kv_bits=4)
 
 
 def test_only_8_and_4_bits_are_known_and_floats_keep_their_head(tmp_path: Path) -> None:
@@ -246,7 +313,7 @@ def test_a_packed_embedding_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("level", LEVELS_HERE)
 @pytest.mark.parametrize("kind", ["sparse24", "dense"])
-@pytest.mark.parametrize("name", ["tied", "untied"])
+@pytest.mark.parametrize("name", ["tied", "untied", *FAMILIES])
 def test_of_a_checkpoint_of_floats_only_keys_and_values_are_rounded(
     name: str, kind: str, level: str, tmp_path: Path
 ) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 from halfweave.errors import CheckpointError, UnsupportedModel
-from halfweave.runtime.spec import decoder_spec
+from halfweave.runtime.families import decoder_spec
+from halfweave.runtime.spec import RopeSpec
 from support.tiny import LLAMA3_ROPE
 
 CONFIG: dict[str, Any] = {
@@ -22,22 +23,23 @@ CONFIG: dict[str, Any] = {
 
 def test_missing_fields_take_the_defaults_of_the_family() -> None:
     spec = decoder_spec(CONFIG)
-    assert (spec.kv_heads, spec.head_dim, spec.tied, spec.attention_bias) == (4, 16, False, False)
+    assert (spec.kv_heads, spec.head_dim, spec.tied, spec.biased) == (4, 16, False, frozenset())
 
 
 def test_both_spellings_of_rope_mean_the_same() -> None:
     scaling = {key: value for key, value in LLAMA3_ROPE.items() if key != "rope_theta"}
     older = {**CONFIG, "rope_theta": LLAMA3_ROPE["rope_theta"], "rope_scaling": scaling}
     newer = {**CONFIG, "rope_parameters": LLAMA3_ROPE}
-    assert decoder_spec(older).rope == decoder_spec(newer).rope
+    assert decoder_spec(older).positions == decoder_spec(newer).positions
     oldest = {**CONFIG, "rope_scaling": {"type": "linear", "factor": 2.0}}
     linear = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
-    assert decoder_spec(oldest).rope == decoder_spec({**CONFIG, "rope_parameters": linear}).rope
+    newest = {**CONFIG, "rope_parameters": linear}
+    assert decoder_spec(oldest).positions == decoder_spec(newest).positions
 
 
 def test_no_scaling_is_plain_rope() -> None:
     plain = {**CONFIG, "rope_theta": 5e5, "rope_scaling": None}
-    assert decoder_spec(plain).rope.theta == 5e5
+    assert decoder_spec(plain).positions == RopeSpec(5e5)
 
 
 def test_an_unknown_family_is_refused_and_the_known_ones_listed() -> None:
@@ -49,7 +51,8 @@ def test_an_unknown_family_is_refused_and_the_known_ones_listed() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"hidden_act": "gelu"},
+        {"hidden_act": "mish"},
+        {"hidden_act": ["silu"]},
         {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
         {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
         {"partial_rotary_factor": 0.5},

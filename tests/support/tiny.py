@@ -18,7 +18,13 @@ from halfweave.kernels.formats import Dense, PackedLinear, Sparse24, Sparse24Int
 from halfweave.kernels.groups import expand_groups, group_count
 from halfweave.kernels.schema import LinearFormat, QuantizationConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -57,17 +63,30 @@ class Tiny:
     dtype: torch.dtype = torch.float32
     seed: int = 0
     vocabulary: int = VOCABULARY
-    options: dict[str, Any] = field(default_factory=dict)  # further fields of LlamaConfig
+    family: str = "llama"
+    options: dict[str, Any] = field(default_factory=dict)  # further fields of the config
+
+
+# One of every family beside Llama, with what is its own; 13 positions are less than a page.
+FAMILIES = {
+    "bloom": Tiny(family="bloom"),  # six heads: no power of two
+    "mistral": Tiny(family="mistral", options={"sliding_window": 13}),
+    "opt": Tiny(family="opt"),
+    "opt without biases": Tiny(family="opt", tied=False, options={"enable_bias": False}),
+    "qwen2": Tiny(family="qwen2"),
+    "qwen3": Tiny(family="qwen3", options={"head_dim": 20, "attention_bias": True}),
+}
 
 
 def save_tiny(directory: Path, tiny: Tiny = Tiny()) -> Path:
     """Write a model directory; equal arguments give equal weights."""
     torch.manual_seed(tiny.seed)
-    model = LlamaForCausalLM(_config(tiny))
+    model = AutoModelForCausalLM.from_config(_config(tiny))
     for name, parameter in model.named_parameters():
         # Wider than the default initialisation, so that layers matter and no two logits tie.
-        spread = 0.3 if "norm" in name or "bias" in name else 0.15
-        torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=spread)
+        is_vector = parameter.dim() == 1
+        mean = 1.0 if is_vector and name.endswith("weight") else 0.0  # gains of norms
+        torch.nn.init.normal_(parameter, mean, std=0.3 if is_vector else 0.15)
     model.to(tiny.dtype).save_pretrained(directory)
     save_tokenizer(directory)
     return directory
@@ -85,9 +104,9 @@ def save_tokenizer(directory: Path, **changes: Any) -> None:
     PreTrainedTokenizerFast(tokenizer_object=backend, **settings).save_pretrained(directory)
 
 
-def dense_model(directory: Path) -> LlamaForCausalLM:
+def dense_model(directory: Path) -> PreTrainedModel:
     """The oracle: transformers' own model in fp32, read from the same directory."""
-    return LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
 
 
 def edit_json(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -126,21 +145,31 @@ def write_manifest(directory: Path) -> None:
     write_json(directory / "halfweave.json", document)
 
 
-def _config(tiny: Tiny) -> LlamaConfig:
+def _config(tiny: Tiny) -> PreTrainedConfig:
     backend = Tokenizer.from_str(_trained())
-    return LlamaConfig(
+    return AutoConfig.for_model(
+        tiny.family,
         vocab_size=tiny.vocabulary,
         hidden_size=tiny.hidden,
-        intermediate_size=tiny.intermediate,
         num_hidden_layers=tiny.layers,
         num_attention_heads=tiny.heads,
-        num_key_value_heads=tiny.kv_heads,
-        max_position_embeddings=tiny.positions,
         tie_word_embeddings=tiny.tied,
         bos_token_id=backend.token_to_id("<|endoftext|>"),
         eos_token_id=backend.token_to_id(EOS),
+        **_sizes(tiny),
         **tiny.options,
     )
+
+
+def _sizes(tiny: Tiny) -> dict[str, int]:
+    """The sizes that families have names of their own for."""
+    if tiny.family == "bloom":
+        return {"seq_length": tiny.positions}  # four times the hidden size inside, no shared keys
+    if tiny.family == "opt":
+        sizes = {"ffn_dim": tiny.intermediate, "word_embed_proj_dim": tiny.hidden}
+    else:
+        sizes = {"intermediate_size": tiny.intermediate, "num_key_value_heads": tiny.kv_heads}
+    return {**sizes, "max_position_embeddings": tiny.positions}
 
 
 @cache
@@ -181,7 +210,7 @@ def _largest_two_of_four(weight: torch.Tensor) -> torch.Tensor:
 def _write_packed(
     dense: Path,
     out: Path,
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     linears: dict[str, PackedLinear],
     group: int,
 ) -> None:

@@ -6,6 +6,7 @@
 
 #include "bandwidth.hpp"
 #include "decoder.hpp"
+#include "elementwise.hpp"
 #include "embedding.hpp"
 #include "pack.hpp"
 #include "round.hpp"
@@ -25,6 +26,17 @@ bool shape_is_legal(int32_t kind, int32_t group, int64_t rows, int64_t columns) 
 }
 
 Weight to_weight(const hw_weight& w) { return {w.kind, w.group, w.rows, w.columns, w.data}; }
+Norm to_norm(const hw_norm& norm) { return {norm.gain, norm.bias}; }
+
+DecoderBlock to_block(const hw_block& block) {
+  DecoderBlock own = {to_norm(block.attention_norm), to_norm(block.mlp_norm), block.q_norm,
+                      block.k_norm, {}, {}};
+  for (int i = 0; i < kLinears; i++) {
+    own.linears[i] = to_weight(block.linears[i]);
+    own.biases[i] = block.biases[i];
+  }
+  return own;
+}
 
 int check(const hw_weight& w) {
   if (!w.data) return HW_NULL;
@@ -42,37 +54,55 @@ int check(const hw_shape& s) {
   const int64_t sizes[] = {s.layers, s.hidden, s.heads, s.kv_heads, s.head_dim, s.ffn, s.vocab};
   for (int64_t size : sizes)
     if (size < 1 || size > kMostRows) return HW_SHAPE;
-  if (s.heads % s.kv_heads || s.head_dim % 2 || s.heads * s.head_dim > kMostColumns)
-    return HW_SHAPE;
+  if (s.heads % s.kv_heads || s.heads * s.head_dim > kMostColumns) return HW_SHAPE;
+  if (s.rotary_dim < 0 || s.rotary_dim % 2 || s.rotary_dim > s.head_dim) return HW_SHAPE;
+  if (s.window < 0 || (s.cache_bits != 8 && s.cache_bits != 16)) return HW_SHAPE;
+  if (s.activation < 0 || s.activation >= kActivations) return HW_SHAPE;
   return std::isfinite(s.norm_eps) && s.norm_eps >= 0 ? HW_OK : HW_SHAPE;
 }
 
 int check(const hw_shape& s, const hw_block& block) {
-  if (!block.attention_norm || !block.mlp_norm) return HW_NULL;
+  if (!block.attention_norm.gain || !block.mlp_norm.gain) return HW_NULL;
   const int64_t q = s.heads * s.head_dim, kv = s.kv_heads * s.head_dim;
   const int64_t rows[] = {q, kv, kv, s.hidden, s.ffn, s.ffn, s.hidden};
   const int64_t columns[] = {s.hidden, s.hidden, s.hidden, q, s.hidden, s.hidden, s.ffn};
-  for (int i = 0; i < kLinears; i++)
+  for (int i = 0; i < kLinears; i++) {
+    if (i == kGate && !block.linears[i].data) continue;
     if (int code = check(block.linears[i], rows[i], columns[i])) return code;
+  }
   return HW_OK;
+}
+
+int check(const hw_shape& s, const hw_ends& ends) {
+  if (!ends.norm.gain || (s.rotary_dim && !ends.frequencies)) return HW_NULL;
+  for (const hw_weight* each : {&ends.embedding, &ends.head})
+    if (int code = check(*each, s.vocab, s.hidden)) return code;
+  if (!can_embed(ends.embedding.kind)) return HW_SHAPE;
+  const hw_weight& table = ends.positions;
+  if (!table.data) return HW_OK;
+  if (int code = check(table, table.rows, s.hidden)) return code;
+  if (!can_embed(table.kind)) return HW_SHAPE;
+  return 0 <= ends.first_position && ends.first_position < table.rows ? HW_OK : HW_RANGE;
 }
 
 Cache cache_of(const DecoderShape& s, const hw_cache* cache) {
   return {cache ? cache->data : nullptr, cache ? cache->pages : 0, s.layers, s.kv_heads,
-          Cache::padded(s.head_dim), s.head_dim};
+          Cache::padded(s.head_dim), s.head_dim, s.cache_bits};
 }
 
-int check(const DecoderShape& shape, const hw_batch& b, const hw_cache& cache) {
+int check(const Decoder& decoder, const hw_batch& b, const hw_cache& cache) {
+  const DecoderShape& shape = decoder.shape();
   if (!b.ids || !b.positions || !b.pages || !b.pages_start || !cache.data) return HW_NULL;
   if (b.tokens < 1 || b.tokens > kMostTokens) return HW_SHAPE;
-  const int64_t page_bytes = 2 * cache_of(shape, &cache).page_size();
+  const int64_t page_bytes = cache_of(shape, &cache).page_bytes();
+  if ((uintptr_t)cache.data % sizeof(float)) return HW_SIZE;
   if (cache.pages < 1 || cache.bytes / page_bytes < cache.pages) return HW_SIZE;
   for (int64_t i = 0; i < b.page_count; i++)
     if (b.pages[i] < 0 || b.pages[i] >= cache.pages) return HW_RANGE;
   for (int64_t t = 0; t < b.tokens; t++) {
     if (b.ids[t] < 0 || b.ids[t] >= shape.vocab) return HW_RANGE;
-    if (b.positions[t] < 0 || b.pages_start[t] < 0 || b.pages_start[t] >= b.page_count)
-      return HW_RANGE;
+    if (b.positions[t] < 0 || b.positions[t] >= decoder.most_positions()) return HW_RANGE;
+    if (b.pages_start[t] < 0 || b.pages_start[t] >= b.page_count) return HW_RANGE;
     if (b.positions[t] / kPagePositions >= b.page_count - b.pages_start[t]) return HW_RANGE;
   }
   return HW_OK;
@@ -155,44 +185,37 @@ int hw_linear(const void* level, void* pool, const hw_weight* weight, const floa
   });
 }
 
-int hw_decoder_new(const hw_shape* shape, const hw_block* blocks, const float* norm,
-                   const hw_weight* embedding, const hw_weight* head, const float* frequencies,
+int hw_decoder_new(const hw_shape* shape, const hw_block* blocks, const hw_ends* ends,
                    void** decoder) {
-  if (!shape || !blocks || !norm || !embedding || !head || !frequencies || !decoder)
-    return HW_NULL;
+  if (!shape || !blocks || !ends || !decoder) return HW_NULL;
   if (int code = check(*shape)) return code;
   for (int64_t i = 0; i < shape->layers; i++)
     if (int code = check(*shape, blocks[i])) return code;
-  for (const hw_weight* each : {embedding, head})
-    if (int code = check(*each, shape->vocab, shape->hidden)) return code;
-  if (!can_embed(embedding->kind)) return HW_SHAPE;
+  if (int code = check(*shape, *ends)) return code;
   return guarded([&] {
-    std::vector<DecoderBlock> own(shape->layers);
-    for (int64_t i = 0; i < shape->layers; i++) {
-      own[i].attention_norm = blocks[i].attention_norm;
-      own[i].mlp_norm = blocks[i].mlp_norm;
-      for (int j = 0; j < kLinears; j++) {
-        own[i].linears[j] = to_weight(blocks[i].linears[j]);
-        own[i].biases[j] = blocks[i].biases[j];
-      }
-    }
     const hw_shape& s = *shape;
-    *decoder = new Decoder({s.layers, s.hidden, s.heads, s.kv_heads, s.head_dim, s.ffn, s.vocab,
-                            s.norm_eps},
-                           own, norm, to_weight(*embedding), to_weight(*head), frequencies);
+    std::vector<DecoderBlock> own(s.layers);
+    for (int64_t i = 0; i < s.layers; i++) own[i] = to_block(blocks[i]);
+    *decoder = new Decoder(
+        {s.layers, s.hidden, s.heads, s.kv_heads, s.head_dim, s.ffn, s.vocab, s.rotary_dim,
+         s.window, s.cache_bits, s.norm_eps, s.activation},
+        own,
+        {to_weight(ends->embedding), to_weight(ends->head), to_norm(ends->embedding_norm),
+         to_norm(ends->norm), to_weight(ends->positions), ends->first_position, ends->frequencies,
+         ends->slopes});
   });
 }
 void hw_decoder_free(void* decoder) { delete (Decoder*)decoder; }
 
 int64_t hw_page_bytes(const void* decoder) {
-  return decoder ? 2 * cache_of(((const Decoder*)decoder)->shape(), nullptr).page_size() : -1;
+  return decoder ? cache_of(((const Decoder*)decoder)->shape(), nullptr).page_bytes() : -1;
 }
 
 int hw_forward(void* decoder, const void* level, void* pool, const hw_batch* batch,
                const hw_cache* cache, float* hidden) {
   if (!decoder || !level || !pool || !batch || !cache || !hidden) return HW_NULL;
   Decoder& own = *(Decoder*)decoder;
-  if (int code = check(own.shape(), *batch, *cache)) return code;
+  if (int code = check(own, *batch, *cache)) return code;
   const Batch tokens = {batch->tokens, batch->ids, batch->positions, batch->pages,
                         batch->pages_start};
   return guarded([&] {

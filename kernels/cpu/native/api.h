@@ -28,19 +28,38 @@ typedef struct {
   int64_t bytes;
 } hw_weight;
 
+/* RMSNorm without a bias, LayerNorm with one. */
 typedef struct {
-  const float *attention_norm, *mlp_norm;
-  hw_weight linears[7]; /* q k v o gate up down */
-  const float* biases[7];
+  const float *gain, *bias;
+} hw_norm;
+
+typedef struct {
+  hw_norm attention_norm, mlp_norm; /* [hidden] */
+  const float *q_norm, *k_norm;     /* [head_dim], RMSNorm of every head; may be NULL */
+  hw_weight linears[7];             /* q k v o gate up down; a plain MLP has a gate without data */
+  const float* biases[7];           /* may be NULL */
 } hw_block;
 
 typedef struct {
   int64_t layers, hidden, heads, kv_heads, head_dim, ffn, vocab;
+  int64_t rotary_dim; /* first dimensions of a head that rotary positions turn, an even number */
+  int64_t window;     /* positions that a token sees, its own included; 0: all */
+  int64_t cache_bits; /* 16: keys and values as fp16; 8: as codes with a scale per vector */
   float norm_eps;
+  int32_t activation; /* 0 SiLU, 1 GELU, 2 GELU by tanh, 3 ReLU */
 } hw_shape;
 
 typedef struct {
-  uint16_t* data;
+  hw_weight embedding, head;    /* [vocab, hidden] */
+  hw_norm embedding_norm, norm; /* [hidden]; the first has no gain where there is none */
+  hw_weight positions;          /* [positions, hidden], added to embeddings; may have no data */
+  int64_t first_position;       /* its row for position 0 */
+  const float* frequencies;     /* [rotary_dim / 2], radians per position */
+  const float* slopes;          /* [heads], of a score per position of distance; may be NULL */
+} hw_ends;
+
+typedef struct {
+  uint8_t* data; /* aligned to 4 bytes */
   int64_t bytes, pages;
 } hw_cache;
 
@@ -76,8 +95,7 @@ HW_API int hw_round(void* pool, hw_weight shape, int32_t from, const uint8_t* va
 HW_API int hw_linear(const void* level, void* pool, const hw_weight* weight, const float* x,
               int64_t tokens, const float* bias, float* y);
 
-HW_API int hw_decoder_new(const hw_shape* shape, const hw_block* blocks, const float* norm,
-                   const hw_weight* embedding, const hw_weight* head, const float* frequencies,
+HW_API int hw_decoder_new(const hw_shape* shape, const hw_block* blocks, const hw_ends* ends,
                    void** decoder);
 HW_API void hw_decoder_free(void* decoder);
 HW_API int64_t hw_page_bytes(const void* decoder);

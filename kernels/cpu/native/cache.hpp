@@ -1,7 +1,8 @@
 // Keys and values of all sequences, in pages of 16 positions that any sequence may own.
 //
 // A page holds, per layer and key-value head: keys [dim][16 positions], so that the scores of 16
-// positions are lanes, and values [16 positions][dim]; both as fp16.
+// positions are lanes, and values [16 positions][dim]. Both are fp16; or int8, and behind them stand
+// fp32 scales, of 16 keys and then of 16 values.
 #pragma once
 #include "layout.hpp"
 
@@ -10,30 +11,40 @@ namespace halfweave {
 constexpr int64_t kPagePositions = 16;
 
 struct Cache {
-  uint16_t* data;
+  uint8_t* data;
   int64_t pages, layers, kv_heads;
   int64_t dim, true_dim;  // of a head: padded to 16, and as the model says
+  int64_t bits;           // 16 or 8
 
   static int64_t padded(int64_t dim) { return ceil_div(dim, 16) * 16; }
-  int64_t head_size() const { return 2 * dim * kPagePositions; }
-  int64_t page_size() const { return layers * kv_heads * head_size(); }  // in halves
+  int64_t half_bytes() const { return dim * kPagePositions * bits / 8; }  // keys, or values
+  int64_t scale_bytes() const { return bits == 8 ? 2 * kPagePositions * (int64_t)sizeof(float) : 0; }
+  int64_t head_bytes() const { return 2 * half_bytes() + scale_bytes(); }
+  int64_t page_bytes() const { return layers * kv_heads * head_bytes(); }
 
-  uint16_t* keys(int64_t page, int64_t layer, int64_t head) const {
-    return data + page * page_size() + (layer * kv_heads + head) * head_size();
+  uint8_t* keys(int64_t page, int64_t layer, int64_t head) const {
+    return data + page * page_bytes() + (layer * kv_heads + head) * head_bytes();
   }
-  uint16_t* values(int64_t page, int64_t layer, int64_t head) const {
-    return keys(page, layer, head) + dim * kPagePositions;
+  uint8_t* values(int64_t page, int64_t layer, int64_t head) const {
+    return keys(page, layer, head) + half_bytes();
+  }
+  float* key_scales(int64_t page, int64_t layer, int64_t head) const {
+    return (float*)(keys(page, layer, head) + 2 * half_bytes());
+  }
+  float* value_scales(int64_t page, int64_t layer, int64_t head) const {
+    return key_scales(page, layer, head) + kPagePositions;
   }
 };
 
 constexpr int64_t kQueries = 4;  // that look at the same keys and values at a time
 
-// One head of one token, which sees the first `count` positions of its sequence.
+// One head of one token, which sees the positions [first, last) of its sequence.
 struct Query {
   const float* q;  // [true_dim]
   float* out;      // [true_dim]
   float* scores;   // room for the positions that any query beside it sees, rounded up to pages
-  int64_t count;
+  int64_t first, last;
+  float slope;  // what a position's distance takes from its score (Press et al., 2108.12409)
 };
 
 }  // namespace halfweave

@@ -7,18 +7,38 @@
 
 namespace halfweave {
 
-// Pre-norm RMSNorm, rotary attention with shared key-value heads, gated SiLU MLP; runtime/spec.py.
+// Pre-norm blocks of attention with shared key-value heads and an MLP; runtime/spec.py.
 struct DecoderShape {
   int64_t layers, hidden, heads, kv_heads, head_dim, ffn, vocab;
+  int64_t rotary_dim;  // first dimensions of a head that are turned; 0: none
+  int64_t window;      // positions that a token sees, its own included; 0: all
+  int64_t cache_bits;  // 16 or 8, of keys and values
   float norm_eps;
+  int32_t activation;  // elementwise.hpp
 };
 
 enum LinearOf { kQ, kK, kV, kO, kGate, kUp, kDown, kLinears };
 
+// RMSNorm without a bias, LayerNorm with one; nothing at all without a gain.
+struct Norm {
+  const float *gain, *bias;
+};
+
 struct DecoderBlock {
-  const float *attention_norm, *mlp_norm;  // [hidden]
-  Weight linears[kLinears];
+  Norm attention_norm, mlp_norm;  // [hidden]
+  const float *q_norm, *k_norm;   // [head_dim], RMSNorm of every head; null: none
+  Weight linears[kLinears];       // a plain MLP has no gate: its data is null
   const float* biases[kLinears];  // null: none
+};
+
+// What is not in the blocks. Embedding and head are [vocab, hidden] and may be the same.
+struct DecoderEnds {
+  Weight embedding, head;
+  Norm embedding_norm, norm;
+  Weight positions;          // a row is added for every position, from `first_position` on
+  int64_t first_position;    // of the table, which is none where its data is null
+  const float* frequencies;  // [rotary_dim / 2], radians per position; may be null without
+  const float* slopes;       // [heads], of linear biases; null: none
 };
 
 // Some tokens of some sequences, in any mixture; every token's own key is there when it attends.
@@ -32,10 +52,9 @@ struct Batch {
 
 class Decoder {
  public:
-  // The arrays stay the caller's and must outlive the decoder. `frequencies` [head_dim / 2] are
-  // radians per position; embedding and head are [vocab, hidden] and may be the same.
-  Decoder(const DecoderShape& shape, const std::vector<DecoderBlock>& blocks, const float* norm,
-          const Weight& embedding, const Weight& head, const float* frequencies);
+  // The arrays stay the caller's and must outlive the decoder.
+  Decoder(const DecoderShape& shape, const std::vector<DecoderBlock>& blocks,
+          const DecoderEnds& ends);
 
   // Hidden states [tokens, hidden] behind the final norm; the cache gets the tokens' keys and
   // values. The caller has checked ids, positions and pages.
@@ -47,6 +66,9 @@ class Decoder {
 
   const DecoderShape& shape() const { return shape_; }
 
+  // Positions that there is an embedding for.
+  int64_t most_positions() const;
+
  private:
   struct Run {  // tokens [first, last) of one sequence, in order
     int64_t first, last;
@@ -57,17 +79,17 @@ class Decoder {
   void attend_all(const Level& level, Pool& pool, const Batch& batch, const Cache& cache,
                   int64_t layer);
   void mlp(const Level& level, Pool& pool, int64_t tokens, int64_t layer);
-  void norm(const Level& level, Pool& pool, const float* gain, int64_t tokens, float* out);
+  void norm(const Level& level, Pool& pool, const Norm& norm, int64_t tokens, float* out);
+  void norm_heads(const Level& level, const float* gain, int64_t heads, float* x);
   void add(Pool& pool, int64_t tokens);
-  void embed(const Batch& batch);
+  void embed(const Level& level, Pool& pool, const Batch& batch);
   void find_angles(const Batch& batch);
   void find_runs(const Batch& batch);
   void reserve(const Batch& batch, int threads);
 
   DecoderShape shape_;
   std::vector<DecoderBlock> blocks_;
-  const float *norm_, *frequencies_;
-  Weight embedding_, head_;
+  DecoderEnds ends_;
   Linears linears_;
   std::vector<float> residual_, normed_, q_, k_, v_, attended_, gate_, up_, delta_;
   std::vector<float> cosine_, sine_, scores_;

@@ -91,6 +91,9 @@ struct Avx2 {
   static Floats load_halves(const uint16_t* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
   }
+  static Floats load_codes(const int8_t* p) {
+    return to_floats(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+  }
   static Floats load_bfloats(const uint16_t* p) {
     const __m256i words = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(words, 16));

@@ -87,6 +87,9 @@ struct Portable {
   static Floats load_halves(const uint16_t* p) {
     return each<Floats>([&](int i) { return half_to_float(p[i]); });
   }
+  static Floats load_codes(const int8_t* p) {
+    return each<Floats>([&](int i) { return (float)p[i]; });
+  }
   static Floats load_bfloats(const uint16_t* p) {
     return each<Floats>([&](int i) { return bfloat_to_float(p[i]); });
   }

@@ -19,10 +19,13 @@ struct Level {
                    const Inputs& shape, uint8_t* bytes, float* scales);
   Multiply one[kKinds], many[kKinds];  // for one token and for several
 
-  // What stands between the linears of a block; attention.hpp.
+  // What stands between the linears of a block; elementwise.hpp and attention.hpp.
   void (*rms_norm)(const float* x, const float* gain, float eps, int64_t count, float* y);
-  void (*silu_times)(float* gate, const float* up, int64_t count);
-  void (*rotate)(float* x, int64_t heads, int64_t dim, const float* cosine, const float* sine);
+  void (*layer_norm)(const float* x, const float* gain, const float* bias, float eps,
+                     int64_t count, float* y);
+  void (*activate)(int32_t activation, float* x, const float* factor, int64_t count);
+  void (*rotate)(float* x, int64_t heads, int64_t dim, int64_t half, const float* cosine,
+                 const float* sine);
   void (*remember)(const Cache& cache, int32_t page, int64_t slot, int64_t layer, const float* k,
                    const float* v);
   void (*attend)(const Cache& cache, const int32_t* pages, int64_t layer, int64_t kv_head,

@@ -23,8 +23,8 @@ void add_floats(Level& level, int32_t sparse, int32_t dense) {
 
 template <class L>
 Level make_level(const char* name) {
-  Level level = {name,          L::kWidth, quantize<L>, {},         {}, rms_norm<L>,
-                 silu_times<L>, rotate<L>, remember<L>, attend<L>};
+  Level level = {name,          L::kWidth,   quantize<L>, {},          {},       rms_norm<L>,
+                 layer_norm<L>, activate<L>, rotate<L>,   remember<L>, attend<L>};
   add_codes<L, Sparse24Int4Block<L>>(level);
   add_codes<L, Int4Block<L>>(level);
   add_codes<L, Int8Block<L>>(level);

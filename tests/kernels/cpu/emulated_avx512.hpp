@@ -53,6 +53,13 @@ inline simde__m512 cvtepi32_ps(simde__m512i v) {
   for (int i = 0; i < 16; i++) out[i] = (float)in[i];
   return gather<simde__m512>(out);
 }
+inline simde__m512i cvtepi8_epi32(simde__m128i v) {
+  int8_t in[16];
+  spread(v, in);
+  int32_t out[16];
+  for (int i = 0; i < 16; i++) out[i] = in[i];
+  return gather<simde__m512i>(out);
+}
 inline simde__m512i cvtepu16_epi32(simde__m256i v) {
   uint16_t in[16];
   spread(v, in);
@@ -98,6 +105,7 @@ inline float reduce_max(simde__m512 v) {
 #undef _mm512_cvtps_epi32
 #undef _mm512_cvtepi32_ps
 #undef _mm512_cvtepi32_epi8
+#undef _mm512_cvtepi8_epi32
 #undef _mm512_cvtepu16_epi32
 #undef _mm512_broadcast_f32x4
 #undef _mm512_permutevar_ps
@@ -107,6 +115,7 @@ inline float reduce_max(simde__m512 v) {
 #define _mm512_cvtps_epi32(v) emulated::cvtps_epi32(v)
 #define _mm512_cvtepi32_ps(v) emulated::cvtepi32_ps(v)
 #define _mm512_cvtepi32_epi8(v) emulated::cvtepi32_epi8(v)
+#define _mm512_cvtepi8_epi32(v) emulated::cvtepi8_epi32(v)
 #define _mm512_cvtepu16_epi32(v) emulated::cvtepu16_epi32(v)
 #define _mm512_broadcast_f32x4(v) emulated::broadcast_f32x4(v)
 #define _mm512_permutevar_ps(v, indices) emulated::permutevar_ps(v, indices)

@@ -1,0 +1,89 @@
+"""Llama and what is built like it: RMSNorm, rotary positions, shared keys, a gated MLP.
+
+Mistral (2310.06825) adds a sliding window, Qwen2 (2407.10671) biases, Qwen3 (2505.09388) norms of
+every head's queries and keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from ...errors import CheckpointError
+from ..fields import flag, number, positive_int
+from ..spec import DecoderSpec, Names, NormSpec, Stored
+from .options import ATTENTION_ROLES, MLP_ROLES, activation_of, layers_of, require
+from .rotary import rope_of
+
+_NAMES = Names(
+    blocks="model.layers",
+    embedding="model.embed_tokens",
+    norm="model.norm",
+    attention_norm="input_layernorm",
+    mlp_norm="post_attention_layernorm",
+    linears={
+        **{role: Stored(f"self_attn.{role}_proj") for role in ATTENTION_ROLES},
+        **{role: Stored(f"mlp.{role}_proj") for role in MLP_ROLES},
+    },
+)
+
+
+def llama(config: Mapping[str, Any]) -> DecoderSpec:
+    """Read its config.json; raises as `decoder_spec`."""
+    attention = ATTENTION_ROLES if flag(config, "attention_bias", False) else ()
+    mlp = MLP_ROLES if flag(config, "mlp_bias", False) else ()
+    return _spec("llama", config, (*attention, *mlp))
+
+
+def mistral(config: Mapping[str, Any]) -> DecoderSpec:
+    """Read its config.json; raises as `decoder_spec`."""
+    window = config.get("sliding_window")
+    if window is not None:
+        window = positive_int(config, "sliding_window")
+    return replace(_spec("mistral", config, ()), window=window)
+
+
+def qwen2(config: Mapping[str, Any]) -> DecoderSpec:
+    """Read its config.json; raises as `decoder_spec`."""
+    require(config, "use_sliding_window", False)
+    return _spec("qwen2", config, ("q", "k", "v"))
+
+
+def qwen3(config: Mapping[str, Any]) -> DecoderSpec:
+    """Read its config.json; raises as `decoder_spec`."""
+    require(config, "use_sliding_window", False)
+    biased = ATTENTION_ROLES if flag(config, "attention_bias", False) else ()
+    names = replace(_NAMES, q_norm="self_attn.q_norm", k_norm="self_attn.k_norm")
+    return replace(_spec("qwen3", {"head_dim": 128, **config}, biased), names=names)
+
+
+def _spec(family: str, config: Mapping[str, Any], biased: tuple[str, ...]) -> DecoderSpec:
+    heads = positive_int(config, "num_attention_heads")
+    hidden = positive_int(config, "hidden_size")
+    kv_heads = positive_int(config, "num_key_value_heads", heads)
+    head_dim = positive_int(config, "head_dim", hidden // heads)
+    if heads % kv_heads or head_dim % 2:
+        raise CheckpointError(
+            f"config.json: {heads} heads of {head_dim} do not go with {kv_heads} key-value heads"
+        )
+    if config.get("head_dim") is None and hidden % heads:
+        raise CheckpointError(f"config.json: hidden_size {hidden} is no multiple of {heads} heads")
+    return DecoderSpec(
+        family=family,
+        layers=layers_of(config),
+        hidden=hidden,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        ffn=positive_int(config, "intermediate_size"),
+        vocab=positive_int(config, "vocab_size"),
+        max_positions=positive_int(config, "max_position_embeddings", 2048),
+        norm=NormSpec("rms", number(config, "rms_norm_eps", 1e-6)),
+        positions=rope_of(config),
+        activation=activation_of(config, "hidden_act", "silu"),
+        gated=True,
+        biased=frozenset(biased),
+        tied=flag(config, "tie_word_embeddings", False),
+        names=_NAMES,
+    )

@@ -1,0 +1,45 @@
+"""How configs write rotary positions down."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ...errors import CheckpointError, UnsupportedModel
+from ..fields import number, positive_int
+from ..spec import RopeSpec
+
+
+def rope_of(config: Mapping[str, Any]) -> RopeSpec:
+    """Read `rope_parameters`, or the older pair `rope_theta` and `rope_scaling`.
+
+    Raises:
+        UnsupportedModel: a kind that is not known here.
+        CheckpointError: a value is missing or impossible.
+    """
+    block = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(block, dict):
+        raise CheckpointError("config.json: the rope parameters are not an object")
+    merged = {"rope_theta": config.get("rope_theta", 10000.0), **block}
+    kind = merged.get("rope_type", merged.get("type", "default"))
+    theta = number(merged, "rope_theta", 10000.0)
+    if merged.get("partial_rotary_factor", config.get("partial_rotary_factor")) not in (None, 1):
+        raise UnsupportedModel("config.json: a partial_rotary_factor is not supported")
+    if kind == "default":
+        return RopeSpec(theta)
+    if kind == "linear":
+        return RopeSpec(theta, kind, number(merged, "factor"))
+    if kind == "llama3":
+        return _llama3(theta, merged)
+    raise UnsupportedModel(
+        f"config.json: rope type {str(kind)[:40]!r} is not supported; "
+        "supported: default, linear, llama3"
+    )
+
+
+def _llama3(theta: float, values: Mapping[str, Any]) -> RopeSpec:
+    low, high = number(values, "low_freq_factor"), number(values, "high_freq_factor")
+    if low >= high:
+        raise CheckpointError("config.json: high_freq_factor is not above low_freq_factor")
+    original = positive_int(values, "original_max_position_embeddings")
+    return RopeSpec(theta, "llama3", number(values, "factor"), low, high, original)
