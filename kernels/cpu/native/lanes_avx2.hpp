@@ -71,13 +71,15 @@ struct Avx2 {
     }
     Ints total() const { return wide; }
   };
-  // Sum of codes, which is what an input's offset of 128 has to be taken back by.
+  // Sum of codes of 4 bits, which is what an input's offset of 128 has to be taken back by; that of
+  // a block's eight steps at most fits a byte.
   struct CodeSum {
-    Ints pairs = _mm256_setzero_si256();
-    void add(Bytes codes) {
-      pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(_mm256_set1_epi8(1), codes));
+    Bytes fours = _mm256_setzero_si256();
+    void add(Bytes codes) { fours = _mm256_add_epi8(fours, codes); }
+    Ints total() const {
+      const Ints pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), fours);
+      return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
     }
-    Ints total() const { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
   };
 
   static Ints minus_128_times(Ints a, Ints b) {

@@ -28,7 +28,7 @@ void matvec(const Weight& w, const Inputs& x, const float* bias, float* y, int64
     for (auto& each : total) each = L::zero();
     each_block(w, w.data + tile * w.tile_bytes(), 0, w.columns,
                [&](const uint8_t* p, const uint16_t* scales, int64_t column) {
-                 const auto input_scale = L::all(x.scales[column / kBlock] / F::kUnit);
+                 const auto input_scale = L::all(x.scales[(uint64_t)column / kBlock] / F::kUnit);
                  for (int s = 0; s < kSlices; s++) {
                    const auto sum = block_sum<L, F>(p + s * kSliceBytes, x.bytes + column);
                    const auto scale = L::times(L::load_halves(scales + s * L::kLanes), input_scale);
