@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...errors import HalfweaveError
 from .library import (
     BatchStruct,
     BlockStruct,
@@ -59,11 +60,6 @@ class Norm:
 
     gain: Tensor
     bias: Tensor | None = None
-
-    @property
-    def struct(self) -> NormStruct:
-        """Points into the tensors."""
-        return NormStruct(self.gain.data_ptr(), _pointer(self.bias))
 
 
 @dataclass(frozen=True)
@@ -112,11 +108,13 @@ class NativeDecoder:
         """
         self.shape = shape
         self._library, self.weights = library, (tuple(blocks), ends)
+        if len(blocks) != shape.layers:
+            raise HalfweaveError(f"{len(blocks)} blocks are not {shape.layers} layers")
         structs = (BlockStruct * len(blocks))()
         for struct, block in zip(structs, blocks, strict=True):
-            _fill(struct, block)
+            _fill(struct, block, shape)
         pointer = ctypes.c_void_p()
-        shapes, ends_struct = byref(_shape_struct(shape)), byref(_ends_struct(ends))
+        shapes, ends_struct = byref(_shape_struct(shape)), byref(_ends_struct(ends, shape))
         library.call("hw_decoder_new", shapes, structs, ends_struct, byref(pointer))
         self._pointer = pointer.value
         weakref.finalize(self, library.functions.hw_decoder_free, self._pointer)
@@ -180,31 +178,46 @@ def _shape_struct(shape: Shape) -> ShapeStruct:
     return ShapeStruct(*(values[name] for name, *_ in ShapeStruct._fields_))
 
 
-def _fill(struct: BlockStruct, block: Block) -> None:
-    struct.attention_norm, struct.mlp_norm = block.attention_norm.struct, block.mlp_norm.struct
-    struct.q_norm, struct.k_norm = _pointer(block.q_norm), _pointer(block.k_norm)
+def _fill(struct: BlockStruct, block: Block, shape: Shape) -> None:
+    struct.attention_norm = _norm_struct(block.attention_norm, shape.hidden)
+    struct.mlp_norm = _norm_struct(block.mlp_norm, shape.hidden)
+    struct.q_norm = _vector(block.q_norm, shape.head_dim)
+    struct.k_norm = _vector(block.k_norm, shape.head_dim)
     for i, (linear, bias) in enumerate(zip(block.linears, block.biases, strict=True)):
         struct.linears[i] = _weight_struct(linear)
-        struct.biases[i] = _pointer(bias)
+        struct.biases[i] = None if linear is None else _vector(bias, linear.shape[0])
 
 
-def _ends_struct(ends: Ends) -> EndsStruct:
+def _ends_struct(ends: Ends, shape: Shape) -> EndsStruct:
     return EndsStruct(
-        ends.embedding.struct,
-        ends.head.struct,
-        NormStruct() if ends.embedding_norm is None else ends.embedding_norm.struct,
-        ends.norm.struct,
+        _weight_struct(ends.embedding),
+        _weight_struct(ends.head),
+        _norm_struct(ends.embedding_norm, shape.hidden),
+        _norm_struct(ends.norm, shape.hidden),
         _weight_struct(ends.positions),
         ends.first_position,
-        _pointer(ends.frequencies),
-        _pointer(ends.slopes),
+        _vector(ends.frequencies, shape.rotary_dim // 2),
+        _vector(ends.slopes, shape.heads),
     )
 
 
+def _norm_struct(norm: Norm | None, size: int) -> NormStruct:
+    """Without a gain where there is no norm."""
+    if norm is None:
+        return NormStruct()
+    return NormStruct(_vector(norm.gain, size), _vector(norm.bias, size))
+
+
 def _weight_struct(weight: PackedWeight | None) -> WeightStruct:
-    """Without data where there is no weight."""
+    """Without data where there is no weight; the library compares its sizes with the shape."""
     return WeightStruct() if weight is None else weight.struct
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def _vector(tensor: Tensor | None, size: int) -> int | None:
+    """Where its floats are. The library gets no size of vectors, so they are checked here."""
+    if tensor is None:
+        return None
+    if tensor.shape != (size,) or tensor.dtype != torch.float32 or not tensor.is_contiguous():
+        found = f"{tensor.dtype} {list(tensor.shape)}"
+        raise HalfweaveError(f"a vector of the decoder is {found}, not fp32 [{size}]")
+    return tensor.data_ptr()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import safetensors.torch
 import torch
 from halfweave.errors import CapacityError, CheckpointError, HalfweaveError, UsageError
 from halfweave.kernels import dispatch
+from halfweave.kernels.cpu.decoder import NativeDecoder, Norm
 from halfweave.runtime import model as model_module
 from halfweave.runtime.cache import SequenceCache
 from halfweave.runtime.checkpoint import Checkpoint
@@ -278,6 +281,27 @@ def test_a_number_that_is_none_spoils_the_sequence_and_no_other(tmp_path: Path) 
     decoder = FusedDecoder(checkpoint, spec, at_level(LEVELS_HERE[0]), FusedBits(kv=8))
     assert decoder.forward(torch.tensor([1, 5, 2]), decoder.new_cache())[2].isnan().all()
     assert decoder.forward(torch.tensor([1, 2]), decoder.new_cache()).isfinite().all()
+
+
+def test_impossible_decoders_are_refused_and_never_fatal(tmp_path: Path) -> None:
+    """Sizes that fit no weight, and vectors that fit no size: random ones, and the edges."""
+    native = fused(packed(tmp_path, MODELS["qwen3"])).native
+    library, (blocks, ends) = at_level(LEVELS_HERE[0]), native.weights
+    draw = random.Random(3)
+    fields = [field.name for field in dataclasses.fields(native.shape)]
+    for _ in range(400):
+        name = draw.choice([field for field in fields if field not in ("norm_eps", "activation")])
+        edge = draw.choice([0, 1, -1, 2**31, 2**62, -(2**63), draw.randrange(2**63)])
+        shape = replace(native.shape, **{name: edge})
+        if name == "window" and edge >= 0:
+            continue  # any number of positions may be seen
+        with pytest.raises(HalfweaveError):
+            NativeDecoder(library, shape, blocks, ends)
+    with pytest.raises(HalfweaveError, match=r"not fp32 \[72\]"):
+        norm = Norm(ends.norm.gain[:71].clone())
+        NativeDecoder(library, native.shape, blocks, replace(ends, norm=norm))
+    with pytest.raises(HalfweaveError, match="1 blocks are not 2 layers"):
+        NativeDecoder(library, native.shape, blocks[:1], ends)
 
 
 def test_positions_beyond_the_table_are_refused_by_the_library(tmp_path: Path) -> None:
