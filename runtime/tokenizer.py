@@ -19,6 +19,8 @@ from .fields import token_ids
 from .template import TemplateRenderer
 
 MAX_TEMPLATE_CHARS = 200_000
+_PLAIN = "TokenizersBackend"  # what transformers writes for a tokenizer.json and nothing else
+_OVERRULED = ("qwen2",)  # families for which AutoTokenizer trusts no settings
 _MOST_HELD_TOKENS = 32  # far over the four bytes of a character: these are no characters at all
 _INCOMPLETE = "\ufffd"  # what a decoder makes of bytes that are no character yet
 _FILE_KEYS = ("vocab_file", "merges_file", "tokenizer_file", "added_tokens_file", "spm_file")
@@ -46,12 +48,12 @@ class Tokenizer:
             RefusedError: the tokenizer's config asks for code of its own.
             CheckpointError: there is no usable tokenizer, or an end token is out of range.
         """
-        from transformers import AutoTokenizer
-
         directory = Path(path)
-        _refuse_unsafe(directory / "tokenizer_config.json")
+        settings = directory / "tokenizer_config.json"
+        config = read_json(settings) if settings.exists() else {}
+        _refuse_unsafe(settings, config)
         try:
-            inner = AutoTokenizer.from_pretrained(
+            inner = _library_class(directory, config).from_pretrained(
                 directory, local_files_only=True, trust_remote_code=False
             )
         except Exception as error:  # the library raises a dozen kinds for one damaged file
@@ -156,9 +158,24 @@ class TextStream:
         return after[len(before) :]
 
 
-def _refuse_unsafe(settings: Path) -> None:
+def _library_class(directory: Path, settings: Mapping[str, Any]) -> Any:
+    """AutoTokenizer; or the class that it would choose, where the settings name the plain one.
+
+    That saves the import of what AutoTokenizer needs to choose, which takes seconds.
+    """
+    config = directory / "config.json"
+    family = read_json(config).get("model_type") if config.exists() else None
+    if settings.get("tokenizer_class") == _PLAIN and family not in _OVERRULED:
+        from transformers.tokenization_utils_tokenizers import TokenizersBackend
+
+        return TokenizersBackend
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
+
+
+def _refuse_unsafe(settings: Path, config: Mapping[str, Any]) -> None:
     """No code, and no files but the directory's own, which the library would find by itself."""
-    config = read_json(settings) if settings.exists() else {}
     if "auto_map" in config:
         raise RefusedError(f"{settings} has an auto_map: code from a checkpoint is never run")
     named = [key for key in _FILE_KEYS if config.get(key) is not None]

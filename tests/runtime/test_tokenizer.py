@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,16 @@ from halfweave.errors import CheckpointError, HalfweaveError, RefusedError
 from halfweave.runtime.tokenizer import Tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.tiny import EOS, SPECIAL_TOKENS, VOCABULARY, edit_json, save_tokenizer
+from support.tiny import (
+    EOS,
+    FAMILIES,
+    SPECIAL_TOKENS,
+    VOCABULARY,
+    edit_json,
+    save_tiny,
+    save_tokenizer,
+)
+from transformers import AutoTokenizer
 
 Copy = Callable[[Path], Path]
 
@@ -69,6 +80,27 @@ def test_control_tokens_have_no_text(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode(f"a{EOS}b", special=False)
     assert len(ids) == 3
     assert streamed(tokenizer, ids) == ["a", "", "b", ""]
+
+
+@pytest.mark.parametrize("family", sorted({tiny.family for tiny in FAMILIES.values()}))
+def test_the_library_class_is_the_one_that_autotokenizer_chooses(
+    family: str, tmp_path: Path
+) -> None:
+    directory = save_tiny(tmp_path / "model", FAMILIES[family])
+    assert '"TokenizersBackend"' in (directory / "tokenizer_config.json").read_text()
+    chosen = AutoTokenizer.from_pretrained(directory)
+    opened = Tokenizer.open(directory)
+    assert type(opened._inner) is type(chosen)
+    text = "<|im_start|>Two weights of every four\nare kept"
+    assert opened.encode(text) == chosen(text)["input_ids"]
+
+
+def test_a_tokenizer_opens_without_the_imports_that_take_seconds(tiny_model: Path) -> None:
+    program = (
+        "import sys; from halfweave.runtime.tokenizer import Tokenizer; "
+        "Tokenizer.open(sys.argv[1]); assert 'transformers.activations' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tiny_model)], check=True)
 
 
 def test_end_tokens_come_from_all_three_places(tiny_model: Path, copy_of: Copy) -> None:
