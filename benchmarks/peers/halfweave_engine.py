@@ -16,10 +16,11 @@ class Halfweave(Engine):
 
     version = __version__
     batches = True
+    head_bits = 8
 
     def __init__(self, path: str, threads: int) -> None:
         torch.set_num_threads(threads)
-        self._decoder = load_model(path, verify=False).decoder
+        self._decoder = load_model(path, verify=False, head_bits=self.head_bits).decoder
 
     def prefill(self, ids: list[int]) -> float:
         cache = self._decoder.new_cache()
@@ -45,4 +46,5 @@ class Halfweave(Engine):
         return time.perf_counter() - start
 
 
-serve(Halfweave)
+if __name__ == "__main__":
+    serve(Halfweave)

@@ -31,7 +31,8 @@ SmolLM2-135M-Instruct in every engine's format, {hardware}, kernels at level `{l
 - halfweave's models are pruned or rounded by magnitude: **their text is worthless, and speed does
   not depend on the values**. What quality costs is in [quality.md](quality.md). The peers run the
   dense model.
-- Heads: 8 bits in our 4-bit models and in llama.cpp's, bf16 in our bf16 ones.
+- Heads: 8 bits in our 4-bit models, but for the line that says 4, and in llama.cpp's; bf16 in our
+  bf16 ones.
 - Batches: llama.cpp and halfweave only; the others' interfaces were not driven with batches.
 - RSS is the process's greatest, Python and its libraries included.
 {missing}{tables}

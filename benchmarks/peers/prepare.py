@@ -77,10 +77,12 @@ _PRUNE = (
     "64",
 )
 _ONE_WINDOW = ("--calib-windows", "1", "--calib-length", "512")
+_JOINT = (*_PRUNE, "--pattern", "2:4", "--bits", "4", *_ONE_WINDOW)
 PLANS = (
+    _Plan("halfweave", "2:4+int4 g64", "", "halfweave_engine.py", "hw_24_int4", _JOINT),
     _Plan(
-        "halfweave", "2:4+int4 g64", "", "halfweave_engine.py", "hw_24_int4",
-        (*_PRUNE, "--pattern", "2:4", "--bits", "4", *_ONE_WINDOW),
+        "halfweave", "2:4+int4 g64, head of 4 bits", "", "halfweave_small_head.py", "hw_24_int4",
+        _JOINT,
     ),
     _Plan(
         "halfweave", "int4 g64", "", "halfweave_engine.py", "hw_int4",
