@@ -2,6 +2,8 @@
 
     python benchmarks/bench_peers.py --model DENSE --work WORK_DIR
 
+Figures of other numbers of threads stay, where the page has some of this machine.
+
 Every engine has an environment of its own under WORK_DIR and stays loaded while all are measured
 in turns, so that a busy moment of the machine falls on all of them. What does not install is named
 with its reason. The first run builds llama.cpp from source.
@@ -50,7 +52,7 @@ def main() -> None:
     options = parse_options()
     options.work.mkdir(parents=True, exist_ok=True)
     contenders, missing = prepare(options.work, options.model.resolve(), Path(locate_smollm2()))
-    rows, kernels = [], []
+    rows, kernels = known(options.results / "cpu.json", options.threads)
     for threads in options.threads:
         more, ended = measure_engines(contenders, threads, options.rounds)
         rows, missing = rows + more, missing + ended
@@ -62,6 +64,18 @@ def main() -> None:
                 options.rounds,
             )
         write(options, rows, kernels, missing)
+
+
+def known(page: Path, threads: list[int]) -> tuple[list[Any], list[Any]]:
+    """Rows and kernels of other numbers of threads, if they are of this machine and versions."""
+    document = json.loads(page.read_text()) if page.exists() else {}
+    if (document.get("hardware"), document.get("versions")) != (this_machine().line, versions()):
+        return [], []
+    rows, kernels = (
+        [row for row in document[part] if row["threads"] not in threads]
+        for part in ("rows", "kernels")
+    )
+    return rows, kernels
 
 
 def write(
