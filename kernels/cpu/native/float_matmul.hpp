@@ -20,18 +20,20 @@ inline __attribute__((always_inline)) void multiply_block(
   memcpy(own, sums, sizeof own);
   for (int i = 0; i < F::kTogether; i++) indices[i] = F::indices(p, s + i);
 #pragma GCC unroll 16
-  for (int step = 0; step < F::kSteps; step++) {
-    typename L::Floats values[F::kTogether];
-    for (int i = 0; i < F::kTogether; i++) values[i] = F::values(p, step, s + i);
+  for (int first = 0; first < F::kSteps; first += L::kFloatTurns)
+#pragma GCC unroll 2
+    for (int turn = 0; turn < L::kFloatTurns; turn++) {  // known when compiled, as registers must be
+      const int step = first + turn;
+      typename L::Floats values[F::kTogether];
+      for (int i = 0; i < F::kTogether; i++) values[i] = F::values(p, step, s + i);
 #pragma GCC unroll 16
-    for (int t = 0; t < W; t++) {
-      const auto input = F::inputs(x + t * columns, step);
-      for (int i = 0; i < F::kTogether; i++) {
-        auto& sum = own[i][t][step % L::kFloatTurns];
-        sum = L::fma(values[i], F::pick(input, indices[i], step), sum);
+      for (int t = 0; t < W; t++) {
+        const auto input = F::inputs(x + t * columns, step);
+        for (int i = 0; i < F::kTogether; i++)
+          own[i][t][turn] =
+              L::fma(values[i], F::pick(input, indices[i], step), own[i][t][turn]);
       }
     }
-  }
   memcpy(sums, own, sizeof own);
 }
 
@@ -83,7 +85,7 @@ void float_matmul(const Weight& w, const Inputs& x, const float* bias, float* y,
                   int64_t first, int64_t last) {
   for (int64_t tile = first; tile < last; tile++) {
     const int64_t row = tile * kTileRows;
-    FloatPiece piece = {w.data + tile * w.tile_bytes(), 0, 0, std::min(w.rows - row, kTileRows),
+    FloatPiece piece = {w.data + tile * w.tile_bytes(), 0, 0, w.rows_of(tile),
                         stride, nullptr};
     for (; piece.from < w.columns; piece.from = piece.to) {
       piece.to = std::min(piece.from + kFloatPieceColumns, w.columns);

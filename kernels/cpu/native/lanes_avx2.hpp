@@ -53,11 +53,11 @@ struct Avx2 {
   // Sums of (input byte) * (code) over a block, inputs taken as 0..255. A pair of products of codes
   // of 4 bits is at most 2 * 255 * 8, so a block's eight steps at most fit sums of 16 bits.
   struct Narrow {
-    Ints pairs = _mm256_setzero_si256();
+    Ints start = _mm256_setzero_si256(), pairs = _mm256_setzero_si256();
     void add(Bytes x, Bytes codes) {
       pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(x, codes));
     }
-    Ints total() const { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
+    Ints total() const { return plus(start, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))); }
   };
   // Codes of 8 bits: products of signed inputs, since pairs of unsigned ones pass 16 bits.
   struct Wide {

@@ -72,6 +72,9 @@ struct Weight {
   const uint8_t* data;  // aligned to a line
 
   int64_t tiles() const { return ceil_div(rows, kTileRows); }
+  int64_t rows_of(int64_t tile) const {
+    return rows - tile * kTileRows < kTileRows ? rows - tile * kTileRows : kTileRows;
+  }
   int64_t blocks() const { return ceil_div(columns, kBlock); }
   int64_t groups() const { return ceil_div(columns, group); }
   int64_t tile_bytes() const {

@@ -1,5 +1,7 @@
 // One token: every weight is read once, in order, and nothing of it is kept.
 #pragma once
+#include <cstring>
+
 #include "blocks.hpp"
 #include "walk.hpp"
 
@@ -24,8 +26,11 @@ void matvec(const Weight& w, const Inputs& x, const float* bias, float* y, int64
             int64_t last) {
   constexpr int kSlices = kTileRows / L::kLanes, kSliceBytes = kLine / kSlices;
   for (int64_t tile = first; tile < last; tile++) {
+    const int64_t row = tile * kTileRows, count = w.rows_of(tile);
+    float rows[kTileRows] = {};
+    if (bias) memcpy(rows, bias + row, count * sizeof(float));
     typename L::Floats total[kSlices];
-    for (auto& each : total) each = L::zero();
+    for (int s = 0; s < kSlices; s++) total[s] = L::load_floats(rows + s * L::kLanes);
     each_block(w, w.data + tile * w.tile_bytes(), 0, w.columns,
                [&](const uint8_t* p, const uint16_t* scales, int64_t column) {
                  const auto input_scale = L::all(x.scales[(uint64_t)column / kBlock] / F::kUnit);
@@ -35,11 +40,8 @@ void matvec(const Weight& w, const Inputs& x, const float* bias, float* y, int64
                    total[s] = L::fma(L::to_floats(sum), scale, total[s]);
                  }
                });
-    float rows[kTileRows];
     for (int s = 0; s < kSlices; s++) L::store_floats(rows + s * L::kLanes, total[s]);
-    const int64_t row = tile * kTileRows;
-    const int64_t count = w.rows - row < kTileRows ? w.rows - row : kTileRows;
-    for (int64_t i = 0; i < count; i++) y[row + i] = rows[i] + (bias ? bias[row + i] : 0.f);
+    memcpy(y + row, rows, count * sizeof(float));
   }
 }
 
