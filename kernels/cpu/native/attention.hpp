@@ -19,35 +19,55 @@ struct CodePages {
   static typename L::Floats load(const Part* p) { return L::load_codes(p); }
 };
 
-// The scores of 16 positions of one page for N queries: q . k, not yet divided by anything.
-template <class L, class P, int N>
-inline void page_scores(const Query* queries, const Cache& cache, int64_t page, int64_t layer,
-                        int64_t kv_head, int64_t at) {
-  constexpr int kSlices = kPagePositions / L::kLanes;
-  const auto* keys = (const typename P::Part*)cache.keys(page, layer, kv_head);
-  typename L::Floats sums[N][kSlices];
-  for (auto& query : sums)
-    for (auto& sum : query) sum = L::zero();
-  for (int64_t d = 0; d < cache.true_dim; d++)
-    for (int s = 0; s < kSlices; s++) {
-      const auto key = P::load(keys + d * kPagePositions + s * L::kLanes);
-      for (int n = 0; n < N; n++) sums[n][s] = L::fma(L::all(queries[n].q[d]), key, sums[n][s]);
-    }
-  for (int s = 0; s < kSlices; s++)
-    for (int n = 0; n < N; n++) {
-      if constexpr (P::kScaled)
-        sums[n][s] = L::times(
-            sums[n][s], L::load_floats(cache.key_scales(page, layer, kv_head) + s * L::kLanes));
-      L::store_floats(queries[n].scores + at + s * L::kLanes, sums[n][s]);
-    }
+// Sums that a processor can add to side by side, none waiting for itself.
+constexpr int kSumsAtOnce = 8;
+
+// How many pages, or sixteens of dimensions, N queries look at in one go for that.
+template <class L, int N>
+constexpr int side_by_side() {
+  constexpr int kOfOne = N * (16 / L::kLanes);
+  return kOfOne >= kSumsAtOnce ? 1 : kSumsAtOnce / kOfOne;
 }
 
-// The sum of the values at positions [least, most), weighted by the scores, for N queries and 16
-// dimensions from `d` on.
-template <class L, class P, int N>
+// The scores of the 16 positions of each of G pages for N queries: q . k, not yet divided by anything.
+template <class L, class P, int N, int G>
+inline void page_scores(const Query* queries, const Cache& cache, const int32_t* pages,
+                        int64_t layer, int64_t kv_head, int64_t at) {
+  constexpr int kSlices = kPagePositions / L::kLanes;
+  const typename P::Part* keys[G];
+  for (int g = 0; g < G; g++)
+    keys[g] = (const typename P::Part*)cache.keys(pages[at / kPagePositions + g], layer, kv_head);
+  typename L::Floats sums[N][G][kSlices];
+  for (auto& query : sums)
+    for (auto& page : query)
+      for (auto& sum : page) sum = L::zero();
+  for (int64_t d = 0; d < cache.true_dim; d++)
+#pragma GCC unroll 8
+    for (int g = 0; g < G; g++)
+#pragma GCC unroll 2
+      for (int s = 0; s < kSlices; s++) {
+        const auto key = P::load(keys[g] + d * kPagePositions + s * L::kLanes);
+#pragma GCC unroll 8
+        for (int n = 0; n < N; n++)
+          sums[n][g][s] = L::fma(L::all(queries[n].q[d]), key, sums[n][g][s]);
+      }
+  for (int g = 0; g < G; g++, at += kPagePositions)
+    for (int s = 0; s < kSlices; s++)
+      for (int n = 0; n < N; n++) {
+        if constexpr (P::kScaled) {
+          const float* scales = cache.key_scales(pages[at / kPagePositions], layer, kv_head);
+          sums[n][g][s] = L::times(sums[n][g][s], L::load_floats(scales + s * L::kLanes));
+        }
+        L::store_floats(queries[n].scores + at + s * L::kLanes, sums[n][g][s]);
+      }
+}
+
+// The sum of the values at positions [least, most), weighted by the scores, for N queries and G times
+// 16 dimensions from `d` on.
+template <class L, class P, int N, int G>
 inline void mix_values(const Query* queries, const Cache& cache, const int32_t* pages,
                        int64_t layer, int64_t kv_head, int64_t least, int64_t most, int64_t d) {
-  constexpr int kSlices = 16 / L::kLanes;
+  constexpr int kSlices = 16 * G / L::kLanes;
   typename L::Floats sums[N][kSlices];
   for (auto& query : sums)
     for (auto& sum : query) sum = L::zero();
@@ -56,15 +76,17 @@ inline void mix_values(const Query* queries, const Cache& cache, const int32_t* 
         (const typename P::Part*)cache.values(pages[start / kPagePositions], layer, kv_head) + d;
     const int64_t end = most - start < kPagePositions ? most - start : kPagePositions;
     for (int64_t i = 0; i < end; i++, value += cache.dim)
+#pragma GCC unroll 8
       for (int s = 0; s < kSlices; s++) {
         const auto part = P::load(value + s * L::kLanes);
+#pragma GCC unroll 8
         for (int n = 0; n < N; n++)
           sums[n][s] = L::fma(L::all(queries[n].scores[start + i]), part, sums[n][s]);
       }
   }
-  const int64_t left = cache.true_dim - d < 16 ? cache.true_dim - d : 16;
+  const int64_t left = cache.true_dim - d < 16 * G ? cache.true_dim - d : 16 * G;
   for (int n = 0; n < N; n++) {
-    float buffer[16];
+    float buffer[16 * G];
     for (int s = 0; s < kSlices; s++) L::store_floats(buffer + s * L::kLanes, sums[n][s]);
     for (int64_t i = 0; i < left; i++) queries[n].out[d + i] = buffer[i];
   }
@@ -94,8 +116,12 @@ void attend_together(const Cache& cache, const int32_t* pages, int64_t layer, in
     most = queries[n].last > most ? queries[n].last : most;
   }
   least -= least % kPagePositions;
-  for (int64_t at = least; at < most; at += kPagePositions)
-    page_scores<L, P, N>(queries, cache, pages[at / kPagePositions], layer, kv_head, at);
+  constexpr int G = side_by_side<L, N>();
+  int64_t at = least;
+  for (; at + G * kPagePositions <= most; at += G * kPagePositions)
+    page_scores<L, P, N, G>(queries, cache, pages, layer, kv_head, at);
+  for (; at < most; at += kPagePositions)
+    page_scores<L, P, N, 1>(queries, cache, pages, layer, kv_head, at);
   const float factor = 1.f / std::sqrt((float)cache.true_dim);
   for (int n = 0; n < N; n++) {
     to_weights<L>(queries[n], factor, least, most);
@@ -104,8 +130,11 @@ void attend_together(const Cache& cache, const int32_t* pages, int64_t layer, in
         queries[n].scores[i] *= cache.value_scales(pages[i / kPagePositions], layer,
                                                    kv_head)[i % kPagePositions];
   }
-  for (int64_t d = 0; d < cache.dim; d += 16)
-    mix_values<L, P, N>(queries, cache, pages, layer, kv_head, least, most, d);
+  int64_t d = 0;
+  for (; d + 16 * G <= cache.dim; d += 16 * G)
+    mix_values<L, P, N, G>(queries, cache, pages, layer, kv_head, least, most, d);
+  for (; d < cache.dim; d += 16)
+    mix_values<L, P, N, 1>(queries, cache, pages, layer, kv_head, least, most, d);
 }
 
 template <class L, class P, int N>
@@ -115,14 +144,23 @@ void attend_some(const Cache& cache, const int32_t* pages, int64_t layer, int64_
   if constexpr (N > 1) attend_some<L, P, N - 1>(cache, pages, layer, kv_head, queries, count);
 }
 
+template <class L, class P>
+void attend_as(const Cache& cache, const int32_t* pages, int64_t layer, int64_t kv_head,
+               const Query* queries, int64_t count) {
+  for (int64_t i = 0; i < count; i += L::kQueries) {
+    const int64_t some = count - i < L::kQueries ? count - i : L::kQueries;
+    attend_some<L, P, L::kQueries>(cache, pages, layer, kv_head, queries + i, some);
+  }
+}
+
 // At most kQueries queries.
 template <class L>
 void attend(const Cache& cache, const int32_t* pages, int64_t layer, int64_t kv_head,
             const Query* queries, int64_t count) {
   if (cache.bits == 8)
-    attend_some<L, CodePages<L>, kQueries>(cache, pages, layer, kv_head, queries, count);
+    attend_as<L, CodePages<L>>(cache, pages, layer, kv_head, queries, count);
   else
-    attend_some<L, HalfPages<L>, kQueries>(cache, pages, layer, kv_head, queries, count);
+    attend_as<L, HalfPages<L>>(cache, pages, layer, kv_head, queries, count);
 }
 
 // Writes x [size], filled up with zeros to `padded`, as halves that stand `stride` apart.

@@ -13,7 +13,7 @@ struct Sparse24Int4Block {
   using Sum = typename L::Narrow;
   static constexpr int32_t kKind = kSparse24Int4;
   static constexpr int kSteps = 4;
-  static constexpr bool kPicks = true, kSigned = false;
+  static constexpr bool kPicks = true, kStoredAsUsed = false, kSigned = false;
   static constexpr float kUnit = L::kNibbleUnit;
 
   template <class Use>
@@ -47,7 +47,7 @@ struct Int4Block : DenseBlock<L> {
   using typename DenseBlock<L>::Bytes;
   using Sum = typename L::Narrow;
   static constexpr int32_t kKind = kInt4;
-  static constexpr bool kSigned = false;
+  static constexpr bool kStoredAsUsed = false, kSigned = false;
   static constexpr float kUnit = L::kNibbleUnit;
 
   template <class Use>
@@ -65,7 +65,7 @@ struct Int8Block : DenseBlock<L> {
   using typename DenseBlock<L>::Bytes;
   using Sum = typename L::Wide;
   static constexpr int32_t kKind = kInt8;
-  static constexpr bool kSigned = Sum::kSigned;
+  static constexpr bool kStoredAsUsed = true, kSigned = Sum::kSigned;
   static constexpr float kUnit = 1.f;
 
   template <class Use>

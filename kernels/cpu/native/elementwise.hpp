@@ -28,20 +28,18 @@ inline float exp_of(float x) {
   return p * power;
 }
 
-// Sixteen partial results, whatever the lanes: one fixed order, and one that compiles to lanes.
-constexpr int kParts = 16;
-
 template <class L>
 float greatest_of(const float* v, int64_t count) {
-  float parts[kParts], most = v[0];
-  for (float& part : parts) part = v[0];
+  auto mosts = L::all(v[0]);
   int64_t i = 0;
-  for (; i + kParts <= count; i += kParts)
-    for (int j = 0; j < kParts; j++) parts[j] = v[i + j] > parts[j] ? v[i + j] : parts[j];
+  for (; i + L::kLanes <= count; i += L::kLanes) mosts = L::larger(mosts, L::load_floats(v + i));
+  float most = L::greatest(mosts);
   for (; i < count; i++) most = v[i] > most ? v[i] : most;
-  for (float part : parts) most = part > most ? part : most;
   return most;
 }
+
+// Sums in sixteen parts, whatever the lanes: one fixed order, and one that compiles to lanes.
+constexpr int kParts = 16;
 
 template <class L, class Term>
 inline float sum_of(int64_t count, const Term& term) {
@@ -59,8 +57,8 @@ template <class L>
 void softmax(float* v, int64_t count) {
   const float most = greatest_of<L>(v, count);
   for (int64_t i = 0; i < count; i++) v[i] = exp_of<L>(v[i] - most);
-  const float total = sum_of<L>(count, [&](int64_t i) { return v[i]; });
-  for (int64_t i = 0; i < count; i++) v[i] /= total;
+  const float factor = 1.f / sum_of<L>(count, [&](int64_t i) { return v[i]; });
+  for (int64_t i = 0; i < count; i++) v[i] *= factor;
 }
 
 // y = x / rms(x) * gain (Zhang and Sennrich, 1910.07467); y may be x.

@@ -12,6 +12,7 @@ struct Avx2 {
   static constexpr int kFloatWidth = 6;      // the same with floats: both registers of rows at once
   static constexpr int kPickWidth = 4;       // where rows pick their inputs: one register of rows
   static constexpr int kFloatTurns = 1;
+  static constexpr int kQueries = 4;         // that read a key or value together
   static constexpr float kNibbleUnit = 1.f;  // what `low` and `high` multiply a code by
 
   using Bytes = __m256i;
@@ -112,6 +113,7 @@ struct Avx2 {
   static Floats times(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
   static Floats plus_floats(Floats a, Floats b) { return _mm256_add_ps(a, b); }
   static Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+  static Floats larger(Floats a, Floats b) { return _mm256_max_ps(a, b); }
   static Floats larger_size(Floats a, Floats b) {
     return _mm256_max_ps(a, _mm256_andnot_ps(_mm256_set1_ps(-0.f), b));
   }

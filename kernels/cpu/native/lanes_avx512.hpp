@@ -17,6 +17,7 @@ struct Avx512Vnni {
   static constexpr int kPickWidth = 10;   // where rows pick their inputs
 #endif
   static constexpr int kFloatTurns = 2;
+  static constexpr int kQueries = 8;  // that read a key or value together
   static constexpr float kNibbleUnit = 16.f;
 
   using Bytes = __m512i;
@@ -96,6 +97,7 @@ struct Avx512Vnni {
   static Floats times(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
   static Floats plus_floats(Floats a, Floats b) { return _mm512_add_ps(a, b); }
   static Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+  static Floats larger(Floats a, Floats b) { return _mm512_max_ps(a, b); }
   static Floats larger_size(Floats a, Floats b) { return _mm512_max_ps(a, _mm512_abs_ps(b)); }
   static float greatest(Floats v) { return _mm512_reduce_max_ps(v); }
   static void store_offset_bytes(uint8_t* p, Floats v) {

@@ -10,7 +10,8 @@ namespace halfweave {
 
 struct Portable {
   static constexpr int kLanes = 16;
-  static constexpr int kWidth = 4, kFloatWidth = 4, kPickWidth = 4, kFloatTurns = 1;
+  static constexpr int kWidth = 4, kFloatWidth = 4, kPickWidth = 4;
+  static constexpr int kFloatTurns = 1, kQueries = 4;
   static constexpr float kNibbleUnit = 1.f;
 
   struct Bytes {
@@ -111,6 +112,9 @@ struct Portable {
   }
   static Floats fma(const Floats& a, const Floats& b, const Floats& c) {
     return each<Floats>([&](int i) { return a.of[i] * b.of[i] + c.of[i]; });
+  }
+  static Floats larger(const Floats& a, const Floats& b) {
+    return each<Floats>([&](int i) { return fmaxf(a.of[i], b.of[i]); });
   }
   static Floats larger_size(const Floats& a, const Floats& b) {
     return each<Floats>([&](int i) { return fmaxf(a.of[i], fabsf(b.of[i])); });

@@ -13,7 +13,7 @@ using Multiply = void (*)(const Weight& w, const Inputs& x, const float* bias, f
 
 struct Level {
   const char* name;
-  int64_t width;  // tokens in a bundle of Inputs
+  int64_t width;  // tokens in a bundle of Inputs, at most
 
   void (*quantize)(const float* x, int64_t columns, int64_t first, int64_t last,
                    const Inputs& shape, uint8_t* bytes, float* scales);

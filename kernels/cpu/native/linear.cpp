@@ -25,7 +25,7 @@ void Linears::multiply(const Level& level, Pool& pool, const float* x, int64_t t
                        int64_t columns, const Product* products, int64_t count) {
   inputs_.tokens = tokens;
   inputs_.columns = ceil_div(columns, kBlock) * kBlock;
-  inputs_.width = level.width;
+  inputs_.width = ceil_div(tokens, ceil_div(tokens, level.width));  // of bundles as even as it goes
   const auto takes_floats = [](const Product& p) { return holds_floats(p.weight->kind); };
   if (!std::all_of(products, products + count, takes_floats)) quantize(level, pool, x, columns);
   if (std::any_of(products, products + count, takes_floats)) pad(x, columns);

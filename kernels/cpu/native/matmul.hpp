@@ -11,43 +11,44 @@ namespace halfweave {
 constexpr int64_t kPieceColumns = 512;  // of a tile; its codes and selectors take 8 KiB
 constexpr int64_t kPieceBlocks = kPieceColumns / kBlock;
 
-// A piece of one tile, taken apart: one register of rows behind the other.
+// A piece of one tile, taken apart.
 struct Piece {
-  alignas(64) uint8_t lines[kPieceColumns / 4 * kLine];   // per slice: [selectors] codes, by step
+  alignas(64) uint8_t lines[kPieceColumns / 4 * kLine];   // [selectors] codes of each step
   alignas(64) int32_t offsets[kPieceBlocks * kTileRows];  // of the sums of each block
   alignas(64) float scales[kPieceBlocks * kTileRows];
+  const uint8_t* steps[kPieceBlocks];  // where each block's are: in `lines`, or where they lie stored
   int64_t first, blocks;
+  const uint8_t* next;  // what is read behind this piece
 };
 
-// Takes apart the columns [from, to); returns where the tile's stream goes on.
+// Takes apart the columns [from, to).
 template <class L, class F>
-const uint8_t* take_apart(const Weight& w, const uint8_t* p, int64_t from, int64_t to,
-                          Piece& piece) {
+void take_apart(const Weight& w, const uint8_t* p, int64_t from, int64_t to, Piece& piece) {
   constexpr int kSlices = kTileRows / L::kLanes, kSliceBytes = kLine / kSlices;
   constexpr int kPerStep = F::kPicks ? 2 : 1;
-  constexpr int64_t kBlockLines = F::kSteps * kPerStep * kSliceBytes;
+  const auto use = [&](const uint8_t* data, const uint16_t* scales, int64_t column) {
+    const int64_t block = (column - from) / kBlock;
+    uint8_t* lines = piece.lines + block * F::kSteps * kPerStep * kLine;
+    piece.steps[block] = F::kStoredAsUsed ? data : lines;
+    for (int s = 0; s < kSlices; s++) {
+      typename L::CodeSum sum;
+      uint8_t* out = lines + s * kSliceBytes;
+      F::each_step(data + s * kSliceBytes, [&](int, auto codes, auto selectors) {
+        if (F::kPicks) L::store(out, selectors);
+        if (!F::kStoredAsUsed) L::store(out + (kPerStep - 1) * kLine, codes);
+        out += kPerStep * kLine;
+        if (!F::kSigned) sum.add(codes);
+      });
+      const int64_t at = block * kTileRows + s * L::kLanes;
+      const auto none = typename L::Narrow{}.total();
+      L::store_ints(piece.offsets + at, L::minus_128_times(none, sum.total()));
+      const auto scale = L::load_halves(scales + s * L::kLanes);
+      L::store_floats(piece.scales + at, L::times(scale, L::all(1.f / F::kUnit)));
+    }
+  };
   piece.first = from / kBlock;
   piece.blocks = ceil_div(to - from, kBlock);
-  return each_block(w, p, from, to,
-                    [&](const uint8_t* data, const uint16_t* scales, int64_t column) {
-                      const int64_t block = (column - from) / kBlock;
-                      for (int s = 0; s < kSlices; s++) {
-                        typename L::CodeSum sum;
-                        uint8_t* out = piece.lines + s * (sizeof piece.lines / kSlices) +
-                                       block * kBlockLines;
-                        F::each_step(data + s * kSliceBytes, [&](int, auto codes, auto selectors) {
-                          if (F::kPicks) L::store(out, selectors);
-                          L::store(out + (kPerStep - 1) * kSliceBytes, codes);
-                          out += kPerStep * kSliceBytes;
-                          if (!F::kSigned) sum.add(codes);
-                        });
-                        const int64_t at = block * kTileRows + s * L::kLanes;
-                        const auto none = typename L::Narrow{}.total();
-                        L::store_ints(piece.offsets + at, L::minus_128_times(none, sum.total()));
-                        const auto scale = L::load_halves(scales + s * L::kLanes);
-                        L::store_floats(piece.scales + at, L::times(scale, L::all(1.f / F::kUnit)));
-                      }
-                    });
+  piece.next = each_block(w, p, from, to, use);
 }
 
 // Where the results of some tokens go: the 16 rows of token t are at rows + t * stride. What they
@@ -58,6 +59,15 @@ struct Results {
   const float* start;
 };
 
+// Has memory send the next piece while this one is multiplied: the hardware fetches ahead of loads
+// only, and those pause meanwhile. Beyond the weight's end nothing comes of it.
+template <class F>
+inline void fetch_ahead(const Piece& piece, int64_t block) {
+  constexpr int64_t kBytes = block_bytes(F::kKind);
+  for (int64_t line = 0; line < kBytes; line += kLine)
+    __builtin_prefetch(piece.next + block * kBytes + line);
+}
+
 // Adds the piece's part for W tokens, whose bytes are `x` and whose scales `scales`. Two steps at a
 // time, since with a pattern both pick from the same sixteen bytes of a token.
 template <class L, class F, int W>
@@ -67,22 +77,23 @@ void multiply(const Piece& piece, const uint8_t* x, const float* scales, int64_t
   constexpr int kPerStep = F::kPicks ? 2 : 1;
   constexpr int64_t kStride = 16 * W;
   for (int s = 0; s < kSlices; s++) {
-    const uint8_t* line = piece.lines + s * (sizeof piece.lines / kSlices);
     const uint8_t* at = x + piece.first * 2 * kStride;
     float* out = to.rows + s * L::kLanes;
     typename L::Floats totals[W];
     for (int t = 0; t < W; t++)
       totals[t] = L::load_floats(to.start ? to.start + s * L::kLanes : out + t * to.stride);
     for (int64_t block = 0; block < piece.blocks; block++, at += 2 * kStride) {
+      fetch_ahead<F>(piece, block);
+      const uint8_t* line = piece.steps[block] + s * kSliceBytes;
       const int64_t rows = block * kTileRows + s * L::kLanes;
       const auto offset = L::load_ints(piece.offsets + rows);
       typename F::Sum sums[W];
       for (auto& sum : sums) sum = {offset};
 #pragma GCC unroll 4
-      for (int step = 0; step < F::kSteps; step += 2, line += 2 * kPerStep * kSliceBytes) {
-        const auto first = L::load(line), second = L::load(line + kPerStep * kSliceBytes);
-        const auto codes = F::kPicks ? L::load(line + kSliceBytes) : first;
-        const auto more_codes = F::kPicks ? L::load(line + 3 * kSliceBytes) : second;
+      for (int step = 0; step < F::kSteps; step += 2, line += 2 * kPerStep * kLine) {
+        const auto first = L::load(line), second = L::load(line + kPerStep * kLine);
+        const auto codes = F::kPicks ? L::load(line + kLine) : first;
+        const auto more_codes = F::kPicks ? L::load(line + 3 * kLine) : second;
 #pragma GCC unroll 16
         for (int t = 0; t < W; t++) {
           sums[t].add(F::input(at + 16 * t, step, first, kStride), codes);
@@ -131,7 +142,8 @@ void matmul(const Weight& w, const Inputs& x, const float* bias, float* y, int64
     const uint8_t* p = w.data + tile * w.tile_bytes();
     for (int64_t from = 0; from < w.columns; from += kPieceColumns) {
       const int64_t to = from + kPieceColumns < w.columns ? from + kPieceColumns : w.columns;
-      p = take_apart<L, F>(w, p, from, to, piece);
+      take_apart<L, F>(w, p, from, to, piece);
+      p = piece.next;
       for (int64_t token = 0; token < x.tokens; token += x.width) {
         const int64_t tokens = x.tokens - token < x.width ? x.tokens - token : x.width;
         const uint8_t* bytes = x.bytes + token * x.columns;
