@@ -84,6 +84,7 @@ PLANS = (
         "halfweave", "2:4+int4 g64, head of 4 bits", "", "halfweave_small_head.py", "hw_24_int4",
         _JOINT,
     ),
+    _Plan("halfweave", "2:4+int4 g64, AVX2 only", "", "halfweave_avx2.py", "hw_24_int4", _JOINT),
     _Plan(
         "halfweave", "int4 g64", "", "halfweave_engine.py", "hw_int4",
         (*_PRUNE, "--pattern", "dense", "--bits", "4", *_ONE_WINDOW),

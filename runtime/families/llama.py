@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, UnsupportedModel
 from ..fields import flag, number, positive_int
 from ..spec import DecoderSpec, Names, NormSpec, Stored
 from .options import ATTENTION_ROLES, MLP_ROLES, activation_of, layers_of, require
@@ -27,6 +27,7 @@ _NAMES = Names(
         **{role: Stored(f"mlp.{role}_proj") for role in MLP_ROLES},
     },
 )
+_MISTRAL_WINDOW = 4096  # where the config has no such field
 
 
 def llama(config: Mapping[str, Any]) -> DecoderSpec:
@@ -38,24 +39,30 @@ def llama(config: Mapping[str, Any]) -> DecoderSpec:
 
 def mistral(config: Mapping[str, Any]) -> DecoderSpec:
     """Read its config.json; raises as `decoder_spec`."""
-    window = config.get("sliding_window")
-    if window is not None:
-        window = positive_int(config, "sliding_window")
+    stated = {"sliding_window": _MISTRAL_WINDOW, **config}  # null says that there is none
+    window = None if stated["sliding_window"] is None else positive_int(stated, "sliding_window")
     return replace(_spec("mistral", config, ()), window=window)
 
 
 def qwen2(config: Mapping[str, Any]) -> DecoderSpec:
     """Read its config.json; raises as `decoder_spec`."""
-    require(config, "use_sliding_window", False)
+    _require_full_attention(config)
     return _spec("qwen2", config, ("q", "k", "v"))
 
 
 def qwen3(config: Mapping[str, Any]) -> DecoderSpec:
     """Read its config.json; raises as `decoder_spec`."""
-    require(config, "use_sliding_window", False)
+    _require_full_attention(config)
     biased = ATTENTION_ROLES if flag(config, "attention_bias", False) else ()
     names = replace(_NAMES, q_norm="self_attn.q_norm", k_norm="self_attn.k_norm")
     return replace(_spec("qwen3", {"head_dim": 128, **config}, biased), names=names)
+
+
+def _require_full_attention(config: Mapping[str, Any]) -> None:
+    require(config, "use_sliding_window", False)
+    kinds = config.get("layer_types")
+    if kinds is not None and (not isinstance(kinds, list) or set(kinds) - {"full_attention"}):
+        raise UnsupportedModel("config.json: layer_types other than full_attention")
 
 
 def _spec(family: str, config: Mapping[str, Any], biased: tuple[str, ...]) -> DecoderSpec:

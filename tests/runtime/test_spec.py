@@ -26,6 +26,16 @@ def test_missing_fields_take_the_defaults_of_the_family() -> None:
     assert (spec.kv_heads, spec.head_dim, spec.tied, spec.biased) == (4, 16, False, frozenset())
 
 
+@pytest.mark.parametrize(
+    ("stated", "window"),
+    [({}, 4096), ({"sliding_window": None}, None), ({"sliding_window": 7}, 7)],
+)
+def test_a_mistral_without_the_field_has_its_window(
+    stated: dict[str, int | None], window: int | None
+) -> None:
+    assert decoder_spec({**CONFIG, "model_type": "mistral", **stated}).window == window
+
+
 def test_both_spellings_of_rope_mean_the_same() -> None:
     scaling = {key: value for key, value in LLAMA3_ROPE.items() if key != "rope_theta"}
     older = {**CONFIG, "rope_theta": LLAMA3_ROPE["rope_theta"], "rope_scaling": scaling}
@@ -56,6 +66,8 @@ def test_an_unknown_family_is_refused_and_the_known_ones_listed() -> None:
         {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
         {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
         {"partial_rotary_factor": 0.5},
+        {"model_type": "qwen2", "use_sliding_window": True},
+        {"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"]},
         {"model_type": None},
         {"model_type": "../llama"},
     ],
