@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "float_blocks.hpp"
+#include "walk.hpp"
 
 namespace halfweave {
 
@@ -55,9 +56,11 @@ void multiply_floats(const Weight& w, const FloatPiece& piece, const float* x, i
     for (auto& token : slice)
       for (auto& sum : token) sum = L::zero();
   const uint8_t* p = piece.data;
-  for (int64_t column = piece.from; column < piece.to; column += kBlock, p += block_bytes(w.kind))
+  for (int64_t column = piece.from; column < piece.to; column += kBlock, p += block_bytes(w.kind)) {
+    fetch(p + kAhead, block_bytes(w.kind));
     for (int s = 0; s < kSlices; s += F::kTogether)
       multiply_block<L, F, W>(p, s, x + column, columns, sums + s);
+  }
   for (int t = 0; t < W; t++) {
     float out[kTileRows];
     for (int s = 0; s < kSlices; s++) {

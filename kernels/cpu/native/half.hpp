@@ -5,17 +5,19 @@
 
 namespace halfweave {
 
+// Without a branch, so that compilers make lanes of a loop of it.
 inline float half_to_float(uint16_t h) {
-  const uint32_t sign = (uint32_t)(h & 0x8000) << 16;
-  const uint32_t exponent = (h >> 10) & 31, mantissa = h & 0x3FF;
-  if (exponent == 0) {  // zero and subnormals
-    const float size = (float)mantissa * 0x1p-24f;
-    return sign ? -size : size;
-  }
-  const uint32_t bits = exponent == 31 ? 0x7F800000u | mantissa << 13
-                                       : (exponent + 112) << 23 | mantissa << 13;
+  constexpr uint32_t kBias = 112u << 23, kTop = 31u << 23;  // 127 - 15; the greatest exponent
+  const uint32_t size = (uint32_t)(h & 0x7FFF) << 13, exponent = size & kTop;
+  const uint32_t normal = size + kBias + (exponent == kTop ? kBias : 0);
+  // Zero and subnormals: as if there were a leading one, which is then taken back.
+  const uint32_t with_one = size + kBias + (1u << 23);
   float value;
-  const uint32_t all = sign | bits;
+  memcpy(&value, &with_one, 4);
+  value -= 0x1p-14f;
+  uint32_t small;
+  memcpy(&small, &value, 4);
+  const uint32_t all = (exponent ? normal : small) | (uint32_t)(h & 0x8000) << 16;
   memcpy(&value, &all, 4);
   return value;
 }

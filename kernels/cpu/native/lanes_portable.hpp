@@ -1,4 +1,6 @@
-// The 16 rows of a tile as plain arrays: any machine, and the model of what the other lanes do.
+// The 16 rows of a tile as plain arrays: any little-endian machine, and the model of what the other
+// lanes do. Every loop does the same to each of its words, so that compilers make SSE2 or NEON of it;
+// what stands in one word is taken apart by shifts, since those machines cannot all shuffle bytes.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -14,9 +16,11 @@ struct Portable {
   static constexpr int kFloatTurns = 1, kQueries = 4;
   static constexpr float kNibbleUnit = 1.f;
 
-  struct Bytes {
-    uint8_t of[4 * kLanes];
-    int code(int i) const { return (int8_t)of[i]; }
+  struct Bytes {  // four of each lane, the first one in the lowest bits
+    uint32_t of[kLanes];
+  };
+  struct Pairs {  // the same, or what becomes of two neighbours
+    int16_t of[2 * kLanes];
   };
   struct Ints {
     int32_t of[kLanes];
@@ -31,44 +35,77 @@ struct Portable {
   static void store_ints(int32_t* p, const Ints& v) { memcpy(p, v.of, sizeof v.of); }
 
   static Bytes quad(const uint8_t* x) {
-    return bytes([&](int i) { return x[i % 4]; });
+    const auto word = copied<uint32_t>(x);
+    return each<Bytes>([&](int) { return word; });
   }
   static Bytes sixteen(const uint8_t* x) {
-    return bytes([&](int i) { return x[i % 16]; });
+    Bytes v;
+    for (int i = 0; i < kLanes; i += 4) memcpy(v.of + i, x, 16);
+    return v;
   }
+  // Each lane's bytes are two of the first four, or of the third four, and two of those behind them:
+  // a selector's lowest two bits say which, and its highest one, the same in all, which four.
   static Bytes pick(const Bytes& sixteen, const Bytes& selectors) {
-    return bytes([&](int i) { return sixteen.of[selectors.of[i] & 15]; });
+    uint32_t columns[4];  // column c of both fours, where a lane would have it
+    const uint32_t* fours = sixteen.of + (selectors.of[0] & 8) / 4;
+    for (int c = 0; c < 4; c++) {
+      const uint32_t first = fours[0] >> 8 * c & 255, second = fours[1] >> 8 * c & 255;
+      columns[c] = first * 0x0101 | second * 0x01010000;
+    }
+    return each<Bytes>([&](int i) {
+      const uint32_t odd = to_masks(selectors.of[i]), upper = to_masks(selectors.of[i] >> 1);
+      const uint32_t low = columns[0] ^ ((columns[0] ^ columns[1]) & odd);
+      const uint32_t high = columns[2] ^ ((columns[2] ^ columns[3]) & odd);
+      return low ^ ((low ^ high) & upper);
+    });
   }
   static Bytes low(const Bytes& v) {
-    return bytes([&](int i) { return (uint8_t)((v.of[i] & 15) ^ 8) - 8; });
+    return each<Bytes>([&](int i) {
+      // Four signed nibbles at once: 7 is 0x07 and -8 is 0xF8, so bit 3 goes into the bits above.
+      const uint32_t nibbles = v.of[i] & 0x0F0F0F0F, signs = nibbles & 0x08080808;
+      return nibbles | ((signs << 5) - (signs << 1));
+    });
   }
   static Bytes high(const Bytes& v) {
-    return bytes([&](int i) { return (uint8_t)((v.of[i] >> 4) ^ 8) - 8; });
+    return low(each<Bytes>([&](int i) { return v.of[i] >> 4; }));
   }
   template <int S>
   static Bytes selectors(const Bytes& indices) {
-    constexpr int kSecondHalf = S & 1 ? 8 : 0;
-    return bytes([&](int i) {
-      return kSecondHalf + (i % 4 < 2 ? 0 : 4) + ((indices.of[i] >> (2 * S)) & 3);
-    });
+    constexpr uint32_t kBase = S & 1 ? 0x0C0C0808 : 0x04040000;
+    return each<Bytes>([&](int i) { return (indices.of[i] >> 2 * S & 0x03030303) | kBase; });
   }
 
+  // Sums of (input byte) * (code of 4 bits): those of a block's eight steps at most fit 16 bits.
   struct Narrow {
+    Ints start = {};
+    Pairs pairs = {};
+    void add(const Bytes& x, const Bytes& codes) {
+      const auto both = copied<Pairs>(&x), by = copied<Pairs>(&codes);
+      for (int i = 0; i < 2 * kLanes; i++)
+        pairs.of[i] += first_of(both.of[i]) * (int8_t)by.of[i] + second_of(both.of[i]) * (by.of[i] >> 8);
+    }
+    Ints total() const { return plus(start, sum_pairs(pairs)); }
+  };
+  // The same with codes of 8 bits, whose products fit 16 bits, and sums of two do not.
+  struct Wide {
+    static constexpr bool kSigned = false;
     Ints wide = {};
     void add(const Bytes& x, const Bytes& codes) {
-      for (int i = 0; i < 4 * kLanes; i++) wide.of[i / 4] += x.of[i] * codes.code(i);
+      const auto both = copied<Pairs>(&x), by = copied<Pairs>(&codes);
+      Pairs first, second;
+      for (int i = 0; i < 2 * kLanes; i++) first.of[i] = first_of(both.of[i]) * (int8_t)by.of[i];
+      for (int i = 0; i < 2 * kLanes; i++) second.of[i] = second_of(both.of[i]) * (by.of[i] >> 8);
+      wide = plus(wide, plus(sum_pairs(first), sum_pairs(second)));
     }
     Ints total() const { return wide; }
-  };
-  struct Wide : Narrow {
-    static constexpr bool kSigned = false;
   };
   struct CodeSum {
-    Ints wide = {};
+    Pairs pairs = {};
     void add(const Bytes& codes) {
-      for (int i = 0; i < 4 * kLanes; i++) wide.of[i / 4] += codes.code(i);
+      const auto both = copied<Pairs>(&codes);
+      for (int i = 0; i < 2 * kLanes; i++) pairs.of[i] += (int8_t)both.of[i] + (both.of[i] >> 8);
     }
-    Ints total() const { return wide; }
+    Ints total() const { return sum_pairs(pairs); }
   };
 
   static Ints minus_128_times(const Ints& a, const Ints& b) {
@@ -135,17 +172,22 @@ struct Portable {
     memcpy(&v, p, sizeof v);
     return v;
   }
-  template <class F>
-  static Bytes bytes(F&& f) {
-    Bytes v;
-    for (int i = 0; i < 4 * kLanes; i++) v.of[i] = (uint8_t)f(i);
-    return v;
-  }
   template <class T, class F>
   static T each(F&& f) {
     T v;
     for (int i = 0; i < kLanes; i++) v.of[i] = f(i);
     return v;
+  }
+  static int16_t first_of(int16_t both) { return both & 255; }
+  static int16_t second_of(int16_t both) { return (uint16_t)both >> 8; }
+  static Ints sum_pairs(const Pairs& pairs) {
+    const auto both = copied<Ints>(&pairs);
+    return each<Ints>([&](int i) { return (int16_t)both.of[i] + (both.of[i] >> 16); });
+  }
+  // 0xFF where a byte's lowest bit is set.
+  static uint32_t to_masks(uint32_t bytes) {
+    const uint32_t bits = bytes & 0x01010101;
+    return (bits << 8) - bits;
   }
 };
 

@@ -59,15 +59,6 @@ struct Results {
   const float* start;
 };
 
-// Has memory send the next piece while this one is multiplied: the hardware fetches ahead of loads
-// only, and those pause meanwhile. Beyond the weight's end nothing comes of it.
-template <class F>
-inline void fetch_ahead(const Piece& piece, int64_t block) {
-  constexpr int64_t kBytes = block_bytes(F::kKind);
-  for (int64_t line = 0; line < kBytes; line += kLine)
-    __builtin_prefetch(piece.next + block * kBytes + line);
-}
-
 // Adds the piece's part for W tokens, whose bytes are `x` and whose scales `scales`. Two steps at a
 // time, since with a pattern both pick from the same sixteen bytes of a token.
 template <class L, class F, int W>
@@ -83,7 +74,8 @@ void multiply(const Piece& piece, const uint8_t* x, const float* scales, int64_t
     for (int t = 0; t < W; t++)
       totals[t] = L::load_floats(to.start ? to.start + s * L::kLanes : out + t * to.stride);
     for (int64_t block = 0; block < piece.blocks; block++, at += 2 * kStride) {
-      fetch_ahead<F>(piece, block);
+      // Loads, which the hardware fetches ahead of, pause while a piece is multiplied.
+      fetch(piece.next + block * block_bytes(F::kKind), block_bytes(F::kKind));
       const uint8_t* line = piece.steps[block] + s * kSliceBytes;
       const int64_t rows = block * kTileRows + s * L::kLanes;
       const auto offset = L::load_ints(piece.offsets + rows);

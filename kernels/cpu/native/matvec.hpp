@@ -33,6 +33,7 @@ void matvec(const Weight& w, const Inputs& x, const float* bias, float* y, int64
     for (int s = 0; s < kSlices; s++) total[s] = L::load_floats(rows + s * L::kLanes);
     each_block(w, w.data + tile * w.tile_bytes(), 0, w.columns,
                [&](const uint8_t* p, const uint16_t* scales, int64_t column) {
+                 fetch(p + kAhead, block_bytes(F::kKind));
                  const auto input_scale = L::all(x.scales[(uint64_t)column / kBlock] / F::kUnit);
                  for (int s = 0; s < kSlices; s++) {
                    const auto sum = block_sum<L, F>(p + s * kSliceBytes, x.bytes + column);

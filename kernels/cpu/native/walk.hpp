@@ -4,6 +4,14 @@
 
 namespace halfweave {
 
+// Has memory send what is read soon. The hardware does so by itself, but not far enough ahead: decoding
+// was a tenth faster with this on an Intel Xeon, and reading cold weights a quarter. Beyond the
+// weight's end nothing comes of it.
+inline __attribute__((always_inline)) void fetch(const uint8_t* p, int64_t bytes) {
+  for (int64_t line = 0; line < bytes; line += kLine) __builtin_prefetch(p + line);
+}
+constexpr int64_t kAhead = 4096;  // bytes between what is used and what is fetched
+
 // Calls use(data, scales, column) for the blocks that begin in [from, to): where a block and its 16
 // scales are. `from` begins a pair of groups, or is 0. Returns the end.
 template <class Use>
