@@ -90,8 +90,8 @@ void Decoder::attend_all(const Level& level, Pool& pool, const Batch& batch, con
   const int64_t sharing = heads / kv_heads, parts = (int64_t)runs_.size() * kv_heads;
   pool.run([&](int thread, int threads) {
     float* scores = &scores_[thread * kQueries * longest_];
-    const int64_t end = share(parts, thread + 1, threads);
-    for (int64_t part = share(parts, thread, threads); part < end; part++) {
+    // Later runs of a sequence see more, so every thread takes some of all.
+    for (int64_t part = thread; part < parts; part += threads) {
       const Run& run = runs_[part / kv_heads];
       const int64_t kv_head = part % kv_heads, all = (run.last - run.first) * sharing;
       Query queries[kQueries];
