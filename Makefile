@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # Pinned: an unpinned torch is a CUDA build of several GB. A GPU user installs torch first.
 TORCH  := torch==2.13.0
 
-.PHONY: setup test test-sanitize demo check lint typecheck format quality layer-error bench-peers clean
+.PHONY: setup test test-sanitize test-arm demo check lint typecheck format quality layer-error bench-peers clean
 
 setup: $(VENV)/.ready
 
@@ -70,6 +70,19 @@ test-sanitize: setup
 	    ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 HALFWEAVE_KERNELS_FLAGS="$(SANITIZE)" \
 	    HALFWEAVE_KERNELS_UNDER_TEST=$(SANITIZED)/halfweave/kernels/cpu/libhalfweave_cpu.so \
 	    $(BIN)/python -m pytest -s tests/kernels/cpu tests/runtime/test_fused.py
+
+# The portable level as 64-bit ARM runs it, in qemu, beside this machine's; needs Debian's
+# g++-aarch64-linux-gnu and qemu-user.
+ARM     := build/arm
+NATIVE  := -std=c++17 -O3 -pthread -fno-math-errno -fno-trapping-math -Ikernels/cpu/native
+CHECKED := tests/kernels/cpu/other_machine.cpp kernels/cpu/native/*.cpp
+
+test-arm:
+	mkdir -p $(ARM)
+	g++ $(NATIVE) $(CHECKED) -o $(ARM)/here
+	aarch64-linux-gnu-g++ $(NATIVE) -static $(CHECKED) -o $(ARM)/there
+	$(ARM)/here write $(ARM)/results
+	qemu-aarch64 $(ARM)/there compare $(ARM)/results
 
 check: lint typecheck
 
