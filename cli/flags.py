@@ -88,6 +88,9 @@ class Pruning:
     recover_tokens: Annotated[int | None, Flag(help="Instead of a time: so many tokens. [0]")] = (
         None
     )
+    recover_precision: Annotated[
+        str | None, Flag(help="float32, bfloat16, or auto: the faster one here. [auto]")
+    ] = None
     block_epochs: Annotated[int | None, Flag(help="Epochs of each block's tuning. [4]")] = None
     max_ppl_ratio: Annotated[
         float | None, Flag(help="Budget: perplexity over the dense model's, such as 1.15. [0.0]")
@@ -131,6 +134,9 @@ class Recovering:
     tokens: Annotated[int, Flag(help="Instead of a time: so many tokens.")] = 0
     bits: Annotated[int, Flag(help="4 rounds a 2:4 model of 16 bits in the end.")] = 16
     group: Annotated[int, Flag(help="128, 64 or 32 weights a scale of those codes.")] = 128
+    precision: Annotated[str, Flag(help="float32, bfloat16, or auto: the faster one here.")] = (
+        "auto"
+    )
     seed: Annotated[int, Flag(help="Draws the order of the windows.")] = 0
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import UsageError
 from ..files import read_json
 from ..kernels.formats import GROUP_SIZES
+from .recover.precision import PRECISIONS
 
 METHODS = ("admm", "sparsegpt", "wanda", "magnitude")
 BITS = (16, 8, 4)
@@ -82,7 +83,8 @@ class Recipe:
 
     `recover` trains what is left: "none"; "blocks", each block against the dense one for
     `block_epochs`; or "distill", the whole model against the dense one on `recover_tokens` tokens,
-    0 meaning as many as `recover_minutes` allow.
+    0 meaning as many as `recover_minutes` allow. `recover_precision` is that of the distillation's
+    matrix products: "float32", "bfloat16", or "auto", the faster one on this machine.
 
     With a budget, `max_ppl_ratio` (perplexity over the dense model's) or `target_bytes` (a share of
     its weight files), every linear gets a format of its own, which `choices` records by name; 0 is
@@ -107,6 +109,7 @@ class Recipe:
     recover: str = "none"
     recover_minutes: float = 30.0
     recover_tokens: int = 0
+    recover_precision: str = "auto"
     block_epochs: int = 4
     max_ppl_ratio: float = 0.0
     target_bytes: float = 0.0
@@ -133,6 +136,10 @@ class Recipe:
             f"recover {self.recover!r} is none of {', '.join(RECOVERIES)}",
         )
         _require(self.recover_minutes > 0, "recover_minutes must be above 0")
+        _require(
+            self.recover_precision in PRECISIONS,
+            f"recover_precision {self.recover_precision!r} is none of {', '.join(PRECISIONS)}",
+        )
         _require(self.recover_tokens >= 0, "recover_tokens must not be negative")
         _require(self.block_epochs > 0, "block_epochs must be at least 1")
         _require(

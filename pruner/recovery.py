@@ -36,6 +36,7 @@ class Recovery:
         bits: 4 rounds a 2:4 checkpoint of 16 bits after most of the training and goes on with the
             codes (staged.py); 16 leaves every format as it is.
         group: weights a scale of those codes.
+        precision: of the training's matrix products: "float32", "bfloat16", or "auto".
         seed: of the order of windows, and of the windows that calibrate the rounding.
     """
 
@@ -44,12 +45,15 @@ class Recovery:
     tokens: int = 0
     bits: int = 16
     group: int = 128
+    precision: str = "auto"
     seed: int = 0
 
     @property
     def settings(self) -> Distillation:
         """Those of the training."""
-        return Distillation(minutes=self.minutes, tokens=self.tokens, seed=self.seed)
+        return Distillation(
+            minutes=self.minutes, tokens=self.tokens, precision=self.precision, seed=self.seed
+        )
 
 
 def recover(

@@ -132,7 +132,10 @@ class InSteps:
     def _distillation(self) -> Distillation:
         recipe = self._recipe
         return Distillation(
-            minutes=recipe.recover_minutes, tokens=recipe.recover_tokens, seed=recipe.seed
+            minutes=recipe.recover_minutes,
+            tokens=recipe.recover_tokens,
+            precision=recipe.recover_precision,
+            seed=recipe.seed,
         )
 
     def _one_shot(self, recipe: Recipe, directory: Path) -> OneShot:

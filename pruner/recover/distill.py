@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,10 @@ from ..surroundings import surroundings
 from .latents import Latent
 from .memory import MOST_TARGETS_BYTES, check_memory, needed_bytes
 from .network import Network, evenly_spaced
+from .precision import resolved
 from .run import Job, Run
 from .settings import Distillation, DistillResult, ProgressCallback
-from .state import STATE_FILE, load_state
+from .state import STATE_FILE, began_with, load_state
 from .targets import Targets
 from .trainer import Trainer
 from .windows import Windows
@@ -63,6 +65,9 @@ def distill(
         HalfweaveError: the loss is not finite any more.
     """
     settings = settings or Distillation()
+    if resume and settings.precision == "auto":  # another timing must not end what has begun
+        began = began_with(out).get("precision", settings.precision)
+        settings = replace(settings, precision=began)
     checkpoint = Checkpoint.open(student)
     check_pair(parent, checkpoint, out)
     settings, windows, targets_bytes = _prepare(parent, text, settings)
@@ -88,6 +93,7 @@ def _prepare(
 ) -> tuple[Distillation, Windows, int]:
     """Settings that fit the model, the windows, and bytes for the parent's outputs."""
     settings = settings.fitted(source.config.get("max_position_embeddings"))
+    settings = replace(settings, precision=resolved(settings.precision, source.device))
     windows = Windows.cut(token_ids(source, text), settings.length, settings.held_out)
     targets_bytes = min(MOST_TARGETS_BYTES, _targets_bytes(source, windows, settings))
     check_memory(needed_bytes(source, settings, targets_bytes), source.device)
@@ -126,7 +132,7 @@ def make_trainer(
 
     network = Network(source, read, taps)
     parent = Network(source, lambda name: _aligned(source.tensors.read(name), source.device), taps)
-    targets = Targets(parent, windows.train, targets_bytes)
+    targets = Targets(parent, windows.train, targets_bytes, settings.precision)
     held_out = Targets(parent, windows.held_out, targets_bytes)
     both = (targets, held_out)
     return Trainer(network, latents, parent.head, windows, both, settings), targets

@@ -57,6 +57,7 @@ def fused_kl(
         student: final hidden states after the final norm [positions, hidden]; gets the gradient.
         dense: the parent's, same shape; no gradient.
         heads: output matrices [vocabulary, hidden] of the student and of the parent; no gradient.
+            Products with them are taken in their dtype, everything else in the hidden states'.
         targets: int64 [positions], the next token or a negative number where there is none.
         ce: weight of the cross entropy.
     """
@@ -68,7 +69,10 @@ def _chunk(
     student: Tensor, dense: Tensor, heads: tuple[Tensor, Tensor], targets: Tensor, ce: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """KL, cross entropy (sums) and d/d student of their weighted sum, for some positions."""
-    logits, truth = student @ heads[0].T, dense @ heads[1].T
+    logits, truth = (
+        (hidden.to(head.dtype) @ head.T).to(hidden.dtype)
+        for hidden, head in zip((student, dense), heads, strict=True)
+    )
     has_target = targets >= 0
     picked = logits.gather(1, targets.clamp_min(0)[:, None])[:, 0]
     student_lse, dense_lse = logits.logsumexp(1), truth.logsumexp(1)
@@ -78,7 +82,7 @@ def _chunk(
     kl = (gap - dense_lse + student_lse).sum(dtype=torch.float64)
     p_student = logits.sub_(student_lse[:, None]).exp_()
     difference = p_student.sub_(p_dense) if ce == 0 else _with_ce(p_student, p_dense, targets, ce)
-    return kl, nll, difference @ heads[0]
+    return kl, nll, (difference.to(heads[0].dtype) @ heads[0]).to(student.dtype)
 
 
 def _with_ce(p_student: Tensor, p_dense: Tensor, targets: Tensor, ce: float) -> Tensor:

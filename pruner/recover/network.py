@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ...errors import CheckpointError
 from ..source import Source
 from ..stream import skeleton
+from .precision import autocast
 
 ReadTensor = Callable[[str], Tensor]
 
@@ -40,12 +41,18 @@ class Network:
             block.register_forward_hook(self._tap(tap))
         self.head = self.parameters["lm_head.weight"].detach()
 
-    def forward(self, windows: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
-        """Hidden states [n, length, hidden] after the final norm, and those after each tap."""
-        output = self._inner(input_ids=windows, use_cache=False)
+    def forward(
+        self, windows: Tensor, precision: str = "float32"
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Hidden states [n, length, hidden] after the final norm, and those after each tap, fp32.
+
+        `precision` is that of the matrix products (precision.py).
+        """
+        with autocast(precision, windows.device):
+            output = self._inner(input_ids=windows, use_cache=False)
         tapped, self._tapped = self._tapped, {}
         hidden: Tensor = output.last_hidden_state
-        return hidden, tapped
+        return hidden.float(), {tap: state.float() for tap, state in tapped.items()}
 
     def _tap(self, index: int) -> Callable[..., None]:
         def keep(module: nn.Module, args: Any, output: Any) -> None:

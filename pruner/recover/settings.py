@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UsageError
+from .precision import PRECISIONS
 
 # Steps that are run before the number of steps is known; their rates must not depend on it.
 TIMED_STEPS = 4
@@ -41,6 +42,8 @@ class Distillation:
         held_out: windows that are measured and never trained on.
         curve_points: how often the held-out windows are measured during training.
         save_minutes: at least so long passes between two saves of the state; 0 saves at each step.
+        precision: of the training's matrix products, one of PRECISIONS (precision.py); what is
+            measured is measured in fp32.
         seed: of the order of windows.
     """
 
@@ -61,6 +64,7 @@ class Distillation:
     held_out: int = 8
     curve_points: int = 4
     save_minutes: float = 5.0
+    precision: str = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -69,6 +73,10 @@ class Distillation:
         for name in positive:
             if getattr(self, name) < 1:
                 raise UsageError(f"recovery: {name} must be at least 1")
+        if self.precision not in PRECISIONS:
+            raise UsageError(
+                f"recovery: precision {self.precision!r} is none of {', '.join(PRECISIONS)}"
+            )
         if self.length < 2:
             raise UsageError(
                 "recovery: a window of 1 token predicts nothing; length 2 is the least"

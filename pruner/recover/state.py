@@ -7,7 +7,8 @@ the tensors mean.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -59,14 +60,11 @@ def load_state(
     if not path.exists():
         return None
     tensors = read_shard(path)
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            document = json.loads(file.metadata()["state"])
+    with _damage_named(path):
+        document = _document(path)
         began, saved = document["key"], document["position"]
         curve = tuple(CurvePoint(**point) for point in saved.pop("curve"))
         position = Position(**saved, curve=curve)
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path} is damaged", "start over without resuming") from error
     wanted = json.loads(json.dumps(key))
     for name in sorted(began.keys() | wanted.keys()):
         if began.get(name) != wanted.get(name):
@@ -75,3 +73,30 @@ def load_state(
                 "run with the same settings and inputs, or start over without resuming",
             )
     return position, tensors
+
+
+def began_with(directory: Path) -> Mapping[str, Any]:
+    """The settings of the saved run; nothing where there is none.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    path = directory / STATE_FILE
+    if not path.exists():
+        return {}
+    with _damage_named(path):
+        settings: Mapping[str, Any] = _document(path)["key"]["settings"]
+        return settings
+
+
+def _document(path: Path) -> Any:
+    with safetensors.safe_open(path, framework="pt") as file:
+        return json.loads(file.metadata()["state"])
+
+
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (TypeError, KeyError, ValueError, AttributeError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{path} is damaged", "start over without resuming") from error

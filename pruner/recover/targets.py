@@ -28,9 +28,15 @@ class Target:
 class Targets:
     """Targets of one set of windows. `seconds` is the time spent in the parent so far."""
 
-    def __init__(self, parent: Network, windows: Tensor, memory_bytes: float) -> None:
+    def __init__(
+        self,
+        parent: Network,
+        windows: Tensor,
+        memory_bytes: float,
+        precision: str = "float32",
+    ) -> None:
         """Keep what fits in `memory_bytes`; what does not is computed each time it is asked for."""
-        self._parent, self._windows = parent, windows
+        self._parent, self._windows, self._precision = parent, windows, precision
         self._left = memory_bytes
         self._cached: dict[int, Target] = {}
         self.seconds = 0.0
@@ -51,7 +57,7 @@ class Targets:
         if index in self._cached:
             return self._cached[index]
         started = time.perf_counter()
-        final, tapped = self._parent.forward(self._windows[index : index + 1])
+        final, tapped = self._parent.forward(self._windows[index : index + 1], self._precision)
         # A residual stream can hold values beyond fp16; the final norm's output cannot.
         target = Target(
             final[0].clamp(-65504, 65504).half().cpu(),

@@ -17,6 +17,7 @@ from ...errors import HalfweaveError
 from .fused_kl import fused_kl
 from .latents import Latent
 from .network import Network
+from .precision import Dither
 from .settings import Distillation
 from .targets import Target, Targets
 from .windows import Windows, next_tokens
@@ -43,6 +44,8 @@ class Trainer:
         """`targets` are those of the training and of the held-out windows."""
         self._student, self.latents, self._settings = student, latents, settings
         self._heads = (student.head, parent_head)
+        dtype = getattr(torch, settings.precision)
+        self._training_heads = (student.head.to(dtype), parent_head.to(dtype))
         self._windows = windows
         self._targets, self._held_out_targets = targets
         self.gains = {
@@ -51,6 +54,11 @@ class Trainer:
             if parameter.dim() == 1
         }
         self._weights = {name: student.parameters[f"{name}.weight"] for name in latents}
+        self._dithers = {
+            name: Dither(weight, seed)
+            for seed, (name, weight) in enumerate(self._weights.items())
+            if settings.precision == "bfloat16"
+        }
         for parameter in (*self.gains.values(), *self._weights.values()):
             parameter.requires_grad_(True)
         self._optimizer = torch.optim.Adam(
@@ -67,6 +75,7 @@ class Trainer:
             HalfweaveError: the loss is not finite; the weights are then as before.
         """
         chosen = self._windows.of_step(index, self._settings.windows_per_step, self._settings.seed)
+        self._dither()
         total_kl = 0.0
         for start in range(0, len(chosen), self._settings.windows_per_pass):
             total_kl += self._accumulate(chosen[start : start + self._settings.windows_per_pass])
@@ -134,11 +143,10 @@ class Trainer:
         settings = self._settings
         windows = self._windows.train[chosen]
         target = self._targets.of(chosen)
-        hidden, tapped = self._student.forward(windows)
+        hidden, tapped = self._student.forward(windows, settings.precision)
         flat = hidden.flatten(0, 1)
-        loss, nll = fused_kl(
-            flat, target.final, self._heads, next_tokens(windows).flatten(), settings.ce
-        )
+        targets = next_tokens(windows).flatten()
+        loss, nll = fused_kl(flat, target.final, self._training_heads, targets, settings.ce)
         kl = float(loss.detach()) - settings.ce * float(nll)
         if settings.hidden_weight:
             distance = _hidden_distance(tapped, target)
@@ -156,6 +164,12 @@ class Trainer:
             weight.grad = None
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def _dither(self) -> None:
+        """Round the weights for one step's passes; behind the step they are exact again."""
+        for name, dither in self._dithers.items():
+            dither.round_(self._weights[name])
 
     def _groups(self) -> list[dict[str, object]]:
         settings = self._settings

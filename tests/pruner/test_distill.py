@@ -49,6 +49,7 @@ SMALL = {
     "scale_rate": 1e-3,
     "warmup_steps": 4,
     "save_minutes": 0.0,
+    "precision": "float32",
 }
 
 
