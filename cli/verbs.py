@@ -30,6 +30,7 @@ from .flags import (
     Working,
     verb,
 )
+from .kernels import kernels_app
 
 if TYPE_CHECKING:
     from ..pruner.oneshot import Progress as PruneProgress
@@ -62,6 +63,9 @@ def main() -> None:
         print_error(UsageError(error.format_message(), f"{path} --help"))
         code = UsageError.exit_code
     sys.exit(code or 0)
+
+
+app.add_typer(kernels_app)
 
 
 @app.callback(invoke_without_command=True)

@@ -1,0 +1,229 @@
+"""Cases of the plain Triton kernels, on a GPU or, with TRITON_INTERPRET=1, on the CPU.
+
+Not collected by itself: test_plain.py runs it in a process of its own, since Triton decides once
+whether it interprets.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from halfweave.kernels.cuda.elementwise import PAGE, gate, rms_norm, rope_and_remember
+from halfweave.kernels.cuda.expand_gemm import expand_gemm
+from halfweave.kernels.cuda.int4_gemm import int4_gemm
+from halfweave.kernels.cuda.paged_attention import attend, join
+from halfweave.kernels.cuda.reduce import add_parts
+from halfweave.kernels.formats import Int4, Sparse24, Sparse24Int4
+from torch import Tensor
+
+# In fp16 throughout: the interpreter has no products of bf16.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TILE = {"BN": 64, "BM": 16, "BK": 128}
+NONE = torch.zeros(16, device=DEVICE)
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float16) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(*shape, generator=generator).to(dtype).to(DEVICE)
+
+
+def pruned(rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """A weight and which of it is kept."""
+    generator = torch.Generator().manual_seed(rows + columns)
+    fours = torch.rand(rows, columns // 4, 4, generator=generator)
+    keep = torch.zeros_like(fours, dtype=torch.bool).scatter(2, fours.topk(2).indices, True)
+    return torch.randn(rows, columns, generator=generator), keep.view(rows, columns)
+
+
+def grid(M: int, N: int) -> tuple[int, int]:
+    return -(-N // TILE["BN"]), -(-M // TILE["BM"])
+
+
+def close(found: Tensor, expected: Tensor, bound: float = 2e-3) -> None:
+    error = (found.float() - expected.float()).abs().max() / expected.float().abs().max()
+    assert float(error) < bound
+
+
+@pytest.mark.parametrize("group", [0, 128, 64, 32])
+@pytest.mark.parametrize(("M", "N", "K"), [(13, 128, 512), (1, 50, 100), (20, 100, 576)])
+def test_expanded_products(M: int, N: int, K: int, group: int) -> None:
+    weight, keep = pruned(N, K)
+    x, bias = random(M, K), random(N)
+    if group:
+        codes = torch.randint(-8, 8, (N, K))
+        scale = torch.rand(N, -(-K // group)).half()
+        stored: Any = Sparse24Int4.from_codes(codes, keep, scale, group)
+        values, scales = stored.values.to(DEVICE), stored.scale.to(DEVICE)
+    else:
+        stored = Sparse24.from_dense((weight * keep).half())
+        values, scales = stored.values.to(DEVICE), NONE
+    y = torch.empty(M, N, dtype=x.dtype, device=DEVICE)
+    expand_gemm[grid(M, N)](
+        x,
+        values,
+        stored.meta.to(DEVICE),
+        scales,
+        bias,
+        y,
+        M,
+        N,
+        K,
+        **TILE,
+        group=group,
+        biased=True,
+    )
+    close(y, x.float() @ stored.unpack().to(DEVICE).T + bias.float())
+
+
+@pytest.mark.parametrize("group", [128, 64, 32])
+@pytest.mark.parametrize(("M", "N", "K"), [(13, 128, 512), (1, 50, 100)])
+def test_dense_4_bit_products(M: int, N: int, K: int, group: int) -> None:
+    codes = torch.randint(-8, 8, (N, K), generator=torch.Generator().manual_seed(3))
+    stored = Int4.from_codes(codes, torch.rand(N, -(-K // group)).half(), group)
+    x = random(M, K)
+    y = torch.empty(M, N, dtype=x.dtype, device=DEVICE)
+    values, scales = stored.values.to(DEVICE), stored.scale.to(DEVICE)
+    int4_gemm[grid(M, N)](x, values, scales, NONE, y, M, N, K, **TILE, group=group, biased=False)
+    close(y, x.float() @ stored.unpack().to(DEVICE).T)
+
+
+@pytest.mark.parametrize("splits", [2, 8])
+def test_parts_are_added_with_bias_and_residual(splits: int) -> None:
+    parts = random(splits, 5, 96, dtype=torch.float32)
+    bias, residual = random(96), random(5, 96)
+    y = torch.empty(5, 96, dtype=torch.float16, device=DEVICE)
+    add_parts[(4,)](
+        parts, bias, residual, y, 96, 5 * 96, splits=splits, B=128, biased=True, added=True
+    )
+    close(y, parts.sum(0) + bias.float() + residual.float())
+
+
+def test_norms_add_what_a_block_gave_and_keep_the_sum() -> None:
+    x, delta, gain = random(4, 100), random(4, 100, seed=1), random(100)
+    total = (x.float() + delta.float()).half()
+    y = torch.empty_like(x)
+    kept = x.clone()
+    rms_norm[(4,)](x, delta, gain, y, 100, 1e-5, B=128, adds=True)
+    assert torch.equal(x, total)
+    close(y, torch.nn.functional.rms_norm(total.float(), (100,), gain.float(), 1e-5))
+    rms_norm[(4,)](kept, delta, gain, y, 100, 1e-5, B=128, adds=False)
+    close(y, torch.nn.functional.rms_norm(kept.float(), (100,), gain.float(), 1e-5))
+
+
+def test_gates_are_silu_times_the_other_half() -> None:
+    both = random(3, 2 * 200)
+    y = torch.empty(3, 200, dtype=torch.float16, device=DEVICE)
+    gate[(3, 2)](both, y, 200, B=128)
+    g, u = both.float().split(200, 1)
+    close(y, torch.nn.functional.silu(g) * u)
+
+
+HEADS, KV, DIM, MOST_PAGES = 6, 2, 48, 8
+
+
+def pages(coded: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shape = (3 * MOST_PAGES, PAGE, KV, DIM)
+    kind = torch.int8 if coded else torch.float16
+    stored = [torch.zeros(shape, dtype=kind, device=DEVICE) for _ in range(2)]
+    scales = [torch.zeros(shape[:3], device=DEVICE) for _ in range(2)]
+    return stored[0], stored[1], scales[0], scales[1]
+
+
+def remembered(stored: Tensor, scales: Tensor, coded: bool) -> Tensor:
+    return stored.float() * scales[..., None] if coded else stored.float()
+
+
+@pytest.mark.parametrize("coded", [False, True])
+def test_a_sequence_of_tokens_is_remembered_and_attended_to(coded: bool) -> None:
+    """Three sequences of different lengths through both kernels, against plain attention."""
+    lengths = [7, 64, 113]
+    keys, values, key_scales, value_scales = pages(coded)
+    order = torch.randperm(3 * MOST_PAGES, generator=torch.Generator().manual_seed(1))
+    tables = order.view(3, MOST_PAGES).to(torch.int32)
+    frequencies = 1.0 / 10000 ** (torch.arange(0, DIM, 2).float() / DIM)
+    rows = [random(length, (HEADS + 2 * KV) * DIM, seed=9) for length in lengths]
+    positions = torch.cat([torch.arange(length) for length in lengths]).to(torch.int32)
+    owners = torch.cat([tables[i].repeat(length, 1) for i, length in enumerate(lengths)])
+    qkv = torch.cat(rows)
+    q = torch.empty(len(qkv), HEADS, DIM, dtype=torch.float16, device=DEVICE)
+    rope_and_remember[(len(qkv), HEADS + 2 * KV)](
+        qkv,
+        positions.to(DEVICE),
+        owners.to(DEVICE).contiguous(),
+        frequencies.to(DEVICE),
+        q,
+        keys,
+        values,
+        key_scales,
+        value_scales,
+        HEADS,
+        KV,
+        DIM // 2,
+        MOST_PAGES,
+        B=32,
+        page=PAGE,
+        coded=coded,
+    )
+    last = torch.tensor(lengths).cumsum(0) - 1
+    newest = q[last.to(DEVICE)].contiguous()
+    splits = 3
+    partial = torch.empty(3, KV, splits, 16, 64, device=DEVICE)
+    sums = torch.empty(3, KV, splits, 2, 16, device=DEVICE)
+    y = torch.empty(3, HEADS, DIM, dtype=torch.float16, device=DEVICE)
+    factor = math.log2(math.e) / math.sqrt(DIM)
+    attend[(3, KV, splits)](
+        newest,
+        keys,
+        values,
+        key_scales,
+        value_scales,
+        tables.to(DEVICE),
+        torch.tensor(lengths, dtype=torch.int32, device=DEVICE),
+        partial,
+        sums,
+        factor,
+        KV,
+        DIM,
+        MOST_PAGES,
+        3,
+        G=HEADS // KV,
+        D=64,
+        page=PAGE,
+        coded=coded,
+    )
+    join[(3, KV)](partial, sums, y, KV, DIM, splits, G=HEADS // KV, D=64)
+    for index, length in enumerate(lengths):
+        expected = plain_attention(rows[index].float(), frequencies.to(DEVICE))
+        close(y[index], expected, bound=2e-2 if coded else 4e-3)
+        own = remembered(keys, key_scales, coded)[tables[index].long()].flatten(0, 1)[:length]
+        close(own, plain_keys(rows[index].float(), frequencies.to(DEVICE)), 1e-2)
+
+
+def turned(x: Tensor, frequencies: Tensor) -> Tensor:
+    angles = torch.arange(len(x), device=DEVICE)[:, None, None] * frequencies
+    first, second = x.chunk(2, -1)
+    return torch.cat(
+        (
+            first * angles.cos() - second * angles.sin(),
+            second * angles.cos() + first * angles.sin(),
+        ),
+        -1,
+    )
+
+
+def plain_keys(qkv: Tensor, frequencies: Tensor) -> Tensor:
+    heads = qkv.view(len(qkv), HEADS + 2 * KV, DIM)
+    return turned(heads[:, HEADS : HEADS + KV], frequencies)
+
+
+def plain_attention(qkv: Tensor, frequencies: Tensor) -> Tensor:
+    """Of the last token: [heads, dim]."""
+    heads = qkv.view(len(qkv), HEADS + 2 * KV, DIM)
+    query = turned(heads[:, :HEADS], frequencies)[-1]
+    keys = plain_keys(qkv, frequencies).repeat_interleave(HEADS // KV, 1)
+    values = heads[:, HEADS + KV :].repeat_interleave(HEADS // KV, 1)
+    weights = torch.einsum("hd,thd->ht", query, keys).div(math.sqrt(DIM)).softmax(-1)
+    return torch.einsum("ht,thd->hd", weights, values)
