@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # Pinned: an unpinned torch is a CUDA build of several GB. A GPU user installs torch first.
 TORCH  := torch==2.13.0
 
-.PHONY: setup test test-sanitize test-arm demo check lint typecheck format quality layer-error bench-peers clean
+.PHONY: setup test test-sanitize test-arm test-gpu-static test-triton-matrix gpu demo check lint typecheck format quality layer-error bench-peers clean
 
 setup: $(VENV)/.ready
 
@@ -70,6 +70,28 @@ test-sanitize: setup
 	    ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 HALFWEAVE_KERNELS_FLAGS="$(SANITIZE)" \
 	    HALFWEAVE_KERNELS_UNDER_TEST=$(SANITIZED)/halfweave/kernels/cpu/libhalfweave_cpu.so \
 	    $(BIN)/python -m pytest -s tests/kernels/cpu tests/runtime/test_fused.py
+
+# Every variant of the GPU kernels on every architecture, compiled and, on sm_80, emulated; no GPU.
+test-gpu-static: setup
+	HALFWEAVE_GPU_STATIC=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --timeout 1200 \
+	    tests/ptx tests/kernels/cuda
+
+# The same by the oldest Triton that is supported, which lies over the installed one.
+OLD_TRITON := build/triton-3.7.1
+
+test-triton-matrix: setup
+	$(BIN)/python -m pip install -q --no-deps --upgrade --target $(OLD_TRITON) triton==3.7.1
+	PYTHONPATH=$(OLD_TRITON) TRITON_CACHE_DIR=$(OLD_TRITON)/cache OMP_NUM_THREADS=1 \
+	    $(BIN)/python -m pytest -n auto tests/kernels/cuda
+
+# On a machine with a GPU: the same kernels there, memory checked if the toolkit is installed, and
+# times, which go to docs/results.
+gpu: setup
+	$(BIN)/python -m pytest tests/gpu
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/kernels/cuda/plain_cases.py
+	if command -v compute-sanitizer > /dev/null; then \
+	    compute-sanitizer --error-exitcode 1 $(BIN)/python -m pytest tests/gpu -k quick; fi
+	$(BIN)/python benchmarks/gpu_kernels.py --results docs/results
 
 # The portable level as 64-bit ARM runs it, in qemu, beside this machine's; needs Debian's
 # g++-aarch64-linux-gnu and qemu-user.

@@ -1,14 +1,16 @@
 """Which kernel serves which format on which device: one table, printable, without hidden rules.
 
 On a CPU the C++ kernels multiply by the packed form, and round inputs to 8 bits where that has
-codes. Where they are not installed, or exact results are asked for, a weight is expanded to a dense
-matrix when it is loaded, and multiplied by torch.
+codes. On a GPU, in 16 bits, sparse tensor cores multiply by 2:4 weights, and a Triton kernel by
+dense ones of 4 bits. Where a kernel is not installed, or exact results are asked for, a weight is
+expanded to a dense matrix when it is loaded, and multiplied by torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ from torch.nn import functional
 from ..errors import UnsupportedModel
 from .cpu.library import Library, library
 from .cpu.packed import CODED, linear, pack_weight
-from .formats import FORMATS, PackedLinear
+from .formats import FORMATS, Int4, PackedLinear, Sparse24, Sparse24Int4
 
 LinearFunction = Callable[[Tensor], Tensor]
 
@@ -58,7 +60,19 @@ def _packed(library: Library, kind: str) -> Kernel:
     return Kernel(f"cpu-{library.level}", why, make)
 
 
+def _on_gpu(
+    weight: PackedLinear, bias: Tensor | None, device: torch.device, dtype: torch.dtype
+) -> LinearFunction:
+    from .cuda import binding
+
+    if not binding.has_kernel(weight, dtype):
+        return _expand_once(weight, bias, device, dtype)
+    return binding.bind(weight, bias, device, dtype)
+
+
 _EXPAND = Kernel("torch-dense", "expanded to dense at load, torch linear", _expand_once)
+_GPU = Kernel("cuda", "multiplied as packed, by Triton's kernels, in 16 bits", _on_gpu)
+_GPU_KINDS = (Sparse24.kind, Sparse24Int4.kind, Int4.kind)
 _TABLE = {(kind, device): _EXPAND for kind in FORMATS for device in ("cpu", "cuda")}
 
 
@@ -72,6 +86,8 @@ def choose(kind: str, device_type: str, exact: bool = False) -> Kernel:
         native = library()
         if native is not None:
             return _packed(native, kind)
+    if device_type == "cuda" and kind in _GPU_KINDS and not exact and find_spec("triton"):
+        return _GPU
     kernel = _TABLE.get((kind, device_type))
     if kernel is None:
         raise UnsupportedModel(f"no kernel for format {kind} on {device_type}")

@@ -143,6 +143,41 @@ def pack_scales(scales: Tensor) -> Tensor:
     return words.permute(0, 3, 2, 1).contiguous()
 
 
+def unpack(
+    values: Tensor, meta: Tensor, scales: Tensor | None, group: int, dtype: torch.dtype
+) -> Tensor:
+    """The dense weight of whole blocks, [64 blocks of rows, 64 blocks of columns], in `dtype`.
+
+    What the kernel multiplies by, for machines without it: floats are of `dtype`, codes are scaled
+    in fp32 and rounded once.
+    """
+    rows, columns = 64 * meta.shape[0], 64 * meta.shape[1]
+    halves = meta.transpose(2, 3).reshape(-1, columns // 64, 4, 8, 4).permute(0, 2, 3, 1, 4)
+    # block of rows, tile, g, block of columns, t; the halves of a word are of rows g and g + 8
+    both = torch.stack((halves & 0xFFFF, halves >> 16 & 0xFFFF), 2)
+    nibbles_ = both[..., None] >> 4 * torch.arange(4, device=meta.device) & 15
+    pairs = nibbles_.reshape(rows, columns // 4)
+    indices = torch.stack((pairs & 3, pairs >> 2), -1)
+    if scales is None:
+        fragments = values.view(dtype).view(*values.shape[:-1], 8)
+        return nibbles.scatter_kept(_from_fragments(fragments), indices)
+    shifts = torch.tensor(_CODE_SHIFTS, device=values.device)
+    codes = (values.transpose(3, 4)[..., None] >> shifts & 15) - 8
+    dense = nibbles.scatter_kept(_from_fragments(codes).float(), indices)
+    words = scales.permute(0, 3, 2, 1)  # block of rows, tile, g, group
+    both = torch.stack((words & 0xFFFF, words >> 16 & 0xFFFF), 2)
+    floats = both.to(torch.int16).view(torch.float16).reshape(rows, -1).float()
+    return (dense * floats.repeat_interleave(group, 1)).to(dtype)
+
+
+def _from_fragments(fragments: Tensor) -> Tensor:
+    """Undo `_to_fragments`."""
+    blocks, columns = fragments.shape[:2]
+    split = fragments.reshape(blocks, columns, 2, 4, 8, 4, 2, 2, 2)
+    # block, tile, row half, g, block of columns, step, column half, t, pair
+    return split.permute(0, 3, 7, 4, 1, 2, 6, 5, 8).reshape(64 * blocks, 32 * columns)
+
+
 def _to_fragments(kept: Tensor) -> Tensor:
     """Kept values [N, K/2] to [N/64, K/64, step, tile, lane, 8], in order a0 to a7."""
     rows, half = kept.shape

@@ -163,8 +163,10 @@ def _prefill_tile(product: Product, arch: Architecture) -> Tile:
         tile for tile in _PREFILL if tile.shared_bytes(product.group) <= arch.shared_per_program
     ]
     enough = [tile for tile in fitting if min(product.M, 128) <= tile.BM]
-    dividing = [tile for tile in enough if product.N % tile.BN == 0]
-    return (dividing or enough[-1:])[0]
+    least = min(tile.BM for tile in enough)
+    same = [tile for tile in enough if least == tile.BM]
+    dividing = [tile for tile in same if product.N % tile.BN == 0]
+    return (dividing or same[-1:])[0]
 
 
 def all_variants(arch: Architecture) -> Iterator[Variant]:

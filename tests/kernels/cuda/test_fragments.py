@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from halfweave.kernels.cuda.fragments import from_sparse24, from_sparse24_int4
+from halfweave.kernels.cuda.fragments import from_sparse24, from_sparse24_int4, unpack
 from halfweave.kernels.formats import Sparse24, Sparse24Int4
 from halfweave.kernels.nibbles import gather_kept, kept_indices
 from torch import Tensor
@@ -99,3 +99,20 @@ def test_fp32_values_become_fp16() -> None:
     same = from_sparse24(Sparse24.from_dense(dense))
     assert packed.dtype == torch.float16
     assert torch.equal(packed.values, same.values)
+
+
+@pytest.mark.parametrize("group", [0, 128, 64, 32])
+@pytest.mark.parametrize(("rows", "columns"), [(64, 128), (50, 100), (130, 576)])
+def test_unpacking_gives_the_weight_back(rows: int, columns: int, group: int) -> None:
+    dense = pruned(rows, columns)
+    if group:
+        codes = torch.randint(-8, 8, (rows, columns))
+        scale = torch.rand(rows, -(-columns // group)).half()
+        stored: Sparse24 | Sparse24Int4 = Sparse24Int4.from_codes(codes, dense != 0, scale, group)
+        packed = from_sparse24_int4(stored)
+    else:
+        stored = Sparse24.from_dense(dense)
+        packed = from_sparse24(stored)
+    found = unpack(packed.values, packed.meta, packed.scales, group, torch.float16)
+    assert torch.equal(found[:rows, :columns], stored.unpack(torch.float16))
+    assert not found[rows:].any() and not found[:, columns:].any()

@@ -1,0 +1,104 @@
+"""Binds a stored weight to the operator that multiplies by it on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..formats import Int4, PackedLinear, Sparse24, Sparse24Int4
+from .fragments import FragmentWeight, from_sparse24, from_sparse24_int4
+from .linear import (
+    COLUMNS_MULTIPLE,
+    KINDS,
+    ROWS_MULTIPLE,
+    expanded_linear,
+    int4_linear,
+    limits_of,
+    sparse_linear,
+)
+
+LinearFunction = Callable[[Tensor], Tensor]
+
+
+def has_kernel(weight: PackedLinear, dtype: torch.dtype) -> bool:
+    """Whether there is anything better than a dense matrix for it."""
+    return dtype in KINDS and isinstance(weight, Sparse24 | Sparse24Int4 | Int4)
+
+
+def bind(
+    weight: PackedLinear, bias: Tensor | None, device: torch.device, dtype: torch.dtype
+) -> LinearFunction:
+    """A function from x [..., K] to [..., N], both of `dtype` (one of KINDS) on `device`."""
+    offset = None if bias is None else bias.to(device, dtype)
+    if isinstance(weight, Int4):
+        return _bind_int4(weight, offset, device)
+    assert isinstance(weight, Sparse24 | Sparse24Int4)
+    if device.type == "cuda" and limits_of(_index(device)) is None:
+        return _bind_expanded(weight, offset, device, dtype)
+    return SparseLinear.of(weight, offset, device, dtype)
+
+
+@dataclass(frozen=True)
+class SparseLinear:
+    """A 2:4 weight on sparse tensor cores; rows and columns are filled up to whole vectors."""
+
+    weight: FragmentWeight
+    bias: Tensor | None  # [rows]
+    rows: int
+
+    @classmethod
+    def of(
+        cls,
+        weight: Sparse24 | Sparse24Int4,
+        bias: Tensor | None,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> SparseLinear:
+        """Repack a weight; float values become `dtype`."""
+        if isinstance(weight, Sparse24):
+            packed = from_sparse24(Sparse24(weight.values.to(dtype), weight.meta))
+        else:
+            packed = from_sparse24_int4(weight)
+        rows = -(-packed.shape[0] // ROWS_MULTIPLE) * ROWS_MULTIPLE
+        offset = None if bias is None else functional.pad(bias, (0, rows - len(bias)))
+        return cls(packed.to(device), offset, rows)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """y [..., N] for x [..., K]."""
+        rows, columns = self.weight.shape
+        missing = -columns % COLUMNS_MULTIPLE
+        y: Tensor = sparse_linear(
+            functional.pad(x, (0, missing)) if missing else x,
+            self.weight.values,
+            self.weight.meta,
+            self.weight.scales,
+            self.bias,
+            None,
+            self.rows,
+            self.weight.group,
+        )
+        return y if rows == self.rows else y[..., :rows]
+
+
+def _bind_expanded(
+    weight: Sparse24 | Sparse24Int4, bias: Tensor | None, device: torch.device, dtype: torch.dtype
+) -> LinearFunction:
+    meta = weight.meta.to(device)
+    if isinstance(weight, Sparse24):
+        floats = weight.values.to(device, dtype)
+        return lambda x: expanded_linear(x, floats, meta, None, bias, 0)
+    codes, scale, group = weight.values.to(device), weight.scale.to(device), weight.group
+    return lambda x: expanded_linear(x, codes, meta, scale, bias, group)
+
+
+def _bind_int4(weight: Int4, bias: Tensor | None, device: torch.device) -> LinearFunction:
+    codes, scale, group = weight.values.to(device), weight.scale.to(device), weight.group
+    return lambda x: int4_linear(x, codes, scale, bias, group)
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
