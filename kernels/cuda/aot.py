@@ -89,7 +89,7 @@ def compile_kernel(kernel: Any, signature: Signature, arch: int, warps: int) -> 
     """Compile a Triton or Gluon kernel for sm_`arch`.
 
     Raises:
-        HalfweaveError: the compiler refuses it; the first line of its complaint is told.
+        HalfweaveError: the compiler refuses it; the last line of its complaint is told.
     """
     types = {**signature.types, **dict.fromkeys(signature.constants, "constexpr")}
     positions = [(kernel.arg_names.index(name),) for name in signature.aligned]
@@ -103,9 +103,9 @@ def compile_kernel(kernel: Any, signature: Signature, arch: int, warps: int) -> 
     try:
         made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     except Exception as error:  # its own kinds, ptxas's and the parser's
-        first = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        lines = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         raise HalfweaveError(
-            f"{kernel.__name__} does not compile for sm_{arch}: {first[0]}"
+            f"{kernel.__name__} does not compile for sm_{arch}: {lines[-1]}"
         ) from error
     shared = int(made.metadata.shared)
     return Compiled(kernel.__name__, arch, warps, made.asm["ptx"], made.asm["cubin"], shared)

@@ -168,7 +168,8 @@ def _add_codes(words, scales, b0, b1, meta, sums, V: gl.constexpr):
     if not V.scale_sums:
         sums = _multiply(a0, b0, meta, sums, V.kind, 0)
         return _multiply(a1, b1, meta, sums, V.kind, 1)
-    zeros = gl.zeros([V.WK, V.BN // 16, V.BM // 8, 32, 4], gl.float32, layout)
+    sums_shape: gl.constexpr = [V.WK, V.BN // 16, V.BM // 8, 32, 4]
+    zeros = gl.zeros(sums_shape, gl.float32, layout)
     part = _multiply(a0, b0, meta, zeros, V.kind, 0)
     if V.group == 32:
         sums = sums + part * _scales_of_sums(s0, V)
