@@ -33,8 +33,8 @@ data sheets, {date}.
 
 ## Variants
 
-{built} variants were compiled for sm_80, 86, 89 and 90; {spilling} spill registers, {wide} registers
-at most, mma.sp in all. Below those of sm_80; the others differ by a few registers.
+{built} variants were compiled for sm_80, 86, 89 and 90; {spilling} spill registers, {wide}
+registers at most, mma.sp in all. Below those of sm_80; the others differ by a few registers.
 
 {variants}
 
@@ -52,11 +52,11 @@ ours, so what the formats allow at most.
 {products}
 
 What others measured on such cards, as they published it: Marlin (dense int4, g128) about 3.9x of
-fp16 up to 16 to 32 tokens on an A10, and Sparse-Marlin (2:4+int4) about 5.3x on an RTX 3090 (Frantar
-et al., 2408.11743); torchao, Llama-3-8B on an A100-80GB, tokens a second: bf16 95.6, int4 g64 180.8,
-with 2:4 and Sparse-Marlin's kernel 226.0 (its README of 2024). torch's own
-`to_sparse_semi_structured` is made for long batches: cuSPARSELt took 0.196 ms for one token and 4096
-x 4096, where the dense product took 0.022 (pytorch issue 111339).
+fp16 up to 16 to 32 tokens on an A10, and Sparse-Marlin (2:4+int4) about 5.3x on an RTX 3090
+(Frantar et al., 2408.11743); torchao, Llama-3-8B on an A100-80GB, tokens a second: bf16 95.6, int4
+g64 180.8, with 2:4 and Sparse-Marlin's kernel 226.0 (its README of 2024). torch's own
+`to_sparse_semi_structured` is made for long batches: cuSPARSELt took 0.196 ms for one token and
+4096 x 4096, where the dense product took 0.022 (pytorch issue 111339).
 """
 _HEADER = (
     "tile",
