@@ -24,7 +24,7 @@ ALLOWED = {
     "cli": {"kernels", "runtime", "pruner", "server"},
 }
 LEAVES = {"errors", "files"}
-GPU_ONLY = "kernels/cuda/"
+GPU_ONLY = ("kernels/cuda/", "runtime/gpu_decoder.py")
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 500, 60, 8
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import triton
 from torch import Tensor
 from torch.nn import functional
 
@@ -37,7 +38,7 @@ def bind(
     if isinstance(weight, Int4):
         return _bind_int4(weight, offset, device)
     assert isinstance(weight, Sparse24 | Sparse24Int4)
-    if device.type == "cuda" and limits_of(_index(device)) is None:
+    if not _has_sparse_cores(device):
         return _bind_expanded(weight, offset, device, dtype)
     return SparseLinear.of(weight, offset, device, dtype)
 
@@ -100,5 +101,9 @@ def _bind_int4(weight: Int4, bias: Tensor | None, device: torch.device) -> Linea
     return lambda x: int4_linear(x, codes, scale, bias, group)
 
 
-def _index(device: torch.device) -> int:
-    return torch.cuda.current_device() if device.index is None else device.index
+def _has_sparse_cores(device: torch.device) -> bool:
+    """Also of a CPU, where the operator is computed without them, unless Triton interprets."""
+    if device.type == "cpu":
+        return not triton.knobs.runtime.interpret
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return limits_of(index) is not None

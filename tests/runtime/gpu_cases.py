@@ -1,0 +1,74 @@
+"""The GPU decoder, interpreted on a CPU or on a GPU: test_gpu_decoder.py runs this.
+
+Not collected by itself, since Triton decides once in a process whether it interprets.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from halfweave.errors import CapacityError
+from halfweave.runtime.checkpoint import Checkpoint
+from halfweave.runtime.families import decoder_spec
+from halfweave.runtime.gpu_decoder import GpuDecoder
+from halfweave.runtime.model import load_model
+from support.tiny import pack_directory, save_tiny
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+PROMPT = torch.tensor([5, 17, 3, 99, 42, 8, 61])
+NEW = 12
+
+
+def gpu_decoder(path: Path, kv_bits: int = 16) -> GpuDecoder:
+    checkpoint = Checkpoint.open(path)
+    return GpuDecoder(checkpoint, decoder_spec(checkpoint.config), torch.float16, DEVICE, kv_bits)
+
+
+def greedy(decoder: object, count: int = NEW) -> list[int]:
+    cache = decoder.new_cache()  # type: ignore[attr-defined]
+    ids, found = PROMPT, []
+    for _ in range(count):
+        hidden = decoder.forward(ids, cache)  # type: ignore[attr-defined]
+        ids = decoder.logits(hidden[-1:]).argmax(-1)  # type: ignore[attr-defined]
+        found.append(int(ids))
+    return found
+
+
+@pytest.mark.parametrize("kind", ["sparse24", "sparse24_int4", "int4", "int8"])
+def test_tokens_are_those_of_the_cpu(kind: str, tmp_path: Path) -> None:
+    model = pack_directory(save_tiny(tmp_path / "tiny"), tmp_path / "packed", kind)
+    expected = greedy(load_model(model, "float32").decoder)
+    assert greedy(gpu_decoder(model)) == expected
+
+
+def test_a_sequence_gives_the_same_however_it_is_cut(tmp_path: Path) -> None:
+    model = pack_directory(save_tiny(tmp_path / "tiny"), tmp_path / "packed", "sparse24_int4")
+    decoder = gpu_decoder(model)
+    whole = decoder.forward(PROMPT, decoder.new_cache())
+    cache = decoder.new_cache()
+    parts = [decoder.forward(part, cache) for part in PROMPT.split([3, 1, 1, 2])]
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=2e-2, atol=2e-2)
+
+
+def test_8_bit_keys_and_values_are_near(tmp_path: Path) -> None:
+    model = pack_directory(save_tiny(tmp_path / "tiny"), tmp_path / "packed", "sparse24")
+    exact, rounded = gpu_decoder(model), gpu_decoder(model, kv_bits=8)
+    both = []
+    for decoder in (exact, rounded):
+        cache = decoder.new_cache()
+        decoder.forward(PROMPT[:-1], cache)
+        both.append(decoder.logits(decoder.forward(PROMPT[-1:], cache)))
+    assert float((both[0] - both[1]).norm() / both[0].norm()) < 0.05
+    assert not torch.equal(both[0], both[1])
+
+
+def test_a_cache_grows_and_ends_where_it_should(tmp_path: Path) -> None:
+    decoder = gpu_decoder(save_tiny(tmp_path / "tiny"))
+    cache = decoder.new_cache(limit=40)
+    decoder.forward(PROMPT.repeat(5), cache)
+    decoder.forward(PROMPT[:5], cache)
+    assert cache.length == 40
+    with pytest.raises(CapacityError, match="41 positions"):
+        decoder.forward(PROMPT[:1], cache)
