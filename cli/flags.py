@@ -46,6 +46,7 @@ class Loading:
     dtype: Annotated[str, Flag(help="auto, float32 or bfloat16: what is computed in.")] = "auto"
     head_bits: Annotated[int, Flag(help="8, or 4: of the head, in models of 4 bits.")] = 8
     kv_bits: Annotated[int, Flag(help="16, or 8: of keys and values.")] = 16
+    device: Annotated[str, Flag(help="cpu, cuda or cuda:N.")] = "cpu"
     verify: Annotated[bool, Flag(help="Check every file against its SHA-256.")] = True
     threads: Annotated[int | None, Flag(min=1, help="CPU threads; all cores if unset.")] = None
 

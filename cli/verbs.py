@@ -378,7 +378,9 @@ def _load(path: str, loading: Loading) -> Model:
 def _settings(loading: Loading) -> LoadSettings:
     from ..runtime.model import LoadSettings
 
-    return LoadSettings(loading.dtype, loading.verify, loading.head_bits, loading.kv_bits)
+    return LoadSettings(
+        loading.dtype, loading.verify, loading.head_bits, loading.kv_bits, loading.device
+    )
 
 
 def _set_threads(threads: int | None) -> None:

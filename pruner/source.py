@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ..errors import CheckpointError, RefusedError
 from ..files import find_directory, read_json, sha256_file
+from ..kernels.device import parse_device
 from ..kernels.formats import FLOAT_DTYPES
 from ..kernels.shards import ShardedTensors
 from ..runtime.checkpoint import Checkpoint
-from .device import parse_device
 from .families import Family, family_of
 
 # What a model directory carries beside its weights, copied as it is.

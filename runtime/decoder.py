@@ -102,8 +102,8 @@ class Decoder:
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        """Scores of every next token, fp32 [..., vocab], for final hidden states [..., hidden]."""
-        return self._head(hidden).float()
+        """Scores of every next token, fp32 [..., vocab] on the CPU, where they are sampled."""
+        return self._head(hidden).float().cpu()
 
     def _embedded(self, ids: Tensor, start: int) -> Tensor:
         hidden = self._embedding[ids]

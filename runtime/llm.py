@@ -67,9 +67,10 @@ class LLM:
         verify: bool = True,
         head_bits: int = 8,
         kv_bits: int = 16,
+        device: str = "cpu",
     ) -> None:
         """Load a dense or packed model directory; see `load_model` for the rest and for errors."""
-        self.model: Model = load_model(path, dtype, verify, head_bits, kv_bits)
+        self.model: Model = load_model(path, dtype, verify, head_bits, kv_bits, device)
         self._engine = Engine(self.model, max_waiting=2**20)
         self._one_at_a_time = threading.Lock()  # the engine's thread and `score` share the model
 

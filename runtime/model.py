@@ -9,8 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, UsageError
+from ..errors import CheckpointError, HalfweaveError, UnsupportedModel, UsageError
 from ..kernels.cpu.library import library
+from ..kernels.device import parse_device
 from .checkpoint import Checkpoint
 from .decoder import Decoder
 from .families import decoder_spec
@@ -56,6 +57,7 @@ class LoadSettings:
     verify: bool = True
     head_bits: int = 8
     kv_bits: int = 16
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,9 @@ def load_model(
     verify: bool = True,
     head_bits: int = 8,
     kv_bits: int = 16,
+    device: str = "cpu",
 ) -> Model:
-    """Open a directory and make it ready to run on the CPU.
+    """Open a directory and make it ready to run on `device`: cpu, cuda or cuda:N.
 
     `dtype` is what is computed in: "float32" or "bfloat16" throughout, or "auto": whatever is
     fastest here, which rounds keys and values to fp16, and the inputs of weights of 4 and 8 bits to
@@ -95,8 +98,12 @@ def load_model(
     of 4 or 8 bits: 8, or 4, which is faster and less exact. `kv_bits` are those of keys and values
     where `auto` rounds them: 16, or 8 with a scale for every vector, which takes half the memory.
 
+    On a GPU `auto` is the packed kernels (docs/gpu.md) in 16 bits, or torch where a model has parts
+    that they lack; `head_bits` says nothing there.
+
     Raises:
-        UsageError: no such directory, or unknown dtype or bits.
+        UsageError: no such directory or device, or unknown dtype or bits.
+        HalfweaveError: a GPU is asked for, and Triton is not installed.
         RefusedError, UnsupportedModel, CheckpointError: see Checkpoint, decoder_spec, Tokenizer.
     """
     if dtype not in ("auto", *_DTYPES):
@@ -105,12 +112,16 @@ def load_model(
         raise UsageError(f"head bits {head_bits} are neither 8 nor 4")
     if kv_bits not in KV_BITS:
         raise UsageError(f"key and value bits {kv_bits} are neither 16 nor 8")
+    where = parse_device(device)
     checkpoint = Checkpoint.open(path, verify)
     spec = decoder_spec(checkpoint.config)
     tokenizer = Tokenizer.open(checkpoint.path)
     _check_vocabulary(checkpoint.path, spec, tokenizer)
     bits = FusedBits(head_bits, kv_bits)
-    decoder = in_passing_thread(lambda: _decoder(checkpoint, spec, dtype, bits))
+    if where.type == "cuda":
+        decoder = _gpu_decoder(checkpoint, spec, dtype, kv_bits, where)
+    else:
+        decoder = in_passing_thread(lambda: _decoder(checkpoint, spec, dtype, bits))
     checkpoint.warn_of_unused()
     name, exact = checkpoint.path.resolve().name, dtype != "auto"
     return Model(name, checkpoint, spec, decoder, tokenizer, exact)
@@ -122,6 +133,26 @@ def _decoder(checkpoint: Checkpoint, spec: DecoderSpec, dtype: str, bits: FusedB
         return FusedDecoder(checkpoint, spec, native, bits)
     compute, exact = _DTYPES.get(dtype, torch.float32), dtype != "auto"
     return Decoder(checkpoint, spec, compute, torch.device("cpu"), exact)
+
+
+def _gpu_decoder(
+    checkpoint: Checkpoint, spec: DecoderSpec, dtype: str, kv_bits: int, device: torch.device
+) -> AnyDecoder:
+    if dtype != "auto":
+        return Decoder(checkpoint, spec, _DTYPES[dtype], device, exact=True)
+    try:
+        from .gpu_decoder import GpuDecoder
+    except ImportError as error:
+        raise HalfweaveError(
+            "the GPU kernels are compiled by Triton, which is not installed",
+            "pip install 'halfweave[cuda]', or --dtype bfloat16, which torch computes in",
+        ) from error
+    stored = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype"))
+    compute = torch.float16 if stored == "float16" else torch.bfloat16
+    try:
+        return GpuDecoder(checkpoint, spec, compute, device, kv_bits)
+    except UnsupportedModel:
+        return Decoder(checkpoint, spec, compute, device, exact=False)
 
 
 def _check_vocabulary(path: Path, spec: DecoderSpec, tokenizer: Tokenizer) -> None:

@@ -110,7 +110,7 @@ def make_trainer(
     """The trainer of a student, and the targets of its training windows.
 
     `checkpoints` are the student and the floats that its codes were rounded from, if any; `windows`
-    are on the source's device.
+    are on the source's device, and the settings' precision is a resolved one.
 
     Raises:
         CheckpointError: a file is damaged.

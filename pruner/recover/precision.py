@@ -52,11 +52,11 @@ class Dither:
 
     def __init__(self, weight: Tensor, seed: int) -> None:
         """`weight` fp32 [N, K] tells shape and device."""
-        generator = torch.Generator().manual_seed(seed)
+        generator, device = torch.Generator().manual_seed(seed), weight.device
         self._rows, self._columns = (
-            torch.randint(_BELOW_BF16, size, generator=generator, dtype=torch.int32).to(
-                weight.device
-            )
+            torch.randint(
+                _BELOW_BF16, size, generator=generator, dtype=torch.int32, device="cpu"
+            ).to(device)
             for size in ((weight.shape[0], 1), (1, weight.shape[1]))
         )
 

@@ -23,6 +23,7 @@ from halfweave.pruner.plan import make_plan
 from halfweave.pruner.recipe import Pattern
 from halfweave.pruner.recover.distill import make_trainer
 from halfweave.pruner.recover.latents import Latent
+from halfweave.pruner.recover.precision import Dither
 from halfweave.pruner.recover.settings import Distillation
 from halfweave.pruner.recover.windows import Windows
 from halfweave.pruner.recovery import Recovery, recover
@@ -100,9 +101,10 @@ def test_latents_are_made_where_the_weights_are(kind: type[PackedLinear]) -> Non
     assert torch.equal(found, stored.unpack(torch.float32))
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("hidden_weight", [0.0, 1.0])
 def test_training_happens_where_the_source_is(
-    packed_model: Path, tiny_model: Path, hidden_weight: float
+    packed_model: Path, tiny_model: Path, hidden_weight: float, precision: str
 ) -> None:
     settings = Distillation(
         tokens=128,
@@ -112,10 +114,13 @@ def test_training_happens_where_the_source_is(
         held_out=2,
         hidden_blocks=2,
         hidden_weight=hidden_weight,
+        precision=precision,
     )
     source = Source.open(tiny_model)
     windows = Windows.cut(torch.arange(10 * 32).remainder(250).tolist(), 32, 2)
     checkpoints = (Checkpoint.open(packed_model), None)
+    with ELSEWHERE:
+        Dither(torch.ones(3, 4, device="cpu"), seed=0)
     trainer, _ = make_trainer(source, checkpoints, windows, settings, 2**20)
     with ELSEWHERE:
         before = trainer.held_out_kl()

@@ -5,15 +5,18 @@ Not collected by itself, since Triton decides once in a process whether it inter
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from halfweave.errors import CapacityError
 from halfweave.runtime.checkpoint import Checkpoint
+from halfweave.runtime.engine import Engine
 from halfweave.runtime.families import decoder_spec
 from halfweave.runtime.gpu_decoder import GpuDecoder
 from halfweave.runtime.model import load_model
+from halfweave.runtime.request import GenerationRequest, SamplingParams, TextDelta
 from support.tiny import pack_directory, save_tiny
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -41,6 +44,20 @@ def test_tokens_are_those_of_the_cpu(kind: str, tmp_path: Path) -> None:
     model = pack_directory(save_tiny(tmp_path / "tiny"), tmp_path / "packed", kind)
     expected = greedy(load_model(model, "float32").decoder)
     assert greedy(gpu_decoder(model)) == expected
+
+
+def test_the_engine_gives_the_text_of_the_cpu(tmp_path: Path) -> None:
+    """The same engine, sampler and tokenizer around it."""
+    path = pack_directory(save_tiny(tmp_path / "tiny"), tmp_path / "packed", "sparse24_int4")
+    exact = load_model(path, "float32")
+    texts = []
+    for model in (exact, replace(exact, decoder=gpu_decoder(path))):
+        engine = Engine(model)
+        request = GenerationRequest("r", (5, 17, 3), SamplingParams(max_tokens=8, temperature=0.0))
+        events = list(engine.stream(request))
+        texts.append("".join(each.text for each in events if isinstance(each, TextDelta)))
+        engine.close()
+    assert texts[0] == texts[1] != ""
 
 
 def test_a_sequence_gives_the_same_however_it_is_cut(tmp_path: Path) -> None:
