@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ..pruner.recover.settings import DistillResult, Rounding
     from ..runtime.bench import BenchResult, ModelBench, Spread
     from ..runtime.eval import EvalResult
+    from ..runtime.gpu_choices import GpuChoice
     from ..runtime.inspection import Inspection
 
 Row = tuple[str, ...]
@@ -246,6 +247,25 @@ def kernels(found: Inspection) -> list[str]:
             f"at most {roof.tokens_per_second:.0f} tokens/s alone"
         )
     return lines
+
+
+TILES_HEADER = ("linears", "format", "tokens", "tile", "warps", "splits", "roof us")
+
+
+def tiles(choices: Sequence[GpuChoice]) -> list[Row]:
+    """One row for each kind of linear and number of tokens: how a GPU would cut it."""
+    return [
+        (
+            f"{each.count} x {each.shape[0]}x{each.shape[1]}",
+            each.format + (f" g{each.group}" if each.group else ""),
+            str(each.tokens),
+            "x".join(map(str, each.tile)),
+            str(each.warps),
+            str(each.splits),
+            f"{each.roof_us:.2f}",
+        )
+        for each in choices
+    ]
 
 
 def serving(url: str, name: str) -> list[str]:

@@ -207,12 +207,15 @@ def inspect(
     output: Output,
     verify: Annotated[bool, Flag(help="Check every file against its SHA-256.")] = True,
     layers: Annotated[bool, Flag("--layers", help="List every linear.")] = False,
+    card: Annotated[str | None, Flag(help="A GPU, to tell the tiles it would get.")] = None,
 ) -> None:
     """Show what is in a model directory: formats, errors, sizes, hashes, provenance, kernels."""
+    from ..runtime.gpu_choices import gpu_choices
     from ..runtime.inspection import inspect_checkpoint
 
     console = Console(output.json)
     found = inspect_checkpoint(model, verify)
+    tiles = [] if card is None else gpu_choices(found.linears, card)
     for line in tables.inspection(found):
         console.say(line)
     by_name = {row.name: row for row in found.linears}
@@ -222,7 +225,11 @@ def inspect(
         console.table(tables.LINEARS_HEADER, tables.linears(by_name))
     for line in tables.kernels(found):
         console.say(line)
-    console.document({"verb": "inspect", "result": found.to_json()})
+    if card is not None:
+        console.table(tables.TILES_HEADER, tables.tiles(tiles))
+        console.say(f"microseconds are what a {card} allows at least; nothing was measured")
+    document = {"verb": "inspect", "result": found.to_json()}
+    console.document(document if card is None else {**document, "card": card, "tiles": tiles})
 
 
 @verb(app, "eval")

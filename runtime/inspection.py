@@ -23,6 +23,7 @@ class LinearReport:
     name: str
     format: str
     shape: tuple[int, int]
+    group: int | None
     bytes: int
     method: str | None
     relative_error: float | None
@@ -96,6 +97,7 @@ def _linear(
         name=name,
         format=kind,
         shape=checkpoint.linear_shape(name),
+        group=None if entry is None else entry.group,
         bytes=sum(_bytes(tensors, f"{name}.{suffix}") for suffix in FORMATS[kind].suffixes),
         method=record.get("method"),
         relative_error=record.get("relative_error"),

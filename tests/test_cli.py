@@ -219,6 +219,19 @@ def test_inspect_shows_formats_errors_sizes_hashes_provenance_and_kernels(
     assert re.search(roof, out)
 
 
+def test_inspect_tells_the_tiles_of_a_gpu_that_is_not_there(
+    halfweave: Command, pruned: Path
+) -> None:
+    ran = halfweave("inspect", pruned, "--card", "RTX 4090")
+    assert ran.code == 0
+    assert "nothing was measured" in ran.out
+    told = halfweave("inspect", pruned, "--card", "RTX 4090", "--json").document["tiles"]
+    assert {row["tokens"] for row in told} == {1, 8, 32, 128, 512}
+    assert {tuple(row["tile"])[1] for row in told} == {8, 32, 128}
+    assert all(row["roof_us"] > 0 for row in told)
+    assert_error(halfweave("inspect", pruned, "--card", "Voodoo"), 2, "Voodoo.*none of A100-80GB")
+
+
 def test_inspect_lists_every_linear_and_gives_the_same_as_json(
     halfweave: Command, pruned: Path
 ) -> None:
