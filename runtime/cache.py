@@ -10,6 +10,17 @@ from ..errors import CapacityError
 _STEP = 256  # positions added at a time
 
 
+def length_with(length: int, count: int, limit: int) -> int:
+    """Positions of a sequence once `count` more are there.
+
+    Raises:
+        CapacityError: that is more than the limit.
+    """
+    if length + count > limit:
+        raise CapacityError(f"{length + count} positions, the model has {limit}")
+    return length + count
+
+
 class SequenceCache:
     """Attention memory of one sequence.
 
@@ -32,9 +43,7 @@ class SequenceCache:
         Raises:
             CapacityError: that would be more than the limit.
         """
-        needed = self.length + count
-        if needed > self._limit:
-            raise CapacityError(f"{needed} positions, the model has {self._limit}")
+        needed = length_with(self.length, count, self._limit)
         if needed > self._keys.shape[2]:
             capacity = min(self._limit, -(-needed // _STEP) * _STEP)
             self._keys = self._grown(self._keys, capacity)

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import CapacityError
 from ..kernels.cpu import decoder as native
 from ..kernels.cpu.decoder import PAGE_POSITIONS, NativeDecoder
 from ..kernels.cpu.library import Library
 from ..kernels.cpu.packed import CODED, PackedWeight, pack_weight, round_weight
 from ..kernels.formats import Dense
 from .alibi import slopes
+from .cache import length_with
 from .checkpoint import Checkpoint
 from .loading import Loader, Norm
 from .rope import inverse_frequencies
@@ -66,9 +66,7 @@ class FusedCache:
         Raises:
             CapacityError: that would be more than the limit.
         """
-        needed = self.length + count
-        if needed > self._limit:
-            raise CapacityError(f"{needed} positions, the model has {self._limit}")
+        needed = length_with(self.length, count, self._limit)
         wanted, most = -(-needed // PAGE_POSITIONS), -(-self._limit // PAGE_POSITIONS)
         if wanted > self.pages:
             pages = min(max(wanted, 2 * self.pages, _FIRST_PAGES), most)

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..errors import CapacityError, UnsupportedModel
+from ..errors import UnsupportedModel
 from ..kernels.cuda.binding import bind, has_kernel
 from ..kernels.cuda.elementwise import PAGE
 from ..kernels.cuda.steps import Pages, attend_newest, gated, normed, remember
 from ..kernels.formats import Dense, Int4, Int8, PackedLinear, Sparse24, Sparse24Int4
+from .cache import length_with
 from .checkpoint import Checkpoint
 from .loading import Loader
 from .rope import inverse_frequencies
@@ -54,9 +55,7 @@ class GpuCache:
         Raises:
             CapacityError: that would be more than the limit.
         """
-        needed = self.length + count
-        if needed > self._limit:
-            raise CapacityError(f"{needed} positions, the model has {self._limit}")
+        needed = length_with(self.length, count, self._limit)
         there, wanted = len(self.layers[0].keys), -(-needed // PAGE)
         if wanted > there:
             most = -(-self._limit // PAGE)
