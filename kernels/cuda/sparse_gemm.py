@@ -91,7 +91,7 @@ def _block_offsets(last, stride, V: gl.constexpr, pieces: gl.constexpr):
 
 @gluon.jit
 def _scale_offsets(last, groups, V: gl.constexpr):
-    """Words of a step's scales, of its first 32 columns a warp: [WK, tile of rows, lane]."""
+    """Words of the scales of a step's first 32 columns a warp: [WK, tile of rows, lane]."""
     layout: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(4, fragments(V.WN, V.WK, V.WM)))
     k = gl.arange(0, V.WK, gl.SliceLayout(1, gl.SliceLayout(2, layout)))
     tile = gl.arange(0, V.BN // 16, gl.SliceLayout(0, gl.SliceLayout(2, layout)))
@@ -200,7 +200,7 @@ def _whole_tile(sums, V: gl.constexpr):
 
 @gluon.jit
 def _finish(tile, bias, residual, y, M, N, V: gl.constexpr):
-    """Bias, gate and residual, and the way to memory; parts of a sum go there as they are."""
+    """Bias and residual, and the way to memory; parts of a sum go there as they are."""
     layout: gl.constexpr = contiguous([V.BM, V.BN], V.WN * V.WK * V.WM, V.stored)
     n0, m0 = gl.program_id(0) * V.BN, gl.program_id(1) * V.BM
     n = n0 + gl.arange(0, V.BN, gl.SliceLayout(0, layout))
