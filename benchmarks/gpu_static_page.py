@@ -33,7 +33,7 @@ data sheets, {date}.
 
 ## Variants
 
-{built} variants were compiled for sm_80, 86, 89 and 90; {spilling} spill registers, {wide}
+{built} variants were compiled for sm_80, 86, 89 and 90: {spilling} spill registers, {wide}
 registers at most, mma.sp in all. Below those of sm_80; the others differ by a few registers.
 
 {variants}

@@ -85,8 +85,10 @@ class Compiled:
         return int(found.group(1))
 
 
-def compile_kernel(kernel: Any, signature: Signature, arch: int, warps: int) -> Compiled:
-    """Compile a Triton or Gluon kernel for sm_`arch`.
+def compile_kernel(
+    kernel: Any, signature: Signature, arch: int, warps: int, registers: int | None = None
+) -> Compiled:
+    """Compile a Triton or Gluon kernel for sm_`arch`, with at most `registers` a thread.
 
     Raises:
         HalfweaveError: the compiler refuses it; the last line of its complaint is told.
@@ -100,6 +102,8 @@ def compile_kernel(kernel: Any, signature: Signature, arch: int, warps: int) -> 
         attrs={position: [["tt.divisibility", 16]] for position in positions},
     )
     options = {"num_warps": warps, "enable_fp_fusion": True}
+    if registers is not None:
+        options["maxnreg"] = registers
     try:
         made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     except Exception as error:  # its own kinds, ptxas's and the parser's

@@ -60,7 +60,8 @@ def build(variant: Variant, arch: int) -> Row:
     Raises:
         HalfweaveError: the compiler refuses it.
     """
-    made = compile_kernel(sparse_gemm, signature(variant), arch, variant.tile.warps)
+    tile = variant.tile
+    made = compile_kernel(sparse_gemm, signature(variant), arch, tile.warps, tile.registers)
     return Row(variant, made)
 
 

@@ -89,6 +89,7 @@ def sparse_linear(
         steps,
         V=variant,
         num_warps=tile.warps,
+        maxnreg=tile.registers,
     )
     if not fused:
         _add(parts, bias, residual, y)

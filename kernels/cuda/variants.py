@@ -22,7 +22,9 @@ _WHOLE_COLUMNS = 128  # FragmentWeight fills K up to these
 class Tile:
     """How a program's work is cut; the names are those of sparse_gemm.py.
 
-    `stages` steps of 64 WK columns are in shared memory at once.
+    `stages` steps of 64 WK columns are in shared memory at once; `registers` are the most that a
+    thread may have. Without a limit ptxas saves some for programs that shared memory does not
+    admit, and spills for that.
     """
 
     BN: int
@@ -31,6 +33,7 @@ class Tile:
     WK: int
     WM: int
     stages: int
+    registers: int = 255
 
     @property
     def warps(self) -> int:
@@ -49,7 +52,11 @@ class Tile:
 
 
 # By the most tokens they hold, the widest first.
-_DECODE = (Tile(64, 8, 1, 2, 1, 4), Tile(64, 16, 1, 2, 1, 4), Tile(64, 32, 1, 2, 1, 4))
+_DECODE = (
+    Tile(64, 8, 1, 2, 1, 4, registers=128),
+    Tile(64, 16, 1, 2, 1, 4, registers=168),
+    Tile(64, 32, 1, 2, 1, 4),
+)
 _PREFILL = (
     Tile(128, 64, 2, 1, 1, 4),
     Tile(256, 128, 4, 1, 2, 3),
