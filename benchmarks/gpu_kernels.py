@@ -4,7 +4,7 @@
 
 Interleaved: in every round each product is timed once in each format, by CUDA events around some
 calls in a CUDA graph, weights out of the cache. Writes gpu_measured.json: medians and spread,
-microseconds, with the card, its driver and the versions. Says so and stops where there is no GPU.
+microseconds, with the card and the versions. Says so and stops where there is no GPU.
 """
 
 from __future__ import annotations

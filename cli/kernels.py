@@ -30,7 +30,7 @@ def compile_all(
     card: Annotated[str, Flag(help="Card to tell roofs of.")] = "A100-80GB",
     group: Annotated[int, Flag(help="Weights a scale, in roofs; 0 is 16 bits.")] = 64,
 ) -> None:
-    """Compile every GPU kernel that dispatch can choose, without a GPU; minutes.
+    """Compile every variant of the sparse GPU product, without a GPU; minutes.
 
     mma.sp and instr are instructions of a warp in one step of K; fit is how many programs share a
     multiprocessor. Roofs are what a card allows at most, not what anybody measured.

@@ -60,9 +60,10 @@ def _packed(library: Library, kind: str) -> Kernel:
     return Kernel(f"cpu-{library.level}", why, make)
 
 
-def _on_gpu(
+def on_gpu(
     weight: PackedLinear, bias: Tensor | None, device: torch.device, dtype: torch.dtype
 ) -> LinearFunction:
+    """As `prepare` on a GPU; on CPU tensors too, where Triton interprets."""
     from .cuda import binding
 
     if not binding.has_kernel(weight, dtype):
@@ -71,7 +72,7 @@ def _on_gpu(
 
 
 _EXPAND = Kernel("torch-dense", "expanded to dense at load, torch linear", _expand_once)
-_GPU = Kernel("cuda", "multiplied as packed, by Triton's kernels, in 16 bits", _on_gpu)
+_GPU = Kernel("cuda", "multiplied as packed, by Triton's kernels, in 16 bits", on_gpu)
 _GPU_KINDS = (Sparse24.kind, Sparse24Int4.kind, Int4.kind)
 _TABLE = {(kind, device): _EXPAND for kind in FORMATS for device in ("cpu", "cuda")}
 

@@ -7,7 +7,7 @@ interpreter the same code runs on CPU tensors. Nothing is captured in a graph ye
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..errors import UnsupportedModel
-from ..kernels.cuda.binding import bind, has_kernel
 from ..kernels.cuda.elementwise import PAGE
 from ..kernels.cuda.steps import Pages, attend_newest, gated, normed, remember
+from ..kernels.dispatch import LinearFunction, on_gpu
 from ..kernels.formats import Dense, Int4, Int8, PackedLinear, Sparse24, Sparse24Int4
 from .cache import length_with
 from .checkpoint import Checkpoint
@@ -28,17 +28,16 @@ from .spec import DecoderSpec, RopeSpec
 _TOKENS_AT_ONCE = 512
 _FIRST_PAGES = 16
 _MOST_SHARING = 16  # query heads to a pair of keys and values
-Linear = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class _Block:
     attention_gain: Tensor
     mlp_gain: Tensor
-    qkv: Linear
-    o: Linear
-    up: Linear  # gate and up
-    down: Linear
+    qkv: LinearFunction
+    o: LinearFunction
+    up: LinearFunction  # gate and up
+    down: LinearFunction
 
 
 class GpuCache:
@@ -180,7 +179,7 @@ def _block(loader: Loader, layer: int) -> _Block:
     )
 
 
-def _together(loader: Loader, layer: int, roles: Sequence[str]) -> Linear:
+def _together(loader: Loader, layer: int, roles: Sequence[str]) -> LinearFunction:
     """One linear whose rows are those of several, one behind the other."""
     weights = [loader.linear(layer, role) for role in roles]
     biases = [loader.bias(layer, role) for role in roles]
@@ -218,9 +217,5 @@ def _stacked(weights: Sequence[PackedLinear]) -> PackedLinear:
     return replace(first, **tensors)  # type: ignore[arg-type]
 
 
-def _bound(weight: PackedLinear, bias: Tensor | None, loader: Loader) -> Linear:
-    if has_kernel(weight, loader.dtype):
-        return bind(weight, bias, loader.device, loader.dtype)
-    dense = weight.unpack(loader.dtype).to(loader.device)
-    offset = None if bias is None else bias.to(loader.device, loader.dtype)
-    return lambda x: functional.linear(x, dense, offset)
+def _bound(weight: PackedLinear, bias: Tensor | None, loader: Loader) -> LinearFunction:
+    return on_gpu(weight, bias, loader.device, loader.dtype)

@@ -41,7 +41,7 @@ from ..formats import Sparse24, Sparse24Int4
 
 BLOCK_ROWS, BLOCK_COLUMNS = 64, 64
 # Two warps share a step of K, so columns are filled up to pairs of blocks.
-COLUMNS_MULTIPLE = 2 * BLOCK_COLUMNS
+WHOLE_COLUMNS = 2 * BLOCK_COLUMNS
 _CODE_SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)  # bits of a0, a1, ... in a word of codes
 _PADDING = (0, 1)  # positions that a padded group of four keeps; its values are zero
 
@@ -190,7 +190,7 @@ def _to_fragments(kept: Tensor) -> Tensor:
 def _padded(values: Tensor, indices: Tensor, fill: int = 0) -> tuple[Tensor, Tensor]:
     """Values [N, K/2] and positions [N, K/4, 2] of whole blocks, and of pairs of blocks of K."""
     rows = -(-values.shape[0] // BLOCK_ROWS) * BLOCK_ROWS
-    columns = -(-2 * values.shape[1] // COLUMNS_MULTIPLE) * COLUMNS_MULTIPLE
+    columns = -(-2 * values.shape[1] // WHOLE_COLUMNS) * WHOLE_COLUMNS
     positions = torch.tensor(_PADDING, dtype=torch.uint8).expand(rows, columns // 4, 2).clone()
     positions[: indices.shape[0], : indices.shape[1]] = indices
     return _filled(values, rows, columns // 2, fill), positions

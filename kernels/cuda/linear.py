@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from .expand_gemm import expand_gemm
-from .fragments import unpack
+from .fragments import WHOLE_COLUMNS, unpack
 from .int4_gemm import int4_gemm
 from .reduce import add_parts
 from .sparse_gemm import sparse_gemm
@@ -65,7 +65,7 @@ def sparse_linear(
         tile,
         product.kind,
         group,
-        whole_k=K % 128 == 0,
+        whole_k=K % WHOLE_COLUMNS == 0,
         splits=not fused,
         bias=fused and bias is not None,
         residual=fused and residual is not None,

@@ -15,7 +15,6 @@ _HALF_BYTES = 2
 _PROGRAMS_WANTED = 2  # for every multiprocessor
 _LEAST_STEPS = 8  # of a split: fewer do not pay for filling the pipeline
 _MOST_SPLITS = 16
-_WHOLE_COLUMNS = 128  # FragmentWeight fills K up to these
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Tile:
         return max(self.stages * (tokens + weights + metadata), parts)
 
 
-# By the most tokens they hold, the widest first.
+# In the order in which `choose` tries them.
 _DECODE = (
     Tile(64, 8, 1, 2, 1, 4, registers=128),
     Tile(64, 16, 1, 2, 1, 4, registers=168),
