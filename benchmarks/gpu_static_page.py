@@ -26,6 +26,8 @@ data sheets, {date}.
   rounding results to 16 bits alone costs up to 5e-4 (fp16) and 4e-3 (bf16).
 - mma.sp and instructions are those of one warp in one step of K, in the main loop. "Fit" is how
   many programs share a multiprocessor, by registers, shared memory and warps.
+- "Split" writes fp32 parts of a K that is divided among programs; "ragged" is for a K that is no
+  multiple of 128 and, where K is not divided, adds a bias and a residual.
 - Roofs are the least time that memory bandwidth and tensor cores allow. Real kernels stay below
   them: launches, latency, caches, clocks and power are not in them.
 - Mutants: {planted} faults were planted in the compiled program (a relaxed wait, a wrong selector,
@@ -96,7 +98,9 @@ def _variants(variants: Sequence[Figures]) -> str:
         stored = f"int4 g{each['group']}, " if each["group"] else ""
         rows.append(
             (
-                "x".join(map(str, each["tile"])) + (" split" if each["split"] else ""),
+                "x".join(map(str, each["tile"]))
+                + (" split" if each["split"] else "")
+                + ("" if each["whole_k"] else " ragged"),
                 each["warps"],
                 f"2:4 {stored}{each['dtype']}",
                 each["registers"],

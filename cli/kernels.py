@@ -74,6 +74,8 @@ def to_json(row: Row) -> dict[str, Any]:
         "group": variant.group,
         "tile": [variant.BN, variant.BM, 64 * variant.WK],
         "split": variant.splits,
+        "whole_k": variant.whole_k,
+        "bias_and_residual": variant.bias and variant.residual,
         "warps": made.warps,
         "arch": made.arch,
         "registers": made.registers,
@@ -114,7 +116,7 @@ def _save(row: Row, directory: Path) -> None:
     variant, made = row.variant, row.compiled
     directory.mkdir(parents=True, exist_ok=True)
     tile = f"{variant.BN}x{variant.BM}x{64 * variant.WK}"
-    split = "-split" if variant.splits else ""
+    split = ("-split" if variant.splits else "") + ("" if variant.whole_k else "-ragged")
     stem = f"{made.name}-{variant.kind}-g{variant.group}-{tile}{split}.sm_{made.arch}"
     (directory / f"{stem}.cubin").write_bytes(made.cubin)
     (directory / f"{stem}.ptx").write_text(made.ptx)
@@ -124,7 +126,9 @@ def _cells(row: Row) -> tuple[str, ...]:
     variant, made = row.variant, row.compiled
     stored = f"{variant.kind} int4 g{variant.group}" if variant.group else variant.kind
     return (
-        f"{variant.BN}x{variant.BM}x{64 * variant.WK}" + (" split" if variant.splits else ""),
+        f"{variant.BN}x{variant.BM}x{64 * variant.WK}"
+        + (" split" if variant.splits else "")
+        + ("" if variant.whole_k else " ragged"),
         str(made.warps),
         stored,
         str(made.arch),

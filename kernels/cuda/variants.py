@@ -176,7 +176,10 @@ def _prefill_tile(product: Product, arch: Architecture) -> Tile:
 
 
 def all_variants(arch: Architecture) -> Iterator[Variant]:
-    """Every variant that `choose` can lead to on an architecture."""
+    """What `choose` can lead to on an architecture: plain, and with all that may come on top.
+
+    That is columns of tokens that are missing and, where K is not parted, a bias and a residual.
+    """
     for tile in TILES:
         for kind in ("f16", "bf16"):
             for group in (0, 128, 64, 32):
@@ -184,3 +187,4 @@ def all_variants(arch: Architecture) -> Iterator[Variant]:
                     continue
                 for splits in (False, True) if tile in _DECODE else (False,):
                     yield Variant(tile, kind, group, whole_k=True, splits=splits)
+                    yield Variant(tile, kind, group, False, splits, not splits, not splits)

@@ -30,6 +30,7 @@ SOME = [
     (Variant(TILES[3], "f16", 64, True, False), 80),
     (Variant(TILES[4], "bf16", 64, True, False), 80),
     (Variant(TILES[5], "f16", 0, True, False), 86),
+    (Variant(TILES[2], "f16", 32, False, False, True, True), 80),
 ]
 
 
@@ -120,9 +121,9 @@ def test_the_verb_prints_a_table_and_leaves_cubins(
     ran = halfweave("kernels", "compile", *flags, "--json")
     assert ran.code == 0
     variants = json.loads(ran.out)["variants"]
-    assert len(variants) == 8
+    assert len(variants) == 16
     assert {row["spills"] for row in variants} == {0}
-    assert len(list(out.glob("*.cubin"))) == len(list(out.glob("*.ptx"))) == 8
+    assert len(list(out.glob("*.cubin"))) == len(list(out.glob("*.ptx"))) == 16
     assert {row["batch"] for row in ran.document["roofs_tokens_per_s"]} == {1, 8, 32}
 
 
