@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from .pruner.recipe import Recipe
     from .pruner.recovery import recover
     from .runtime.llm import LLM
-    from .runtime.request import SamplingParams
+    from .runtime.params import SamplingParams
 
 _HOME = {
     "LLM": "runtime.llm",
-    "SamplingParams": "runtime.request",
+    "SamplingParams": "runtime.params",
     "Recipe": "pruner.recipe",
     "prune": "pruner.pipeline",
     "recover": "pruner.recovery",

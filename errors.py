@@ -64,3 +64,7 @@ class RequestError(UsageError):
 
 class EngineDeadError(HalfweaveError):
     """The engine's thread has stopped; nothing submitted to it will ever be answered."""
+
+
+class NotNumbersError(HalfweaveError):
+    """A model computed NaN or infinity where a number was needed."""

@@ -21,11 +21,12 @@ from ..files import sha256_file
 from ..kernels.dispatch import choose
 from ..kernels.formats import Dense
 from .checkpoint import Checkpoint
-from .engine import Engine
+from .engine import Engine, EngineSettings
 from .eval import EvalResult, evaluate
 from .hardware import Hardware, peak_memory_bytes, this_machine, versions
 from .model import LoadSettings, Model, load_model
-from .request import Failed, Finished, GenerationRequest, SamplingParams, TextDelta
+from .params import SamplingParams
+from .request import Failed, Finished, GenerationRequest, TextDelta
 from .threads import in_passing_thread
 
 SCHEMA_VERSION = 1
@@ -246,7 +247,7 @@ def _samples(
     rounds = plan.warmups + plan.repetitions
     for turn in range(rounds):
         for place, (name, model) in enumerate(models.items(), start=1):
-            with Engine(model) as engine:
+            with Engine(model, EngineSettings(share_prefixes=False)) as engine:
                 sample = _one_request(engine, f"{name}-{turn}", prompt, plan.new_tokens)
             if turn >= plan.warmups:
                 samples[name].append(sample)

@@ -1,8 +1,11 @@
-"""One generic decoder, driven by a spec: token ids in, logits out. Knows no text, no requests."""
+"""One generic decoder in torch, driven by a spec. Knows no text, no requests.
+
+The whole batch goes through each linear at once, and each sequence through attention by itself.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,10 +15,11 @@ from torch.nn import functional
 
 from ..kernels.dispatch import LinearFunction, prepare
 from ..kernels.formats import Dense
+from ..kernels.paging import PAGE_POSITIONS
 from .alibi import slopes
-from .cache import SequenceCache
 from .checkpoint import Checkpoint
 from .loading import Loader, Norm
+from .paged import PagedDecoder, Part, positions, slots, token_ids
 from .rope import inverse_frequencies, rotate, rotation
 from .spec import AlibiSpec, DecoderSpec, LearnedSpec, RopeSpec
 
@@ -39,15 +43,60 @@ class _Block:
 
 
 @dataclass(frozen=True)
-class _Where:
-    """What a block must know of the new tokens' positions: angles to turn by, and who sees whom."""
+class _Place:
+    """Where one part of the batch belongs.
 
-    angles: tuple[Tensor, Tensor] | None
+    `rows` are its tokens in the batch, `slots` its sequence's in the memory; `mask` says which of
+    these each token sees, or what it adds to their scores, and is None where one token sees all.
+    """
+
+    rows: slice
+    slots: Tensor
     mask: Tensor | None
 
 
-class Decoder:
-    """All blocks of a model, ready to run. One thread at a time, any number of sequences."""
+@dataclass(frozen=True)
+class _Where:
+    """What a block must know of the batch: all tokens' angles to turn by, and each part's place."""
+
+    angles: tuple[Tensor, Tensor] | None
+    places: Sequence[_Place]
+
+
+class FloatMemory:
+    """Keys and values as they are computed: [layers, pages * PAGE_POSITIONS, kv_heads, dim]."""
+
+    def __init__(
+        self, shape: tuple[int, int, int], pages: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """`shape` is (layers, kv_heads, head_dim)."""
+        layers, heads, dim = shape
+        size = (layers, pages * PAGE_POSITIONS, heads, dim)
+        self._keys, self._values = (torch.empty(size, dtype=dtype, device=device) for _ in range(2))
+
+    @property
+    def pages(self) -> int:
+        """Pages that there is memory for."""
+        return self._keys.shape[1] // PAGE_POSITIONS
+
+    def grow(self, pages: int) -> None:
+        """Make room for so many; what is there stays."""
+        self._keys, self._values = (
+            _grown(each, pages * PAGE_POSITIONS) for each in (self._keys, self._values)
+        )
+
+    def store(self, layer: int, at: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Write keys and values [kv_heads, count, head_dim] into slots [count]."""
+        self._keys[layer, at] = keys.transpose(0, 1)
+        self._values[layer, at] = values.transpose(0, 1)
+
+    def read(self, layer: int, at: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [kv_heads, count, head_dim] of slots [count]."""
+        return self._keys[layer, at].transpose(0, 1), self._values[layer, at].transpose(0, 1)
+
+
+class Decoder(PagedDecoder):
+    """All blocks of a model, ready to run."""
 
     def __init__(
         self,
@@ -78,26 +127,26 @@ class Decoder:
         if isinstance(spec.positions, AlibiSpec):
             self._slopes = slopes(spec.heads).to(device)
 
-    def new_cache(self, limit: int | None = None) -> SequenceCache:
-        """An empty cache for one sequence of at most `limit` positions."""
+    @property
+    def page_bytes(self) -> int:
+        """What a page takes, over all layers."""
+        spec = self.spec
+        row = spec.kv_heads * spec.head_dim * self._dtype.itemsize
+        return 2 * spec.layers * PAGE_POSITIONS * row
+
+    def new_memory(self, pages: int) -> FloatMemory:
+        """Room for so many pages."""
         shape = (self.spec.layers, self.spec.kv_heads, self.spec.head_dim)
-        limit = self.spec.max_positions if limit is None else limit
-        return SequenceCache(shape, limit, self._dtype, self._device)
+        return FloatMemory(shape, pages, self._dtype, self._device)
 
     @torch.inference_mode()
-    def forward(self, token_ids: Tensor, cache: SequenceCache) -> Tensor:
-        """Append tokens [T] to a sequence; returns their final hidden states [T, hidden].
-
-        Raises:
-            CapacityError: the sequence would be longer than its cache allows.
-        """
-        count = len(token_ids)
-        cache.reserve(count)
-        hidden = self._embedded(token_ids.to(self._device), cache.length)
-        where = _Where(self._angles(cache.length, count), self._mask(cache.length, count))
+    def run(self, parts: Sequence[Part], memory: FloatMemory) -> Tensor:
+        """Append all parts at once: their final hidden states [tokens of all, hidden], in order."""
+        at = positions(parts).to(self._device)
+        hidden = self._embedded(token_ids(parts).to(self._device), at)
+        where = _Where(self._angles(at), self._places(parts))
         for index, block in enumerate(self._blocks):
-            hidden = self._block(block, index, hidden, cache, where)
-        cache.advance(count)
+            hidden = self._block(block, index, hidden, memory, where)
         return self._normed(hidden, self._norm)
 
     @torch.inference_mode()
@@ -105,11 +154,10 @@ class Decoder:
         """Scores of every next token, fp32 [..., vocab] on the CPU, where they are sampled."""
         return self._head(hidden).float().cpu()
 
-    def _embedded(self, ids: Tensor, start: int) -> Tensor:
+    def _embedded(self, ids: Tensor, at: Tensor) -> Tensor:
         hidden = self._embedding[ids]
         if self._positions is not None and isinstance(self.spec.positions, LearnedSpec):
-            first = self.spec.positions.first + start
-            hidden = hidden + self._positions[first : first + len(ids)]
+            hidden = hidden + self._positions[self.spec.positions.first + at]
         norm = self._embedding_norm
         return hidden if norm is None else self._normed(hidden, norm)
 
@@ -121,23 +169,28 @@ class Decoder:
         return normed
 
     def _block(
-        self, block: _Block, index: int, hidden: Tensor, cache: SequenceCache, where: _Where
+        self, block: _Block, index: int, hidden: Tensor, memory: FloatMemory, where: _Where
     ) -> Tensor:
         attended = self._attention(
-            block, index, self._normed(hidden, block.attention_norm), cache, where
+            block, index, self._normed(hidden, block.attention_norm), memory, where
         )
         hidden = hidden + attended
         return hidden + self._mlp(block, self._normed(hidden, block.mlp_norm))
 
     def _attention(
-        self, block: _Block, index: int, x: Tensor, cache: SequenceCache, where: _Where
+        self, block: _Block, index: int, x: Tensor, memory: FloatMemory, where: _Where
     ) -> Tensor:
         spec, linears = self.spec, block.linears
         q = self._placed(_split_heads(linears["q"](x), spec.heads), block.q_norm, where)
         k = self._placed(_split_heads(linears["k"](x), spec.kv_heads), block.k_norm, where)
         v = _split_heads(linears["v"](x), spec.kv_heads)
-        keys, values = cache.store(index, k, v)
-        attended = _attend(q, keys, values, where.mask)
+        attended = torch.empty_like(q)
+        for place in where.places:
+            rows, all_slots = place.rows, place.slots
+            new = all_slots[len(all_slots) - (rows.stop - rows.start) :]
+            memory.store(index, new, k[:, rows], v[:, rows])
+            keys, values = memory.read(index, all_slots)
+            attended[:, rows] = _attend(q[:, rows], keys, values, place.mask)
         return linears["o"](attended.transpose(0, 1).flatten(1))
 
     def _placed(self, x: Tensor, gain: Tensor | None, where: _Where) -> Tensor:
@@ -152,11 +205,20 @@ class Decoder:
         inner = activation(linears["gate"](x)) * up if self.spec.gated else activation(up)
         return linears["down"](inner)
 
-    def _angles(self, start: int, count: int) -> tuple[Tensor, Tensor] | None:
+    def _angles(self, at: Tensor) -> tuple[Tensor, Tensor] | None:
         if self._frequencies is None:
             return None
-        cosine, sine = rotation(self._frequencies, start, count)
+        cosine, sine = rotation(self._frequencies, at)
         return cosine.to(self._dtype), sine.to(self._dtype)
+
+    def _places(self, parts: Sequence[Part]) -> list[_Place]:
+        places, first = [], 0
+        for part in parts:
+            rows = slice(first, first + len(part.tokens))
+            mask = self._mask(part.start, len(part.tokens))
+            places.append(_Place(rows, slots(part).to(self._device), mask))
+            first = rows.stop
+        return places
 
     def _mask(self, start: int, count: int) -> Tensor | None:
         """Which of start + count keys each of the new tokens sees, or what it adds to their scores.
@@ -213,3 +275,9 @@ def _block(loader: Loader, layer: int, exact: bool) -> _Block:
 def _bound(loader: Loader, layer: int, role: str, exact: bool) -> LinearFunction:
     weight, bias = loader.linear(layer, role), loader.bias(layer, role)
     return prepare(weight, bias, loader.device, loader.dtype, exact)
+
+
+def _grown(old: Tensor, size: int) -> Tensor:
+    new = old.new_empty(old.shape[0], size, *old.shape[2:])
+    new[:, : old.shape[1]] = old
+    return new

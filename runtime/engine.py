@@ -1,7 +1,8 @@
 """The engine: one thread owns the model; callers submit requests and are told of events.
 
-Requests are carried out in order, one at a time for now; nothing in the interface depends on that.
-Whatever happens, each admitted request gets exactly one last event, Finished or Failed.
+Requests run side by side: every step computes a token for each answer that is being written, and
+pieces of the prompts that wait to be read (scheduler.py). Whatever happens, each admitted request
+gets exactly one last event, Finished or Failed.
 """
 
 from __future__ import annotations
@@ -10,47 +11,61 @@ import logging
 import queue
 import threading
 import time
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 
-from ..errors import CapacityError, EngineDeadError, RequestError
-from .generation import Generation
+from ..errors import CapacityError, EngineDeadError, RequestError, UsageError
+from ..kernels.paging import PAGE_POSITIONS
+from .answer import Answer
 from .model import Model
-from .request import (
-    Event,
-    Failed,
-    Finished,
-    FinishReason,
-    GenerationRequest,
-    Timings,
-    Usage,
-)
+from .paged import Memory, pages_for
+from .pages import PagePool
+from .request import Event, Failed, Finished, FinishReason, GenerationRequest, Timings, Usage
+from .scheduler import Scheduler
+from .sequence import Emit
+from .sequence import Sequence as Running
+from .stats import Counts, EngineStats
+from .step import Stepper
 
 _log = logging.getLogger(__name__)
-
-Emit = Callable[[Event], None]
+_KV_BYTES = 2**30
 
 
 @dataclass(frozen=True)
-class EngineStats:
-    """A moment's view of the engine; the counters never go down."""
+class EngineSettings:
+    """How much an engine does at once.
 
-    waiting: int
-    running: int
-    alive: bool
-    requests_finished: int
-    prompt_tokens: int
-    completion_tokens: int
+    Attributes:
+        max_running: requests that are carried out side by side.
+        max_waiting: requests that may wait behind them.
+        max_model_len: most tokens of a prompt and its answer; None for what the model has.
+        tokens_per_step: of answers and pieces of prompts together; more is faster with long
+            prompts, fewer keeps the gaps between others' tokens short.
+        kv_bytes: memory for keys and values; None for 1 GiB, or less where that is enough for
+            `max_running` requests, or more where one needs it.
+        share_prefixes: whether what was computed of one prompt is used for others that begin alike.
+        queue_timeout_s: a request that has waited so long fails; None for no limit.
 
+    Raises:
+        UsageError: a number is too small.
+    """
 
-@dataclass
-class _Job:
-    request: GenerationRequest
-    emit: Emit
-    submitted_at: float = field(default_factory=time.monotonic)
-    aborted: bool = False
+    max_running: int = 32
+    max_waiting: int = 64
+    max_model_len: int | None = None
+    tokens_per_step: int = 256
+    kv_bytes: int | None = None
+    share_prefixes: bool = True
+    queue_timeout_s: float | None = None
+
+    def __post_init__(self) -> None:
+        least = {"max_running": 1, "max_waiting": 0, "max_model_len": 2, "tokens_per_step": 1}
+        for name, low in (*least.items(), ("kv_bytes", 1), ("queue_timeout_s", 0)):
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise UsageError(f"{name} must be at least {low}, given {value}")
 
 
 class EventStream:
@@ -84,16 +99,31 @@ class EventStream:
 class Engine:
     """Runs requests on a model. Close it, or use it as a context manager."""
 
-    def __init__(self, model: Model, max_waiting: int = 64) -> None:
-        """Start the engine's thread. `max_waiting` bounds the queue behind the running request."""
-        self.model = model
-        self._max_waiting = max_waiting
+    def __init__(
+        self,
+        model: Model,
+        settings: EngineSettings | None = None,
+        turn: AbstractContextManager[object] | None = None,
+    ) -> None:
+        """Start the engine's thread. Engines that share a `turn`, a lock, compute in turns.
+
+        Raises:
+            UsageError: the settings do not fit the model.
+            CapacityError: there is no memory for keys and values.
+        """
+        self.model, self.settings = model, settings or EngineSettings()
+        self.max_model_len = _max_model_len(model, self.settings)
+        pages = _pages(model, self.settings, self.max_model_len)
+        self._share = self.settings.share_prefixes
+        pool = PagePool(pages, self._share)
+        self._scheduler = Scheduler(pool, self.settings.max_running, self.settings.tokens_per_step)
+        self._stepper = Stepper(model, _memory(model, pages))
+        self._turn = turn or nullcontext()
         self._wake = threading.Condition()
-        self._waiting: deque[_Job] = deque()
-        self._running: _Job | None = None
-        self._closing = False
-        self._dead = False
-        self._finished = self._prompt_tokens = self._completion_tokens = 0
+        self._arrived: list[Running] = []
+        self._in_flight: dict[str, Running] = {}
+        self._count, self._orders = Counts(), 0
+        self._closing = self._dead = False
         self._thread = threading.Thread(target=self._main, name="halfweave-engine", daemon=True)
         self._thread.start()
 
@@ -104,28 +134,34 @@ class Engine:
         one Finished or Failed, as the last. If it raises, the request is aborted.
 
         Raises:
-            RequestError: the prompt cannot fit the model, or the id is in flight already.
+            RequestError: the request cannot fit the model, or the id is in flight already.
             CapacityError: the queue is full.
             EngineDeadError: the engine is closed, or its thread has died.
         """
-        self._check_fits(request)
+        self.submit_all([(request, emit)])
+
+    def submit_all(self, requests: Sequence[tuple[GenerationRequest, Emit]]) -> None:
+        """Admit all of these, or none. Raises as `submit`."""
+        for request, _ in requests:
+            self._check_fits(request)
         with self._wake:
             if self._closing or self._dead:
                 raise EngineDeadError("the engine is not running")
-            jobs = [*self._waiting, *([self._running] if self._running else [])]
-            if any(job.request.id == request.id for job in jobs):
-                raise RequestError(f"request id {request.id!r} is in flight already", "request_id")
-            if len(self._waiting) >= self._max_waiting:
-                raise CapacityError(f"{len(self._waiting)} requests are waiting, which is the most")
-            self._waiting.append(_Job(request, emit))
+            self._check_room(len(requests))
+            ids = [request.id for request, _ in requests]
+            taken = [each for each in ids if each in self._in_flight or ids.count(each) > 1]
+            if taken:
+                raise RequestError(f"request id {taken[0]!r} is in flight already", "request_id")
+            for request, emit in requests:
+                self._admit(request, emit)
             self._wake.notify()
 
     def abort(self, request_id: str) -> None:
         """End a request with Finished("abort") within one step. Unknown ids are ignored."""
         with self._wake:
-            for job in (*self._waiting, self._running):
-                if job is not None and job.request.id == request_id:
-                    job.aborted = True
+            sequence = self._in_flight.get(request_id)
+            if sequence is not None:
+                sequence.aborted = True
             self._wake.notify()
 
     def stream(self, request: GenerationRequest) -> EventStream:
@@ -137,17 +173,15 @@ class Engine:
         self.submit(request, events.put)
         return EventStream(events, partial(self.abort, request.id))
 
+    @property
+    def alive(self) -> bool:
+        """Whether requests are carried out, or can still be."""
+        return not self._dead
+
     def stats(self) -> EngineStats:
         """Counters and queue lengths at this moment."""
         with self._wake:
-            return EngineStats(
-                len(self._waiting),
-                int(self._running is not None),
-                not self._dead,
-                self._finished,
-                self._prompt_tokens,
-                self._completion_tokens,
-            )
+            return self._count.view(self._scheduler, len(self._arrived), not self._dead)
 
     def close(self, drain_s: float = 0.0) -> None:
         """Admit nothing more, let requests finish for up to `drain_s` seconds, abort the rest."""
@@ -157,9 +191,8 @@ class Engine:
             self._wake.notify()
         self._thread.join(max(0.0, deadline - time.monotonic()))
         with self._wake:
-            for job in (*self._waiting, self._running):
-                if job is not None:
-                    job.aborted = True
+            for sequence in self._in_flight.values():
+                sequence.aborted = True
             self._wake.notify()
         self._thread.join()
 
@@ -170,10 +203,10 @@ class Engine:
         self.close()
 
     def _check_fits(self, request: GenerationRequest) -> None:
-        longest, vocab = self.model.max_model_len, self.model.spec.vocab
-        if len(request.prompt_ids) >= longest:
+        count, longest, vocab = len(request.prompt_ids), self.max_model_len, self.model.spec.vocab
+        if count + min(1, request.params.max_tokens) > longest:
             raise RequestError(
-                f"the prompt has {len(request.prompt_ids)} tokens; the context has {longest}, "
+                f"the prompt has {count} tokens; the context has {longest}, "
                 "one of them for the answer",
                 param="prompt",
                 code="context_length_exceeded",
@@ -183,93 +216,167 @@ class Engine:
                 f"token id {max(request.prompt_ids)} is outside the vocabulary of {vocab}",
                 param="prompt",
             )
+        for name, ids in (
+            ("stop_token_ids", request.params.stop_token_ids),
+            ("logit_bias", [token for token, _ in request.params.logit_bias]),
+        ):
+            if ids and max(ids) >= vocab:
+                raise RequestError(
+                    f"{name}: token id {max(ids)} is outside the vocabulary of {vocab}", name
+                )
+
+    def _check_room(self, count: int) -> None:
+        waiting = len(self._arrived) + len(self._scheduler.waiting)
+        free = self.settings.max_running - len(self._scheduler.running)
+        if waiting + count > self.settings.max_waiting + max(0, free):
+            raise CapacityError(
+                f"{waiting} requests are waiting, and at most {self.settings.max_waiting} may"
+            )
+
+    def _admit(self, request: GenerationRequest, emit: Emit) -> None:
+        limit = min(request.params.max_tokens, self.max_model_len - len(request.prompt_ids))
+        answer = Answer(request, self.model.tokenizer, limit)
+        sequence = Running(request, emit, answer, order=self._orders)
+        self._orders += 1
+        self._arrived.append(sequence)
+        self._in_flight[request.id] = sequence
 
     # ---- below: the engine's own thread
 
     def _main(self) -> None:
         try:
-            while (job := self._next()) is not None:
-                self._carry_out(job)
+            while self._gather():
+                self._step()
         except BaseException:
             _log.exception("the engine's thread died")
         finally:
             self._bury()
 
-    def _next(self) -> _Job | None:
-        """Wait for a job; None once the engine is closed and nothing is left to do."""
+    def _gather(self) -> bool:
+        """Take in what arrived, end what was aborted; waits for work. False once all is done."""
         with self._wake:
-            while not self._waiting:
+            while not self._in_flight:
+                self._check_idle()
                 if self._closing:
-                    return None
+                    return False
                 self._wake.wait()
-            self._running = self._waiting.popleft()
-            return self._running
+            for sequence in self._arrived:
+                self._scheduler.add(sequence)
+            self._arrived.clear()
+            gone = [each for each in self._in_flight.values() if each.aborted]
+            late = self._late()
+        for sequence in gone:
+            self._finish(sequence, "abort")
+        for sequence in late:
+            if not sequence.aborted:
+                waited = time.monotonic() - sequence.submitted_at
+                self._fail(sequence, CapacityError(f"waited {waited:.1f} s without being begun"))
+        return True
 
-    def _carry_out(self, job: _Job) -> None:
-        started = time.monotonic()
-        generation: Generation | None = None
-        try:
-            reason: FinishReason | None = "abort" if job.aborted else None
-            if reason is None:
-                generation = Generation(self.model, job.request)
-            while reason is None and generation is not None:
-                reason = generation.step(lambda delta: self._tell(job, delta))
-                self._drop_aborted()
-                reason = "abort" if job.aborted and reason is None else reason
-            assert reason is not None
-            event: Event = _finished(reason, job, started, generation)
-        except Exception as error:
-            _log.exception("request %s failed", job.request.id)
-            event = Failed(error)
-        self._end(job, event)
+    def _late(self) -> list[Running]:
+        limit = self.settings.queue_timeout_s
+        if limit is None:
+            return []
+        now = time.monotonic()
+        return [
+            each
+            for each in self._scheduler.waiting
+            if each.started_at is None and now - each.submitted_at > limit
+        ]
 
-    def _drop_aborted(self) -> None:
-        """End requests that were aborted while they waited, without making them wait longer."""
+    def _step(self) -> None:
+        with self._wake:  # so that nobody sees a sequence between two lists
+            work = self._scheduler.plan()
+            idle = not self._scheduler.running and not self._scheduler.waiting
+        if not work:
+            assert idle, "there is work, and none of it was planned"
+            return
+        with self._turn:
+            result = self._stepper.run(work)
+        self._count.steps[sum(each.count for each in work)] += 1
+        self._count.completion_tokens += result.written
+        for each in work:
+            if each.sequence not in result.failed:
+                each.sequence.advance(each.count, self._scheduler.pool)
+        for sequence, reason in result.finished.items():
+            self._finish(sequence, reason)
+        for sequence, error in result.failed.items():
+            _log.error("request %s failed", sequence.request.id, exc_info=error)
+            self._fail(sequence, error)
+
+    def _finish(self, sequence: Running, reason: FinishReason) -> None:
+        self._end(sequence, _finished(reason, sequence))
+
+    def _fail(self, sequence: Running, error: Exception) -> None:
+        self._end(sequence, Failed(error))
+
+    def _end(self, sequence: Running, event: Finished | Failed) -> None:
         with self._wake:
-            gone = [job for job in self._waiting if job.aborted]
-            for job in gone:
-                self._waiting.remove(job)
-        for job in gone:
-            self._end(job, _finished("abort", job, time.monotonic(), None))
+            self._scheduler.remove(sequence)
+            del self._in_flight[sequence.request.id]
+            self._count.add(event)
+        sequence.tell(event)
 
-    def _end(self, job: _Job, event: Event) -> None:
-        with self._wake:
-            if self._running is job:
-                self._running = None
-            self._finished += 1
-            if isinstance(event, Finished):
-                self._prompt_tokens += event.usage.prompt_tokens
-                self._completion_tokens += event.usage.completion_tokens
-        self._tell(job, event)
-
-    def _tell(self, job: _Job, event: Event) -> None:
+    def _check_idle(self) -> None:
+        """Nobody runs, so no page is used. A page that got lost would be missed for ever."""
+        pool = self._scheduler.pool
         try:
-            job.emit(event)
-        except BaseException:  # a cancelled future's error is one, and concerns this request alone
-            _log.exception("the receiver of request %s raised", job.request.id)
-            job.aborted = True
+            pool.check_integrity()
+            assert pool.used == 0, f"{pool.used} pages are used by nobody"
+        except AssertionError:
+            _log.exception("pages of keys and values were lost; starting with fresh ones")
+            self._scheduler.pool = PagePool(pool.count, self._share)
 
     def _bury(self) -> None:
         """The thread ends: whoever is still waiting must hear of it."""
         with self._wake:
             self._dead = True
-            left = [*([self._running] if self._running else []), *self._waiting]
-            self._waiting.clear()
-            self._running = None
-        for job in left:
-            self._tell(job, Failed(EngineDeadError("the engine stopped")))
+            left = list(self._in_flight.values())
+            self._in_flight.clear()
+            self._arrived.clear()
+            self._scheduler.waiting.clear()
+            self._scheduler.running.clear()
+        for sequence in left:
+            sequence.tell(Failed(EngineDeadError("the engine stopped")))
 
 
-def _finished(
-    reason: FinishReason, job: _Job, started: float, generation: Generation | None
-) -> Finished:
+def _max_model_len(model: Model, settings: EngineSettings) -> int:
+    longest, asked = model.max_model_len, settings.max_model_len
+    if asked is not None and asked > longest:
+        raise UsageError(f"a context of {asked} tokens is asked for, and the model has {longest}")
+    return longest if asked is None else asked
+
+
+def _pages(model: Model, settings: EngineSettings, longest: int) -> int:
+    """As many as fit the memory for them, and at least as many as one request may need."""
+    one, each = pages_for(longest), model.decoder.page_bytes
+    if settings.kv_bytes is None:
+        return max(one, min(settings.max_running * one, _KV_BYTES // each))
+    pages = settings.kv_bytes // each
+    if pages < one:
+        raise UsageError(
+            f"keys and values of {longest} tokens take {one * each} bytes, "
+            f"and {settings.kv_bytes} are given",
+            f"a shorter context, of {max(2, pages * PAGE_POSITIONS)} tokens, or more memory",
+        )
+    return pages
+
+
+def _memory(model: Model, pages: int) -> Memory:
+    try:
+        memory: Memory = model.decoder.new_memory(pages)
+    except RuntimeError as error:  # torch's word for memory that there is not
+        wanted = pages * model.decoder.page_bytes
+        raise CapacityError(f"there is no memory for {wanted} bytes of keys and values") from error
+    return memory
+
+
+def _finished(reason: FinishReason, sequence: Running) -> Finished:
     now = time.monotonic()
-    first = (generation.first_token_at if generation else None) or now
-    written = generation.completion_tokens if generation else 0
+    started = sequence.started_at or now
+    first = sequence.answer.first_token_at or now
+    usage = Usage(len(sequence.request.prompt_ids), len(sequence.answer.token_ids), sequence.cached)
+    waited = started - sequence.submitted_at
     return Finished(
-        reason,
-        Usage(len(job.request.prompt_ids), written),
-        Timings(
-            1000 * (started - job.submitted_at), 1000 * (first - started), 1000 * (now - first)
-        ),
+        reason, usage, Timings(1000 * waited, 1000 * (first - started), 1000 * (now - first))
     )

@@ -1,32 +1,34 @@
-"""The decoder on a CPU: every step is one call into the kernels.
+"""The decoder on a CPU: every step of any number of sequences is one call into the kernels.
 
 Keys and values are rounded to fp16. Where a checkpoint has linears of codes, their inputs are
 rounded to 8 bits, and so are the embedding and the head (this one to 4, if asked); where all its
 weights are floats, nothing else is. The tokens of a sequence get the same bits however it is cut
-into calls.
+into calls, and whatever else is in them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..kernels.cpu import decoder as native
-from ..kernels.cpu.decoder import PAGE_POSITIONS, NativeDecoder
+from ..kernels.cpu.decoder import NativeDecoder
 from ..kernels.cpu.library import Library
 from ..kernels.cpu.packed import CODED, PackedWeight, pack_weight, round_weight
 from ..kernels.formats import Dense
 from .alibi import slopes
-from .cache import length_with
 from .checkpoint import Checkpoint
 from .loading import Loader, Norm
+from .paged import PagedDecoder, Part, positions, token_ids
 from .rope import inverse_frequencies
 from .spec import ROLES, AlibiSpec, DecoderSpec, LearnedSpec, RopeSpec
 
 _TOKENS_AT_ONCE = 256  # bounds the states that a long prompt has at a time
-_FIRST_PAGES = 16
 
 
 @dataclass(frozen=True)
@@ -46,37 +48,27 @@ def rounds_end(checkpoint: Checkpoint, name: str) -> bool:
     return bool(coded) and name not in coded
 
 
-class FusedCache:
-    """Keys and values of one sequence, in pages of its own; `length` positions are filled."""
+class FusedMemory:
+    """Pages as the kernels lay them out, in bytes."""
 
-    def __init__(self, page_bytes: int, limit: int) -> None:
-        """`limit` is the most positions there may ever be."""
-        self.length = 0
-        self._limit, self._page_bytes = limit, page_bytes
-        self.memory = torch.empty(0, dtype=torch.uint8)
+    def __init__(self, page_bytes: int, pages: int) -> None:
+        self._page_bytes = page_bytes
+        self.bytes = torch.empty(pages * page_bytes, dtype=torch.uint8)
 
     @property
     def pages(self) -> int:
         """Pages that there is memory for."""
-        return self.memory.nbytes // self._page_bytes
+        return self.bytes.nbytes // self._page_bytes
 
-    def reserve(self, count: int) -> None:
-        """Make room for `count` more positions.
-
-        Raises:
-            CapacityError: that would be more than the limit.
-        """
-        needed = length_with(self.length, count, self._limit)
-        wanted, most = -(-needed // PAGE_POSITIONS), -(-self._limit // PAGE_POSITIONS)
-        if wanted > self.pages:
-            pages = min(max(wanted, 2 * self.pages, _FIRST_PAGES), most)
-            grown = torch.empty(pages * self._page_bytes, dtype=torch.uint8)
-            grown[: self.memory.nbytes] = self.memory
-            self.memory = grown
+    def grow(self, pages: int) -> None:
+        """Make room for so many; what is there stays."""
+        grown = torch.empty(pages * self._page_bytes, dtype=torch.uint8)
+        grown[: self.bytes.nbytes] = self.bytes
+        self.bytes = grown
 
 
-class FusedDecoder:
-    """As `Decoder`. One thread at a time, any number of sequences; `native` takes them at once."""
+class FusedDecoder(PagedDecoder):
+    """As `Decoder`, by the library's `NativeDecoder`."""
 
     def __init__(
         self,
@@ -99,34 +91,33 @@ class FusedDecoder:
             _ends(loader, library, bits),
         )
 
-    def new_cache(self, limit: int | None = None) -> FusedCache:
-        """An empty cache for one sequence of at most `limit` positions."""
-        limit = self.spec.max_positions if limit is None else limit
-        return FusedCache(self.native.page_bytes, limit)
+    @property
+    def page_bytes(self) -> int:
+        """What a page takes, over all layers."""
+        return self.native.page_bytes
 
-    def forward(self, token_ids: Tensor, cache: FusedCache) -> Tensor:
-        """Append tokens [T] to a sequence; returns their final hidden states [T, hidden].
+    def new_memory(self, pages: int) -> FusedMemory:
+        """Room for so many pages."""
+        return FusedMemory(self.page_bytes, pages)
 
-        Raises:
-            CapacityError: the sequence would be longer than its cache allows.
-        """
-        cache.reserve(len(token_ids))
-        pages = torch.arange(cache.pages, dtype=torch.int32)
-        parts = [self._append(part, cache, pages) for part in token_ids.split(_TOKENS_AT_ONCE)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+    def run(self, parts: Sequence[Part], memory: FusedMemory) -> Tensor:
+        """Append all parts at once: their final hidden states [tokens of all, hidden], in order."""
+        counts = [len(part.tokens) for part in parts]
+        ends = np.cumsum([len(part.pages) for part in parts])
+        starts = np.repeat(np.concatenate(([0], ends[:-1])), counts)
+        pages = torch.from_numpy(np.fromiter(chain(*(part.pages for part in parts)), np.int32))
+        batch = zip(
+            token_ids(parts).split(_TOKENS_AT_ONCE),
+            positions(parts).split(_TOKENS_AT_ONCE),
+            torch.from_numpy(starts).split(_TOKENS_AT_ONCE),
+            strict=True,
+        )
+        hidden = [self.native.forward(i, p, pages, s, memory.bytes) for i, p, s in batch]
+        return hidden[0] if len(hidden) == 1 else torch.cat(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of every next token, fp32 [..., vocab], for final hidden states [..., hidden]."""
         return self.native.logits(hidden)
-
-    def _append(self, ids: Tensor, cache: FusedCache, pages: Tensor) -> Tensor:
-        count = len(ids)
-        positions = torch.arange(cache.length, cache.length + count)
-        starts = torch.zeros(count, dtype=torch.int64)
-        ids = ids.to(torch.int32).contiguous()
-        hidden = self.native.forward(ids, positions, pages, starts, cache.memory)
-        cache.length += count
-        return hidden
 
 
 def _shape(spec: DecoderSpec, bits: FusedBits) -> native.Shape:

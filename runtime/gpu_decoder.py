@@ -9,24 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from ..errors import UnsupportedModel
-from ..kernels.cuda.elementwise import PAGE
 from ..kernels.cuda.steps import Pages, attend_newest, gated, normed, remember
 from ..kernels.dispatch import LinearFunction, on_gpu
 from ..kernels.formats import Dense, Int4, Int8, PackedLinear, Sparse24, Sparse24Int4
-from .cache import length_with
 from .checkpoint import Checkpoint
 from .loading import Loader
+from .paged import PagedDecoder, Part, positions, token_ids
 from .rope import inverse_frequencies
 from .spec import DecoderSpec, RopeSpec
 
-_TOKENS_AT_ONCE = 512
-_FIRST_PAGES = 16
 _MOST_SHARING = 16  # query heads to a pair of keys and values
 
 
@@ -40,34 +38,41 @@ class _Block:
     down: LinearFunction
 
 
-class GpuCache:
-    """Keys and values of one sequence, in pages of its own; `length` positions are filled."""
+class GpuMemory:
+    """Pages of every layer."""
 
-    def __init__(self, layers: Sequence[Pages], limit: int) -> None:
-        """`layers` have a few pages each; `limit` is the most positions there may ever be."""
-        self.layers, self.length, self._limit = list(layers), 0, limit
-        self.table = self._numbers()
+    def __init__(self, layers: Sequence[Pages]) -> None:
+        self.layers = list(layers)
 
-    def reserve(self, count: int) -> None:
-        """Make room for `count` more positions.
+    @property
+    def pages(self) -> int:
+        """Pages that there is memory for."""
+        return len(self.layers[0].keys)
 
-        Raises:
-            CapacityError: that would be more than the limit.
-        """
-        needed = length_with(self.length, count, self._limit)
-        there, wanted = len(self.layers[0].keys), -(-needed // PAGE)
-        if wanted > there:
-            most = -(-self._limit // PAGE)
-            self.layers = [pages.grown(min(max(wanted, 2 * there), most)) for pages in self.layers]
-            self.table = self._numbers()
-
-    def _numbers(self) -> Tensor:
-        keys = self.layers[0].keys
-        return torch.arange(len(keys), dtype=torch.int32, device=keys.device)
+    def grow(self, pages: int) -> None:
+        """Make room for so many; what is there stays."""
+        self.layers = [layer.grown(pages) for layer in self.layers]
 
 
-class GpuDecoder:
-    """As `Decoder`. One thread at a time, any number of sequences."""
+@dataclass(frozen=True)
+class _Batch:
+    """Tokens of some sequences, on the device.
+
+    `table` int32 [tokens, most pages] are the pages of each token's sequence. `single` int64 are
+    the rows of sequences that get one token, `lengths` int32 their positions with it, `longest`
+    the most of those; `long` are the rows of each sequence that gets several, with its positions.
+    """
+
+    positions: Tensor
+    table: Tensor
+    single: Tensor
+    lengths: Tensor
+    longest: int
+    long: Sequence[tuple[slice, int]]
+
+
+class GpuDecoder(PagedDecoder):
+    """As `Decoder`, by the kernels of halfweave.kernels.cuda."""
 
     def __init__(
         self,
@@ -95,58 +100,87 @@ class GpuDecoder:
         assert isinstance(spec.positions, RopeSpec)
         self._frequencies = inverse_frequencies(spec.positions, spec.head_dim).to(device)
 
-    def new_cache(self, limit: int | None = None) -> GpuCache:
-        """An empty cache for one sequence of at most `limit` positions."""
-        spec, limit = self.spec, self.spec.max_positions if limit is None else limit
-        pages = min(_FIRST_PAGES, -(-limit // PAGE))
-        shape = (pages, spec.kv_heads, spec.head_dim, self._stored, self._device)
-        return GpuCache([Pages.empty(*shape) for _ in range(spec.layers)], limit)
+    @property
+    def page_bytes(self) -> int:
+        """What a page takes, over all layers."""
+        return sum(each.nbytes for each in self._layer_pages(1).tensors) * self.spec.layers
+
+    def new_memory(self, pages: int) -> GpuMemory:
+        """Room for so many pages."""
+        return GpuMemory([self._layer_pages(pages) for _ in range(self.spec.layers)])
+
+    def _layer_pages(self, pages: int) -> Pages:
+        spec = self.spec
+        return Pages.empty(pages, spec.kv_heads, spec.head_dim, self._stored, self._device)
 
     @torch.inference_mode()
-    def forward(self, token_ids: Tensor, cache: GpuCache) -> Tensor:
-        """Append tokens [T] to a sequence; returns their final hidden states [T, hidden].
-
-        Raises:
-            CapacityError: the sequence would be longer than its cache allows.
-        """
-        cache.reserve(len(token_ids))
-        parts = [self._append(part, cache) for part in token_ids.split(_TOKENS_AT_ONCE)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+    def run(self, parts: Sequence[Part], memory: GpuMemory) -> Tensor:
+        """Append all parts at once: their final hidden states [tokens of all, hidden], in order."""
+        eps, batch = self.spec.norm.eps, self._batch(parts)
+        x, delta = self._embedding[token_ids(parts).to(self._device)], None
+        for block, pages in zip(self._blocks, memory.layers, strict=True):
+            qkv = block.qkv(normed(x, delta, block.attention_gain, eps))
+            q = remember(
+                qkv, batch.positions, batch.table, self._frequencies, pages, self.spec.heads
+            )
+            delta = block.o(self._attended(q, pages, batch))
+            both = block.up(normed(x, delta, block.mlp_gain, eps))
+            delta = block.down(gated(both))
+        return normed(x, delta, self._gain, eps)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of every next token, fp32 [..., vocab], on the CPU, where they are sampled."""
         return self._head(hidden).float().cpu()
 
-    def _append(self, ids: Tensor, cache: GpuCache) -> Tensor:
-        count, eps = len(ids), self.spec.norm.eps
-        end = cache.length + count
-        positions = torch.arange(cache.length, end, dtype=torch.int32, device=self._device)
-        table = cache.table.expand(count, -1).contiguous()
-        x, delta = self._embedding[ids.to(self._device)], None
-        for block, pages in zip(self._blocks, cache.layers, strict=True):
-            qkv = block.qkv(normed(x, delta, block.attention_gain, eps))
-            q = remember(qkv, positions, table, self._frequencies, pages, self.spec.heads)
-            delta = block.o(self._attended(q, pages, cache, end))
-            both = block.up(normed(x, delta, block.mlp_gain, eps))
-            delta = block.down(gated(both))
-        cache.length = end
-        return normed(x, delta, self._gain, eps)
+    def _batch(self, parts: Sequence[Part]) -> _Batch:
+        counts = [len(part.tokens) for part in parts]
+        width = max(len(part.pages) for part in parts)
+        table = torch.zeros(len(parts), width, dtype=torch.int32)
+        for row, part in enumerate(parts):
+            table[row, : len(part.pages)] = torch.tensor(part.pages, dtype=torch.int32)
+        ends = list(accumulate(counts))
+        single = [end - 1 for end, count in zip(ends, counts, strict=True) if count == 1]
+        lengths = [part.end for part in parts if len(part.tokens) == 1]
+        return _Batch(
+            positions(parts).to(self._device, torch.int32),
+            table.repeat_interleave(torch.tensor(counts), 0).to(self._device),
+            torch.tensor(single, dtype=torch.int64, device=self._device),
+            torch.tensor(lengths, dtype=torch.int32, device=self._device),
+            max(lengths, default=0),
+            [
+                (slice(end - count, end), part.end)
+                for end, count, part in zip(ends, counts, parts, strict=True)
+                if count > 1
+            ],
+        )
 
-    def _attended(self, q: Tensor, pages: Pages, cache: GpuCache, end: int) -> Tensor:
-        """[tokens, heads dim] for queries [tokens, heads, dim], the last of which is `end` - 1."""
-        count = len(q)
-        if count == 1:
-            lengths = torch.full((1,), end, dtype=torch.int32, device=self._device)
-            return attend_newest(q, pages, cache.table[None], lengths, end).flatten(1)
-        keys, values = pages.first(cache.table, end, self._dtype)
+    def _attended(self, q: Tensor, pages: Pages, batch: _Batch) -> Tensor:
+        """[tokens, heads dim] for queries [tokens, heads, dim]."""
+        if not batch.long:
+            newest = attend_newest(q, pages, batch.table, batch.lengths, batch.longest)
+            return newest.flatten(1)
+        mixed = torch.empty_like(q)
+        if len(batch.single):
+            rows = batch.single
+            mixed[rows] = attend_newest(
+                q[rows], pages, batch.table[rows], batch.lengths, batch.longest
+            )
+        for part, end in batch.long:
+            keys, values = pages.first(batch.table[part.start], end, self._dtype)
+            mixed[part] = self._attended_long(q[part], keys, values)
+        return mixed.flatten(1)
+
+    def _attended_long(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """The newest tokens of one sequence to all of it: as q [tokens, heads, dim]."""
+        count, end = len(q), len(keys)
         at = torch.arange(end, device=self._device)
         seen = at <= at[end - count :, None]
         q, keys, values = (each.transpose(0, 1)[None] for each in (q, keys, values))
         mixed = functional.scaled_dot_product_attention(
             q, keys, values, attn_mask=seen, enable_gqa=True
         )
-        return mixed[0].transpose(0, 1).flatten(1)
+        return mixed[0].transpose(0, 1)
 
 
 def _check(spec: DecoderSpec) -> None:

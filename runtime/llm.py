@@ -2,42 +2,41 @@
 
 from __future__ import annotations
 
-import threading
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from ..errors import RequestError
-from .engine import Engine
+from .engine import Engine, EngineSettings
 from .model import Model, load_model
+from .params import SamplingParams
 from .request import (
     Event,
     Failed,
     Finished,
     FinishReason,
     GenerationRequest,
-    SamplingParams,
+    PromptScored,
     TextDelta,
     Timings,
+    TokenLogprob,
     Usage,
 )
 from .tokenizer import Message
 
-_SCORE_CHUNK_TOKENS = 256  # bounds the [tokens, vocab] buffer
-
 
 @dataclass(frozen=True)
 class Completion:
-    """One finished generation."""
+    """One finished generation. The log-probabilities are those that were asked for."""
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     usage: Usage
     timings: Timings
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,19 +70,18 @@ class LLM:
     ) -> None:
         """Load a dense or packed model directory; see `load_model` for the rest and for errors."""
         self.model: Model = load_model(path, dtype, verify, head_bits, kv_bits, device)
-        self._engine = Engine(self.model, max_waiting=2**20)
-        self._one_at_a_time = threading.Lock()  # the engine's thread and `score` share the model
+        self._engine = Engine(self.model, EngineSettings(max_waiting=2**20))
 
     def generate(
         self, prompts: str | Sequence[str], params: SamplingParams | None = None
     ) -> list[Completion]:
-        """Continue each prompt; results in the order of the prompts.
+        """Continue all prompts side by side; results in the order of the prompts.
 
         Raises:
             RequestError: a prompt is empty or does not fit the context.
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        return [self._complete(self.model.tokenizer.encode(text), params) for text in texts]
+        return self._complete([self.model.tokenizer.encode(text) for text in texts], params)
 
     def chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Completion:
         """Answer a conversation of {"role", "content"} messages.
@@ -91,7 +89,7 @@ class LLM:
         Raises:
             RequestError: the model has no chat template, or it refuses the messages.
         """
-        return self._complete(self.model.tokenizer.apply_chat_template(messages), params)
+        return self._complete([self.model.tokenizer.apply_chat_template(messages)], params)[0]
 
     def score(self, text: str) -> Score:
         """Log-probabilities of a text's own tokens.
@@ -104,25 +102,17 @@ class LLM:
             raise RequestError(
                 f"the text has {len(ids)} tokens; 2 to {self.model.max_model_len} can be scored"
             )
-        with self._one_at_a_time:
-            return Score(tuple(ids), tuple(self._logprobs(ids)))
+        only_read = SamplingParams(max_tokens=0, prompt_logprobs=0)
+        scored = self._complete([ids], only_read)[0].prompt_logprobs
+        return Score(tuple(ids), tuple(each.logprob for each in scored))
 
-    def _logprobs(self, ids: Sequence[int]) -> list[float]:
-        tokens = torch.tensor(ids)
-        decoder = self.model.decoder
-        cache = decoder.new_cache(len(ids))
-        logprobs: list[float] = []
-        for start in range(0, len(ids) - 1, _SCORE_CHUNK_TOKENS):
-            stop = min(start + _SCORE_CHUNK_TOKENS, len(ids) - 1)
-            logits = decoder.logits(decoder.forward(tokens[start:stop], cache))
-            chosen = tokens[start + 1 : stop + 1, None]
-            logprobs += torch.log_softmax(logits, dim=-1).gather(1, chosen).flatten().tolist()
-        return logprobs
-
-    def _complete(self, prompt_ids: Sequence[int], params: SamplingParams | None) -> Completion:
-        request = GenerationRequest(uuid.uuid4().hex, tuple(prompt_ids), params or SamplingParams())
-        with self._one_at_a_time:
-            return _collect(list(self._engine.stream(request)))
+    def _complete(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams | None
+    ) -> list[Completion]:
+        params = params or SamplingParams()
+        requests = [GenerationRequest(uuid.uuid4().hex, tuple(ids), params) for ids in prompts]
+        streams = [self._engine.stream(request) for request in requests]
+        return [_collect(list(stream)) for stream in streams]
 
     def close(self) -> None:
         """Stop the engine's thread."""
@@ -137,6 +127,7 @@ class LLM:
 
 def _collect(events: Sequence[Event]) -> Completion:
     deltas = [event for event in events if isinstance(event, TextDelta)]
+    scored = [event for event in events if isinstance(event, PromptScored)]
     last = events[-1]
     if isinstance(last, Failed):
         raise last.error
@@ -147,4 +138,6 @@ def _collect(events: Sequence[Event]) -> Completion:
         last.reason,
         last.usage,
         last.timings,
+        tuple(each for delta in deltas for each in delta.logprobs),
+        scored[0].logprobs if scored else (),
     )

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from ..errors import CheckpointError, HalfweaveError, UnsupportedModel, UsageError
 from ..kernels.cpu.library import library
@@ -16,37 +14,13 @@ from .checkpoint import Checkpoint
 from .decoder import Decoder
 from .families import decoder_spec
 from .fused import FusedBits, FusedDecoder
+from .paged import PagedDecoder
 from .spec import DecoderSpec
 from .threads import in_passing_thread
 from .tokenizer import Tokenizer
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 HEAD_BITS, KV_BITS = (8, 4), (16, 8)
-
-
-class AnyCache(Protocol):
-    """What one sequence remembers: `length` positions."""
-
-    length: int
-
-
-class AnyDecoder(Protocol):
-    """Token ids in, logits out; a cache goes with the decoder that made it."""
-
-    spec: DecoderSpec
-
-    def new_cache(self, limit: int | None = None) -> AnyCache:
-        """An empty cache for one sequence of at most `limit` positions."""
-
-    def forward(self, token_ids: Tensor, cache: Any) -> Tensor:
-        """Append tokens [T] to a sequence; returns their final hidden states [T, hidden].
-
-        Raises:
-            CapacityError: the sequence would be longer than its cache allows.
-        """
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Scores of every next token, fp32 [..., vocab], for final hidden states [..., hidden]."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +44,7 @@ class Model:
     name: str
     checkpoint: Checkpoint
     spec: DecoderSpec
-    decoder: AnyDecoder
+    decoder: PagedDecoder
     tokenizer: Tokenizer
     exact: bool = True
 
@@ -119,7 +93,7 @@ def load_model(
     _check_vocabulary(checkpoint.path, spec, tokenizer)
     bits = FusedBits(head_bits, kv_bits)
     if where.type == "cuda":
-        decoder = _gpu_decoder(checkpoint, spec, dtype, kv_bits, where)
+        decoder: PagedDecoder = _gpu_decoder(checkpoint, spec, dtype, kv_bits, where)
     else:
         decoder = in_passing_thread(lambda: _decoder(checkpoint, spec, dtype, bits))
     checkpoint.warn_of_unused()
@@ -127,7 +101,9 @@ def load_model(
     return Model(name, checkpoint, spec, decoder, tokenizer, exact)
 
 
-def _decoder(checkpoint: Checkpoint, spec: DecoderSpec, dtype: str, bits: FusedBits) -> AnyDecoder:
+def _decoder(
+    checkpoint: Checkpoint, spec: DecoderSpec, dtype: str, bits: FusedBits
+) -> PagedDecoder:
     native = library() if dtype == "auto" else None
     if native is not None:
         return FusedDecoder(checkpoint, spec, native, bits)
@@ -137,7 +113,7 @@ def _decoder(checkpoint: Checkpoint, spec: DecoderSpec, dtype: str, bits: FusedB
 
 def _gpu_decoder(
     checkpoint: Checkpoint, spec: DecoderSpec, dtype: str, kv_bits: int, device: torch.device
-) -> AnyDecoder:
+) -> PagedDecoder:
     if dtype != "auto":
         return Decoder(checkpoint, spec, _DTYPES[dtype], device, exact=True)
     try:

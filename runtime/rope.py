@@ -30,10 +30,9 @@ def _llama3(rope: RopeSpec, frequencies: Tensor) -> Tensor:
     return (1 - share) * frequencies / rope.factor + share * frequencies
 
 
-def rotation(frequencies: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines for positions start..start+count-1: fp32 [count, head_dim]."""
-    positions = torch.arange(start, start + count, dtype=torch.float32, device=frequencies.device)
-    angles = torch.outer(positions, frequencies).repeat(1, 2)
+def rotation(frequencies: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines for positions [count]: fp32 [count, head_dim]."""
+    angles = torch.outer(positions.float(), frequencies).repeat(1, 2)
     return angles.cos(), angles.sin()
 
 

@@ -1,83 +1,150 @@
 """From scores to a token: greedy, or drawn after temperature, top-k, top-p, min-p in that order.
 
 The order and the meaning of each are those of transformers' logits processors, the tests' oracle.
-All of it by numpy, in the thread that asks: torch would wake OpenMP's workers for a vocabulary's
-size, and those then wait on the cores that the CPU kernels' own threads compute on.
+Before them come the biases and the penalties. Each answer has a sampler of its own, so its tokens
+depend on no neighbour.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Iterable
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from ..errors import HalfweaveError
-from .request import SamplingParams
+from ..errors import NotNumbersError
+from .likeliest import not_below_kth
+from .params import SamplingParams
+from .request import Constraint
 
-_FEW = 1024  # tokens that nearly always hold what top-p asks for: only those are sorted then
-
-
-def make_generator(params: SamplingParams) -> torch.Generator:
-    """The request's own source of randomness, so that its neighbours change nothing."""
-    generator = torch.Generator()
-    if params.seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(params.seed)
-    return generator
+_LEAST_CHANCES = (1e-3, 1e-6)  # of the likeliest: what is above nearly always holds the nucleus
+_BLOCK = 256
 
 
-def sample(logits: Tensor, params: SamplingParams, generator: torch.Generator) -> int:
-    """Choose the next token from fp32 logits [vocab].
+class Sampler:
+    """Chooses the tokens of one answer."""
 
-    Raises:
-        HalfweaveError: the logits hold NaN, +inf, or nothing but -inf.
-    """
-    scores = logits.numpy()
-    best = int(scores.argmax())  # of a NaN, if there is one
-    if not math.isfinite(scores[best]):
-        raise HalfweaveError("the model computed logits that are not numbers")
-    if params.greedy:
-        return best
-    tokens, chances = candidates(scores, params)
-    drawn = float(torch.rand((), generator=generator, dtype=torch.float64))
-    sums = chances.cumsum()
-    at = int(sums.searchsorted(drawn * sums[-1], side="right"))
-    return int(tokens[min(at, len(tokens) - 1)])
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt_ids: Iterable[int] = (),
+        ends: Iterable[int] = (),
+        constraint: Constraint | None = None,
+    ) -> None:
+        """`ends` are the tokens that may not come before `min_tokens` are written."""
+        self._params, self._constraint = params, constraint
+        self._ends = np.fromiter(ends, np.int64)
+        self._bias_at = np.array([token for token, _ in params.logit_bias], np.int64)
+        self._bias = np.array([bias for _, bias in params.logit_bias], np.float32)
+        self._seen = set(prompt_ids) if params.repetition_penalty != 1 else set()
+        self._written: Counter[int] = Counter()
+        self._random = np.random.default_rng(None if params.seed is None else params.seed % 2**64)
+
+    def choose(self, scores: NDArray[np.float32]) -> int:
+        """The next token, from scores [vocab], which stay as they are.
+
+        Raises:
+            NotNumbersError: the scores hold NaN, +inf, or nothing but -inf.
+        """
+        scores = self._changed(scores)
+        best = int(scores.argmax())  # of a NaN, if there is one
+        if not math.isfinite(scores[best]):
+            raise NotNumbersError("the model computed logits that are not numbers")
+        token = best if self._params.greedy else self._drawn(scores)
+        self._written[token] += 1
+        if self._constraint is not None:
+            self._constraint.take(token)
+        return token
+
+    def _changed(self, scores: NDArray[np.float32]) -> NDArray[np.float32]:
+        """After biases, penalties, the least length and the constraint; a copy, if any is there."""
+        params, written = self._params, self._written
+        too_early = len(self._ends) > 0 and written.total() < params.min_tokens
+        counted = bool(params.presence_penalty or params.frequency_penalty)
+        repeats = params.repetition_penalty != 1
+        if not (too_early or counted or repeats or len(self._bias) or self._constraint):
+            return scores
+        scores = scores.copy()
+        scores[self._bias_at] += self._bias
+        if repeats:
+            self._discourage_repetition(scores)
+        if counted:
+            at = np.fromiter(written, np.int64)
+            times = np.fromiter(written.values(), np.float32)
+            scores[at] -= times * params.frequency_penalty + params.presence_penalty
+        if too_early:
+            scores[self._ends] = -np.inf
+        if self._constraint is not None:
+            self._constraint.forbid(scores)
+        return scores
+
+    def _discourage_repetition(self, scores: NDArray[np.float32]) -> None:
+        seen = np.fromiter(self._seen | self._written.keys(), np.int64)
+        found, penalty = scores[seen], np.float32(self._params.repetition_penalty)
+        scores[seen] = np.where(found > 0, found / penalty, found * penalty)
+
+    def _drawn(self, scores: NDArray[np.float32]) -> int:
+        tokens, chances = candidates(scores, self._params)
+        at = _draw(chances, self._random.random())
+        return at if tokens is None else int(tokens[at])
 
 
 def candidates(
     scores: NDArray[np.float32], params: SamplingParams
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """The tokens that may be drawn, [n], and their probabilities up to a common factor, [n].
+) -> tuple[NDArray[np.int64] | None, NDArray[np.float32]]:
+    """The tokens that may be drawn, None for all of them, and their chances up to a factor.
 
     `scores` fp32 [vocab] are finite or -inf, and one at least is finite.
     """
-    tokens = np.arange(len(scores))
+    tokens = None
     if 0 < params.top_k < len(scores):
-        tokens = np.flatnonzero(scores >= np.partition(scores, -params.top_k)[-params.top_k])
-    scaled = scores[tokens].astype(np.float64) / params.temperature
-    chances = np.exp(scaled - scaled.max())
-    if params.top_p < 1:
-        kept = _nucleus(chances, params.top_p)
-        tokens, chances = tokens[kept], chances[kept]
-    if params.min_p > 0:
-        kept = np.flatnonzero(chances >= params.min_p * chances.max())
-        tokens, chances = tokens[kept], chances[kept]
+        tokens = not_below_kth(scores, params.top_k)
+        scores = scores[tokens]
+    chances = np.exp((scores - scores.max()) / np.float32(params.temperature))
+    for kept in (_nucleus, _likely_enough):
+        at = kept(chances, params)
+        if at is not None:
+            tokens, chances = at if tokens is None else tokens[at], chances[at]
     return tokens, chances
 
 
-def _nucleus(chances: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
-    """Indices of the smallest set of most likely tokens that reaches `top_p`; at least one."""
-    many = len(chances) > _FEW
-    likely = np.argpartition(chances, -_FEW)[-_FEW:] if many else np.arange(len(chances))
-    wanted = top_p * chances.sum()
-    if many and chances[likely].sum() < wanted:
-        likely = np.arange(len(chances))
+def _nucleus(chances: NDArray[np.float32], params: SamplingParams) -> NDArray[np.int64] | None:
+    """Indices of the smallest set of most likely tokens that reaches top-p; None for all."""
+    if params.top_p >= 1:
+        return None
+    wanted = params.top_p * chances.sum(dtype=np.float64)
+    for least in (*_LEAST_CHANCES, 0.0):
+        likely = np.flatnonzero(chances >= np.float32(least))
+        if chances[likely].sum(dtype=np.float64) >= wanted:
+            break
     ordered = likely[np.argsort(-chances[likely], kind="stable")]
-    before = chances[ordered].cumsum() - chances[ordered]  # what the more likely ones hold
-    kept: NDArray[np.int64] = ordered[before < wanted]
+    sums = chances[ordered].cumsum(dtype=np.float64)
+    kept: NDArray[np.int64] = ordered[sums - chances[ordered] < wanted]
     return kept
+
+
+def _likely_enough(
+    chances: NDArray[np.float32], params: SamplingParams
+) -> NDArray[np.int64] | None:
+    """Indices of those that min-p keeps; None for all."""
+    if params.min_p == 0:
+        return None
+    return np.flatnonzero(chances >= np.float32(params.min_p) * chances.max())
+
+
+def _draw(chances: NDArray[np.float32], drawn: float) -> int:
+    """The index at which the running sum passes `drawn`, in [0, 1), of the whole sum.
+
+    Sums of blocks first: running through a whole vocabulary would take several times as long.
+    """
+    sums = np.add.reduceat(chances, np.arange(0, len(chances), _BLOCK), dtype=np.float64)
+    ends = sums.cumsum()
+    wanted = drawn * ends[-1]
+    # Rounding may lead behind the last block, or the last chance in it, that is not zero.
+    block = min(int(ends.searchsorted(wanted, side="right")), int(sums.nonzero()[0][-1]))
+    inside = chances[block * _BLOCK : (block + 1) * _BLOCK]
+    rest = wanted - (ends[block] - sums[block])
+    at = int(inside.cumsum(dtype=np.float64).searchsorted(rest, side="right"))
+    return block * _BLOCK + min(at, int(inside.nonzero()[0][-1]))

@@ -6,21 +6,23 @@ from __future__ import annotations
 class StopFinder:
     """Give it text as it comes; it returns what may be shown."""
 
-    def __init__(self, stops: tuple[str, ...]) -> None:
-        self._stops = stops
+    def __init__(self, stops: tuple[str, ...], keep: bool = False) -> None:
+        """With `keep` the text that is shown includes the stop string that ends it."""
+        self._stops, self._keep = stops, keep
         self._held = ""
         self.found = False
 
     def push(self, text: str) -> str:
         """Text that is certain not to belong to a stop string; sets `found` at the first one."""
         text = self._held + text
-        starts = [at for stop in self._stops if (at := text.find(stop)) >= 0]
-        if starts:
+        found = [(at, at + len(stop)) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if found:
+            start, end = min(found)
             self.found, self._held = True, ""
-            return text[: min(starts)]
-        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+            return text[: end if self._keep else start]
+        held = max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
 
     def finish(self) -> str:
         """What was held back and did not become a stop string after all."""

@@ -69,18 +69,32 @@ class Tokenizer:
         """Token ids of a text; with `special`, whatever the model puts around a text too."""
         return self._encode(text, add_special_tokens=special, split_special_tokens=False)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids, without special tokens."""
-        text: str = self._inner.decode(list(ids), skip_special_tokens=True)
+    def decode(self, ids: Sequence[int], special: bool = False) -> str:
+        """Text of token ids, without special tokens, or with them."""
+        text: str = self._inner.decode(list(ids), skip_special_tokens=not special)
         return text
+
+    def piece(self, token: int) -> str | None:
+        """A token as its vocabulary writes it; None for an id that it lacks."""
+        found: str | None = self._inner.convert_ids_to_tokens(token)
+        return found
+
+    def is_added(self, token: int) -> bool:
+        """Whether a token was added to the vocabulary as it is, as control tokens are."""
+        return token in self._inner.added_tokens_decoder
+
+    @cached_property
+    def byte_level(self) -> bool:
+        """Whether the vocabulary writes bytes as letters."""
+        return "ByteLevel" in repr(self._inner.backend_tokenizer.decoder)
 
     def is_control(self, token: int) -> bool:
         """Whether a token is one of those that `decode` leaves out."""
         return token in self._control_ids
 
-    def stream(self) -> TextStream:
+    def stream(self, skip_special: bool = True) -> TextStream:
         """A decoder for tokens that arrive one at a time."""
-        return TextStream(self)
+        return TextStream(self, skip_special)
 
     @property
     def has_chat_template(self) -> bool:
@@ -130,15 +144,15 @@ class Tokenizer:
 class TextStream:
     """Turns tokens into text as they arrive, holding back characters that are not whole yet."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True) -> None:
+        self._tokenizer, self._skip_special = tokenizer, skip_special
         self._ids: list[int] = []
         self._context = 0  # first token of the window that is decoded
         self._emitted = 0  # tokens before here have had their text returned
 
     def push(self, token: int) -> str:
         """Text that has become certain with this token; may be empty."""
-        if self._tokenizer.is_control(token):
+        if self._skip_special and self._tokenizer.is_control(token):
             return ""  # it has no text, and must not make the window grow
         self._ids.append(token)
         return self._advance(final=len(self._ids) - self._emitted > _MOST_HELD_TOKENS)
@@ -150,8 +164,9 @@ class TextStream:
     def _advance(self, final: bool) -> str:
         # The window starts before the new tokens, since a token's text may depend on its
         # neighbours (a leading space, say); the difference of the two decodings is the new text.
-        before = self._tokenizer.decode(self._ids[self._context : self._emitted])
-        after = self._tokenizer.decode(self._ids[self._context :])
+        special = not self._skip_special
+        before = self._tokenizer.decode(self._ids[self._context : self._emitted], special)
+        after = self._tokenizer.decode(self._ids[self._context :], special)
         if len(after) <= len(before) or (after.endswith(_INCOMPLETE) and not final):
             return ""
         self._context, self._emitted = self._emitted, len(self._ids)

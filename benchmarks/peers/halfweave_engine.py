@@ -6,7 +6,7 @@ import time
 
 import torch
 from halfweave import __version__
-from halfweave.kernels.cpu.decoder import PAGE_POSITIONS
+from halfweave.kernels.paging import PAGE_POSITIONS
 from halfweave.runtime.model import load_model
 from worker import Engine, serve
 

@@ -27,7 +27,6 @@ from .library import (
 )
 from .packed import PackedWeight
 
-PAGE_POSITIONS = 16
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")  # numbers of api.h
 
 

@@ -1,14 +1,13 @@
 """What a decoder does between its linears: norms, turns, the cache, gates; plain Triton.
 
-Keys and values of all sequences stand in pages of PAGE positions that any sequence may own:
-[pages, PAGE, kv_heads, dim], 16-bit, or int8 with a scale fp32 [pages, PAGE, kv_heads].
+Keys and values of all sequences stand in pages of PAGE_POSITIONS that any sequence may own:
+[pages, PAGE_POSITIONS, kv_heads, dim], 16-bit, or int8 with scales fp32 [pages, PAGE_POSITIONS,
+kv_heads].
 """
 
 # No `from __future__ import annotations`: Triton reads the annotations of kernels as values.
 import triton
 import triton.language as tl
-
-PAGE = 16
 
 
 @triton.jit

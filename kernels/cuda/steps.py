@@ -12,7 +12,8 @@ import torch
 import triton
 from torch import Tensor
 
-from .elementwise import PAGE, gate, rms_norm, rope_and_remember
+from ..paging import PAGE_POSITIONS
+from .elementwise import gate, rms_norm, rope_and_remember
 from .paged_attention import attend, join
 
 _ROWS = 16  # query heads of a pair of keys and values are filled up to these
@@ -22,9 +23,9 @@ _GATED = 1024
 
 @dataclass(frozen=True)
 class Pages:
-    """Keys and values of one layer: [pages, PAGE, kv_heads, dim], 16-bit or int8.
+    """Keys and values of one layer: [pages, PAGE_POSITIONS, kv_heads, dim], 16-bit or int8.
 
-    Scales are fp32 [pages, PAGE, kv_heads], of int8 only.
+    Scales are fp32 [pages, PAGE_POSITIONS, kv_heads], of int8 only.
     """
 
     keys: Tensor
@@ -37,12 +38,18 @@ class Pages:
         cls, pages: int, kv_heads: int, dim: int, dtype: torch.dtype, device: torch.device
     ) -> Pages:
         """Room for `pages` of them; `dtype` float16, bfloat16 or int8."""
-        shape = (pages, PAGE, kv_heads, dim)
+        shape = (pages, PAGE_POSITIONS, kv_heads, dim)
         keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         if dtype != torch.int8:
             return cls(keys, values)
         scales = [torch.zeros(shape[:3], device=device) for _ in range(2)]
         return cls(keys, values, *scales)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that there is."""
+        every = (self.keys, self.values, self.key_scales, self.value_scales)
+        return tuple(each for each in every if each is not None)
 
     @property
     def coded(self) -> bool:
@@ -51,7 +58,7 @@ class Pages:
 
     def first(self, table: Tensor, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The first `count` keys and values of the sequence of `table`: [count, kv_heads, dim]."""
-        used = table[: -(-count // PAGE)].long()
+        used = table[: -(-count // PAGE_POSITIONS)].long()
         return (
             _floats(self.keys, self.key_scales, used, dtype)[:count],
             _floats(self.values, self.value_scales, used, dtype)[:count],
@@ -122,7 +129,7 @@ def remember(
         dim // 2,
         table.shape[1],
         B=triton.next_power_of_2(dim // 2),
-        page=PAGE,
+        page=PAGE_POSITIONS,
         coded=pages.coded,
     )
     return q
@@ -139,7 +146,7 @@ def attend_newest(q: Tensor, pages: Pages, table: Tensor, lengths: Tensor, longe
     sequences, heads, dim = q.shape
     kv_heads, width = pages.keys.shape[2], max(16, triton.next_power_of_2(dim))
     shared = heads // kv_heads
-    splits = max(1, triton.cdiv(triton.cdiv(longest, PAGE), _PAGES_OF_A_SPLIT))
+    splits = max(1, triton.cdiv(triton.cdiv(longest, PAGE_POSITIONS), _PAGES_OF_A_SPLIT))
     partial = q.new_empty(sequences, kv_heads, splits, _ROWS, width, dtype=torch.float32)
     sums = q.new_empty(sequences, kv_heads, splits, 2, _ROWS, dtype=torch.float32)
     y = torch.empty_like(q)
@@ -161,7 +168,7 @@ def attend_newest(q: Tensor, pages: Pages, table: Tensor, lengths: Tensor, longe
         _PAGES_OF_A_SPLIT,
         G=shared,
         D=width,
-        page=PAGE,
+        page=PAGE_POSITIONS,
         coded=pages.coded,
     )
     join[(sequences, kv_heads)](partial, sums, y, kv_heads, dim, splits, G=shared, D=width)

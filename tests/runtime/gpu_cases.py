@@ -16,7 +16,8 @@ from halfweave.runtime.engine import Engine
 from halfweave.runtime.families import decoder_spec
 from halfweave.runtime.gpu_decoder import GpuDecoder
 from halfweave.runtime.model import load_model
-from halfweave.runtime.request import GenerationRequest, SamplingParams, TextDelta
+from halfweave.runtime.params import SamplingParams
+from halfweave.runtime.request import GenerationRequest, TextDelta
 from support.tiny import pack_directory, save_tiny
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -14,13 +14,13 @@ from halfweave.errors import CapacityError, CheckpointError, HalfweaveError, Usa
 from halfweave.kernels import dispatch
 from halfweave.kernels.cpu.decoder import NativeDecoder, Norm
 from halfweave.runtime import model as model_module
-from halfweave.runtime.cache import SequenceCache
 from halfweave.runtime.checkpoint import Checkpoint
-from halfweave.runtime.decoder import Decoder
+from halfweave.runtime.decoder import Decoder, FloatMemory
 from halfweave.runtime.families import decoder_spec
 from halfweave.runtime.fused import FusedBits, FusedDecoder
 from halfweave.runtime.inspection import inspect_checkpoint
 from halfweave.runtime.model import load_model
+from halfweave.runtime.paged import Part, SequenceCache
 from support.cpu_levels import LEVELS_HERE, at_level
 from support.tiny import FAMILIES, LLAMA3_ROPE, VOCABULARY, Tiny, pack_directory, save_tiny
 from torch import Tensor
@@ -76,11 +76,11 @@ def logits(decoder: FusedDecoder | Decoder, ids: Tensor, sizes: list[int]) -> Te
     return decoder.logits(torch.cat(parts))
 
 
-class HalfCache(SequenceCache):
+class HalfMemory(FloatMemory):
     """Keys and values rounded as the fused decoder's are."""
 
-    def store(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        return super().store(layer, keys.half().float(), values.half().float())
+    def store(self, layer: int, at: Tensor, keys: Tensor, values: Tensor) -> None:
+        super().store(layer, at, keys.half().float(), values.half().float())
 
 
 @pytest.mark.parametrize("level", LEVELS_HERE)
@@ -94,7 +94,7 @@ def test_logits_are_those_of_the_kernels_called_one_by_one(
     decoder, ids = fused(checkpoint, level), tokens(70)
     with torch.inference_mode():
         shape = (spec.layers, spec.kv_heads, spec.head_dim)
-        cache = HalfCache(shape, 70, torch.float32, torch.device("cpu"))
+        cache = SequenceCache(HalfMemory(shape, 5, torch.float32, torch.device("cpu")), 70)
         wanted = unfused.forward(ids, cache)
     found = decoder.forward(ids, decoder.new_cache())
     difference, largest = (found - wanted).abs(), wanted.abs().max()
@@ -126,27 +126,25 @@ def test_a_sequence_gets_the_same_bits_however_it_is_cut(level: str, tmp_path: P
 
 
 def test_sequences_in_one_batch_get_the_bits_they_get_alone(tmp_path: Path) -> None:
-    """Three sequences of different lengths take turns in shared pages, in one call a step."""
+    """Three sequences of different lengths in shared pages, a few tokens of each in one call."""
     decoder = fused(packed(tmp_path, Tiny()))
-    native, lengths = decoder.native, (40, 7, 23)
-    texts = [tokens(length, seed) for seed, length in enumerate(lengths)]
+    texts = [tokens(length, seed) for seed, length in enumerate((40, 7, 23))]
     alone = [decoder.forward(text, decoder.new_cache()) for text in texts]
-    pages = torch.tensor([5, 2, 8, 7, 0, 6], dtype=torch.int32)  # 3, 1 and 2 of them
-    memory = torch.full((9 * native.page_bytes,), 255, dtype=torch.uint8)  # NaN, were it read
+    pages, memory = [[5, 2, 8], [7], [0, 6]], decoder.new_memory(9)
+    memory.bytes.fill_(255)  # NaN, were it read
     found: list[list[Tensor]] = [[], [], []]
-    for step in range(max(lengths)):
-        running = [i for i in range(3) if step < lengths[i]]
-        hidden = native.forward(
-            torch.tensor([int(texts[i][step]) for i in running], dtype=torch.int32),
-            torch.full((len(running),), step),
-            pages,
-            torch.tensor([(0, 3, 4)[i] for i in running]),
-            memory,
-        )
-        for i, row in zip(running, hidden, strict=True):
-            found[i].append(row)
+    starts, cut = [0, 0, 0], random.Random(1)
+    while running := [i for i in range(3) if starts[i] < len(texts[i])]:
+        parts = []
+        for i in running:
+            new = texts[i][starts[i] : starts[i] + cut.randint(1, 5)]
+            parts.append(Part(new.tolist(), starts[i], pages[i]))
+        states = decoder.run(parts, memory).split([len(part.tokens) for part in parts])
+        for i, part, rows in zip(running, parts, states, strict=True):
+            found[i].append(rows)
+            starts[i] = part.end
     for wanted, rows in zip(alone, found, strict=True):
-        assert torch.equal(wanted, torch.stack(rows))
+        assert torch.equal(wanted, torch.cat(rows))
 
 
 def test_a_full_cache_is_refused_and_stays_usable(tmp_path: Path) -> None:
@@ -234,11 +232,11 @@ def test_a_head_of_4_bits_is_smaller_and_near_the_one_of_8(name: str, tmp_path: 
     assert 0 < (found - wanted).norm() < 0.15 * wanted.norm()
 
 
-class CodeCache(SequenceCache):
+class CodeMemory(FloatMemory):
     """Keys and values rounded to 8 bits, a scale for every vector of a head."""
 
-    def store(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        return super().store(layer, *(on_127_steps(each) for each in (keys, values)))
+    def store(self, layer: int, at: Tensor, keys: Tensor, values: Tensor) -> None:
+        super().store(layer, at, *(on_127_steps(each) for each in (keys, values)))
 
 
 def on_127_steps(x: Tensor) -> Tensor:
@@ -257,7 +255,7 @@ def test_keys_and_values_of_8_bits(name: str, level: str, tmp_path: Path) -> Non
     ids = tokens(70)
     with torch.inference_mode():
         shape = (spec.layers, spec.kv_heads, spec.head_dim)
-        cache = CodeCache(shape, 70, torch.float32, torch.device("cpu"))
+        cache = SequenceCache(CodeMemory(shape, 5, torch.float32, torch.device("cpu")), 70)
         wanted = exact.forward(ids, cache)
     found = codes.forward(ids, codes.new_cache())
     of_halves = halves.forward(ids, halves.new_cache())
@@ -350,7 +348,7 @@ def test_of_a_checkpoint_of_floats_only_keys_and_values_are_rounded(
     decoder, ids = fused(checkpoint, level), tokens(70)
     with torch.inference_mode():
         shape = (spec.layers, spec.kv_heads, spec.head_dim)
-        cache = HalfCache(shape, 70, torch.float32, torch.device("cpu"))
+        cache = SequenceCache(HalfMemory(shape, 5, torch.float32, torch.device("cpu")), 70)
         wanted = exact.logits(exact.forward(ids, cache))
     # A key or value at the edge of two halves may take the other one: 2^-11 of itself.
     difference = (logits(decoder, ids, [70]) - wanted).abs()

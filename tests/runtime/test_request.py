@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 from halfweave.errors import RequestError
-from halfweave.runtime.request import GenerationRequest, SamplingParams
+from halfweave.runtime.params import SamplingParams
+from halfweave.runtime.request import GenerationRequest
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("max_tokens", 0),
+        ("max_tokens", -1),
         ("max_tokens", -1),
         ("max_tokens", 2**31),
         ("max_tokens", True),

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from halfweave.kernels.cuda.elementwise import PAGE, gate, rms_norm, rope_and_remember
+from halfweave.kernels.cuda.elementwise import gate, rms_norm, rope_and_remember
 from halfweave.kernels.cuda.expand_gemm import expand_gemm
 from halfweave.kernels.cuda.int4_gemm import int4_gemm
 from halfweave.kernels.cuda.paged_attention import attend, join
 from halfweave.kernels.cuda.reduce import add_parts
 from halfweave.kernels.formats import Int4, Sparse24, Sparse24Int4
+from halfweave.kernels.paging import PAGE_POSITIONS
 from torch import Tensor
 
 # In fp16 throughout: the interpreter has no products of bf16.
@@ -125,7 +126,7 @@ HEADS, KV, DIM, MOST_PAGES = 6, 2, 48, 8
 
 
 def pages(coded: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    shape = (3 * MOST_PAGES, PAGE, KV, DIM)
+    shape = (3 * MOST_PAGES, PAGE_POSITIONS, KV, DIM)
     kind = torch.int8 if coded else torch.float16
     stored = [torch.zeros(shape, dtype=kind, device=DEVICE) for _ in range(2)]
     scales = [torch.zeros(shape[:3], device=DEVICE) for _ in range(2)]
@@ -164,7 +165,7 @@ def test_a_sequence_of_tokens_is_remembered_and_attended_to(coded: bool) -> None
         DIM // 2,
         MOST_PAGES,
         B=32,
-        page=PAGE,
+        page=PAGE_POSITIONS,
         coded=coded,
     )
     last = torch.tensor(lengths).cumsum(0) - 1
@@ -191,7 +192,7 @@ def test_a_sequence_of_tokens_is_remembered_and_attended_to(coded: bool) -> None
         3,
         G=HEADS // KV,
         D=64,
-        page=PAGE,
+        page=PAGE_POSITIONS,
         coded=coded,
     )
     join[(3, KV)](partial, sums, y, KV, DIM, splits, G=HEADS // KV, D=64)

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 from halfweave.kernels.cuda.aot import Signature, compile_kernel
-from halfweave.kernels.cuda.elementwise import PAGE, gate, rms_norm, rope_and_remember
+from halfweave.kernels.cuda.elementwise import gate, rms_norm, rope_and_remember
 from halfweave.kernels.cuda.expand_gemm import expand_gemm
 from halfweave.kernels.cuda.int4_gemm import int4_gemm
 from halfweave.kernels.cuda.paged_attention import attend, join
 from halfweave.kernels.cuda.reduce import add_parts
 from halfweave.kernels.cuda.targets import ARCHITECTURES
+from halfweave.kernels.paging import PAGE_POSITIONS
 from ptx.emulator import Emulator
 from support.emulated import Case, sparse_weight
 
@@ -46,14 +47,14 @@ def attending(coded: bool) -> Signature:
     types = {"q": "*fp16", **pages(coded), "tables": "*i32", "lengths": "*i32"}
     types |= {"partial": "*fp32", "sums": "*fp32", "factor": "fp32"}
     types |= dict.fromkeys(("kv_heads", "dim", "most_pages", "pages_each"), "i32")
-    return signature(types, {"G": 3, "D": 64, "page": PAGE, "coded": coded}, "dim")
+    return signature(types, {"G": 3, "D": 64, "page": PAGE_POSITIONS, "coded": coded}, "dim")
 
 
 def remembering(coded: bool) -> Signature:
     types = {"qkv": "*fp16", "positions": "*i32", "tables": "*i32", "frequencies": "*fp32"}
     types |= {"q": "*fp16", **pages(coded)}
     types |= dict.fromkeys(("heads", "kv_heads", "half", "most_pages"), "i32")
-    return signature(types, {"B": 32, "page": PAGE, "coded": coded}, "half")
+    return signature(types, {"B": 32, "page": PAGE_POSITIONS, "coded": coded}, "half")
 
 
 KERNELS: dict[str, tuple[Any, Signature]] = {
@@ -142,7 +143,7 @@ def test_the_compiled_attention_gives_what_torch_gives() -> None:
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(2, heads, dim, generator=generator).half()
     keys, values = (
-        torch.randn(8, PAGE, kv_heads, dim, generator=generator).half() for _ in range(2)
+        torch.randn(8, PAGE_POSITIONS, kv_heads, dim, generator=generator).half() for _ in range(2)
     )
     tables = torch.tensor([[5, 0, 3, 7], [2, 6, 1, 4]], dtype=torch.int32)
     made = compile_kernel(attend, attending(False), 80, 4)

@@ -1,0 +1,73 @@
+"""The answer to one request as it grows: its tokens, its text, and its end. Knows no model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .likeliest import logprob_of
+from .request import FinishReason, GenerationRequest, TextDelta, TokenLogprob
+from .sampler import Sampler
+from .stops import StopFinder
+from .tokenizer import Tokenizer
+
+Show = Callable[[TextDelta], None]
+
+
+class Answer:
+    """Grows by one token for every call of `take`, until that gives a reason to stop."""
+
+    def __init__(self, request: GenerationRequest, tokenizer: Tokenizer, limit: int) -> None:
+        """`limit` is the most tokens it may have."""
+        params = request.params
+        ends = set(params.stop_token_ids)
+        if not params.ignore_eos or request.constraint is not None:
+            ends |= tokenizer.eos_ids  # a constraint that is met leaves nothing else to write
+        self._params, self._ends, self.limit = params, ends, limit
+        self._sampler = Sampler(params, request.prompt_ids, ends, request.constraint)
+        self._text = tokenizer.stream(params.skip_special_tokens)
+        self._stops = StopFinder(params.stop, params.include_stop)
+        self.token_ids: list[int] = []
+        self.first_token_at: float | None = None
+
+    def take(self, scores: NDArray[np.float32], show: Show) -> FinishReason | None:
+        """Choose a token from scores [vocab]; shows what became certain; a reason at the end.
+
+        Raises:
+            NotNumbersError: the scores are not numbers.
+        """
+        token = self._sampler.choose(scores)
+        self.token_ids.append(token)
+        if self.first_token_at is None:
+            self.first_token_at = time.monotonic()
+        logprobs = self._logprobs(scores, token)
+        if token in self._ends:
+            kept = self._text.push(token) if self._params.include_stop else ""
+            self._finish(kept, show, (token,), logprobs)
+            return "stop"
+        text = self._text.push(token)
+        if len(self.token_ids) >= self.limit:
+            self._finish(text, show, (token,), logprobs)
+            return "stop" if self._stops.found else "length"
+        show(TextDelta(self._checked(text), (token,), logprobs))
+        return "stop" if self._stops.found else None
+
+    def _logprobs(self, scores: NDArray[np.float32], token: int) -> tuple[TokenLogprob, ...]:
+        asked = self._params.logprobs
+        return () if asked is None else (logprob_of(scores, token, asked),)
+
+    def _checked(self, text: str) -> str:
+        """What may be shown of it now. No stop string counts before the least length."""
+        return text if len(self.token_ids) < self._params.min_tokens else self._stops.push(text)
+
+    def _finish(
+        self, text: str, show: Show, token: tuple[int], logprobs: tuple[TokenLogprob, ...]
+    ) -> None:
+        """The last token: what was held back is certain now."""
+        text = self._stops.push(text + self._text.finish())
+        if not self._stops.found:
+            text += self._stops.finish()
+        show(TextDelta(text, token, logprobs))

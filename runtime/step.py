@@ -1,0 +1,118 @@
+"""One step of the engine: planned work goes through the model, and each answer takes its token.
+
+What goes wrong with one sequence stays with it; see `StepResult`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .likeliest import logprob_of
+from .model import Model
+from .paged import Memory
+from .request import FinishReason, PromptScored
+from .scheduler import Work
+from .sequence import Sequence
+
+_ROWS_SCORED = 64  # of a prompt at a time: bounds the [rows, vocab] buffer
+
+
+@dataclass
+class StepResult:
+    """What came of a step: who is done and why, and who failed. All others go on.
+
+    `written` tokens were added to answers.
+    """
+
+    written: int = 0
+    finished: dict[Sequence, FinishReason] = field(default_factory=dict)
+    failed: dict[Sequence, Exception] = field(default_factory=dict)
+
+    @contextmanager
+    def blaming(self, sequence: Sequence) -> Iterator[None]:
+        """An exception inside is this sequence's failure."""
+        try:
+            yield
+        except Exception as error:
+            self.failed[sequence] = error
+
+
+@dataclass(frozen=True)
+class Stepper:
+    """Runs steps on a model; `memory` holds the pages."""
+
+    model: Model
+    memory: Memory
+
+    def run(self, work: Seq[Work]) -> StepResult:
+        """Compute all work at once; the caller advances the sequences that did not fail."""
+        result = StepResult()
+        states = self._states(work, result)
+        for each in work:
+            if each.sequence in states:
+                with result.blaming(each.sequence):
+                    self._score_prompt(each, states[each.sequence])
+        complete = [each.sequence for each in work if each.completes and each.sequence in states]
+        if complete:
+            last = torch.stack([states[sequence][-1] for sequence in complete])
+            rows = self.model.decoder.logits(last).numpy()
+            for sequence, scores in zip(complete, rows, strict=True):
+                if sequence not in result.failed:
+                    with result.blaming(sequence):
+                        _take(sequence, scores, result)
+        return result
+
+    def _states(self, work: Seq[Work], result: StepResult) -> dict[Sequence, Tensor]:
+        """Final hidden states [count, hidden] of each sequence.
+
+        If the batch raises, each is tried alone: that writes the same keys and values again, and
+        shows whose fault it was.
+        """
+        parts = [each.sequence.part(each.count) for each in work]
+        try:
+            hidden = self.model.decoder.run(parts, self.memory)
+        except Exception as error:
+            if len(work) == 1:
+                result.failed[work[0].sequence] = error
+                return {}
+            states: dict[Sequence, Tensor] = {}
+            for each in work:
+                states |= self._states([each], result)
+            return states
+        split = hidden.split([each.count for each in work])
+        return {each.sequence: rows for each, rows in zip(work, split, strict=True)}
+
+    def _score_prompt(self, work: Work, states: Tensor) -> None:
+        """Log-probabilities of the prompt's tokens that these states predict, if asked for."""
+        sequence, prompt = work.sequence, work.sequence.request.prompt_ids
+        top = sequence.request.params.prompt_logprobs
+        if top is None:
+            return
+        # The state at position p predicts token p + 1; entry i of `scored` is token i + 1.
+        first = len(sequence.scored) - sequence.computed
+        last = min(work.count, len(prompt) - 1 - sequence.computed)
+        for start in range(max(0, first), last, _ROWS_SCORED):
+            stop = min(start + _ROWS_SCORED, last)
+            rows = self.model.decoder.logits(states[start:stop]).numpy()
+            for offset, scores in enumerate(rows, start=sequence.computed + start + 1):
+                sequence.scored.append(logprob_of(scores, prompt[offset], top))
+        if last == len(prompt) - 1 - sequence.computed and not sequence.answer.token_ids:
+            sequence.tell(PromptScored(tuple(sequence.scored)))
+
+
+def _take(sequence: Sequence, scores: NDArray[np.float32], result: StepResult) -> None:
+    if sequence.answer.limit == 0:
+        result.finished[sequence] = "length"
+        return
+    reason = sequence.answer.take(scores, sequence.tell)
+    result.written += 1
+    if reason is not None:
+        result.finished[sequence] = reason
