@@ -11,7 +11,7 @@ import inspect
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -25,6 +25,10 @@ INTERRUPTED = 130
 # Each flag can be given as HALFWEAVE_VERB_FLAG too; saying so at every one would drown the help.
 Flag = functools.partial(Option, show_envvar=False)
 
+ModelDirs = Annotated[
+    list[str],
+    Argument(metavar="MODEL...", help="Model directories.", show_default=False),
+]
 ModelDir = Annotated[str, Argument(metavar="MODEL", help="Model directory.", show_default=False)]
 OutDir = Annotated[
     str, Argument(metavar="OUT", help="Output directory; it is made.", show_default=False)
@@ -174,9 +178,46 @@ class Serving:
 
     host: Annotated[str, Flag(help="Address to listen on.")] = "127.0.0.1"
     port: Annotated[int, Flag(help="Port to listen on; 0 takes a free one.")] = 8000
-    name: Annotated[str | None, Flag(help="The model's name; its directory's if unset.")] = None
-    max_waiting: Annotated[int, Flag(min=1, help="Most requests that may wait.")] = 64
+    name: Annotated[
+        list[str], Flag(help="A model's name, in their order; its directory's if unset.")
+    ] = field(default_factory=list)
+    api_key: Annotated[
+        list[str], Flag(help="A key that requests must bring; may be given several times.")
+    ] = field(default_factory=list)
+    api_key_file: Annotated[Path | None, Flag(help="File of such keys, one a line.")] = None
     drain: Annotated[float, Flag(min=0, help="Seconds for running answers at the end.")] = 30.0
+
+
+@dataclass(frozen=True)
+class Scheduling:
+    """How much a server does at once; the fields of `EngineSettings`, with MiB for bytes."""
+
+    max_num_seqs: Annotated[int, Flag(min=1, help="Requests that run side by side.")] = 32
+    max_waiting: Annotated[int, Flag(min=0, help="Requests that may wait behind them.")] = 64
+    queue_timeout: Annotated[
+        float | None, Flag(min=0, help="Seconds that a request waits at most; no limit if unset.")
+    ] = None
+    max_model_len: Annotated[
+        int | None, Flag(min=2, help="Tokens of prompt and answer; the model's own if unset.")
+    ] = None
+    step_tokens: Annotated[int, Flag(min=1, help="Tokens that are computed in one step.")] = 256
+    kv_mib: Annotated[
+        int | None, Flag(min=1, help="Memory for keys and values; 1024, or what suffices.")
+    ] = None
+    prefix_cache: Annotated[bool, Flag(help="Reuse what was computed of equal beginnings.")] = True
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """How many processes serve, and where; one without Ray if nothing is given."""
+
+    replicas: Annotated[int | None, Flag(min=1, help="Serve with so many processes on Ray.")] = None
+    max_replicas: Annotated[
+        int | None, Flag(min=1, help="Grow up to so many under load; --replicas if unset.")
+    ] = None
+    ray_address: Annotated[
+        str | None, Flag(help="A running Ray cluster; one on this machine is started if unset.")
+    ] = None
 
 
 def verb(app: Typer, name: str | None = None) -> Callable[[Callable[..., None]], None]:
@@ -217,6 +258,8 @@ def _parameter(name: str, hint: Any, default: Any) -> inspect.Parameter:
 
 
 def _default(field: Field[Any]) -> Any:
+    if field.default_factory is not MISSING:
+        return field.default_factory()
     return inspect.Parameter.empty if field.default is MISSING else field.default
 
 

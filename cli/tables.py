@@ -268,19 +268,27 @@ def tiles(choices: Sequence[GpuChoice]) -> list[Row]:
     ]
 
 
-def serving(url: str, name: str) -> list[str]:
-    """How to talk to a server that has just come up: the address, a curl line, and Python."""
+def serving(url: str, names: Sequence[str], keys: bool) -> list[str]:
+    """How to talk to a server that has just come up: the address, a curl line, and Python.
+
+    With `keys` the caller is reminded to bring theirs.
+    """
     messages = [{"role": "user", "content": "Hello"}]
-    body = json.dumps({"model": name, "messages": messages, "max_tokens": 100})
-    header = "content-type: application/json"
+    body = json.dumps({"model": names[0], "messages": messages, "max_tokens": 100})
+    headers = "-H 'content-type: application/json'"
+    key = '"none"'
+    if keys:
+        headers += ' -H "authorization: Bearer $HALFWEAVE_API_KEY"'
+        key = 'os.environ["HALFWEAVE_API_KEY"]'
     return [
-        f"serving {name} at {url}",
-        f"curl {url}/v1/chat/completions -H '{header}' \\",
+        f"serving {', '.join(names)} at {url}",
+        f"curl {url}/v1/chat/completions {headers} \\",
         f"  -d {shlex.quote(body)}",
+        *(["import os"] if keys else []),
         "from openai import OpenAI",
-        f'client = OpenAI(base_url="{url}/v1", api_key="none")',
+        f'client = OpenAI(base_url="{url}/v1", api_key={key})',
         f"messages = {json.dumps(messages)}",
         "answer = client.chat.completions.create("
-        f"model={json.dumps(name)}, messages=messages, max_tokens=100)",
+        f"model={json.dumps(names[0])}, messages=messages, max_tokens=100)",
         "print(answer.choices[0].message.content)",
     ]

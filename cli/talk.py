@@ -10,7 +10,8 @@ from ..errors import RequestError
 from ..runtime.engine import Engine
 from ..runtime.llm import Completion
 from ..runtime.model import Model
-from ..runtime.request import Failed, Finished, GenerationRequest, SamplingParams, TextDelta
+from ..runtime.params import SamplingParams
+from ..runtime.request import Failed, Finished, GenerationRequest, TextDelta
 from .console import Console
 from .flags import Sampling
 

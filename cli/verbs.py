@@ -18,6 +18,7 @@ from .flags import (
     Loading,
     Measuring,
     ModelDir,
+    ModelDirs,
     OutDir,
     Output,
     Pruning,
@@ -25,6 +26,8 @@ from .flags import (
     Restart,
     Run,
     Sampling,
+    Scaling,
+    Scheduling,
     Serving,
     Speed,
     Working,
@@ -330,29 +333,46 @@ def chat(model: ModelDir, sampling: Sampling, loading: Loading, output: Output) 
 
 
 @verb(app)
-def serve(model: ModelDir, serving: Serving, loading: Loading, output: Output) -> None:
+def serve(
+    models: ModelDirs,
+    serving: Serving,
+    scheduling: Scheduling,
+    scaling: Scaling,
+    loading: Loading,
+    output: Output,
+) -> None:
     """Answer the OpenAI API over HTTP; Ctrl-C lets answers finish, a second one does not."""
     from ..server.serve import serve as answer
     from ..server.settings import ServerSettings
+    from .serving import api_keys, engine_settings, offers
 
-    console = Console(output.json)
-    name = serving.name or find_directory(model).resolve().name
+    console, offered = Console(output.json), offers(models, serving.name)
+    settings = ServerSettings(api_keys=api_keys(serving), drain_s=serving.drain)
     log_to_stderr()
     _set_threads(loading.threads)
 
     def ready(url: str) -> None:
-        for line in tables.serving(url, name):
+        names = [str(offer.name) for offer in offered]
+        for line in tables.serving(url, names, bool(settings.api_keys)):
             console.say(line)
-        console.document({"verb": "serve", "url": url, "model": name})
+        console.document({"verb": "serve", "url": url, "models": names})
 
+    if scaling.replicas is not None:
+        from ..kernels.cpu.cores import granted_cores
+        from ..server.ray_serve import Plan, Scale, serve_replicas
+
+        scale = Scale(scaling.replicas, scaling.max_replicas, scaling.ray_address)
+        threads = loading.threads or max(1, granted_cores() // scale.most)
+        plan = Plan(offered, _settings(loading), engine_settings(scheduling), settings, threads)
+        serve_replicas(plan, scale, serving.host, serving.port, ready)
+        return
     answer(
-        model,
+        offered,
         serving.host,
         serving.port,
         loading=_settings(loading),
-        settings=ServerSettings(
-            served_name=name, max_waiting=serving.max_waiting, drain_s=serving.drain
-        ),
+        running=engine_settings(scheduling),
+        settings=settings,
         on_ready=ready,
     )
 

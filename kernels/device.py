@@ -1,6 +1,8 @@
-"""Where tensors are: the CPU, or a GPU that is there."""
+"""Where tensors are: the CPU, or a GPU that is there; and what memory it has left."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import torch
 
@@ -26,3 +28,20 @@ def parse_device(name: str) -> torch.device:
             "leave --device out, or install a build of torch for your GPU",
         )
     return device
+
+
+def available_memory_bytes(device: torch.device | None = None) -> int | None:
+    """Memory that can be used without swapping, or None where the system does not say.
+
+    The computer's, or that of a GPU, with what this process keeps of it for tensors to come.
+    """
+    if device is not None and device.type == "cuda":
+        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + idle
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None

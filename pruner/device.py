@@ -1,31 +1,13 @@
-"""What memory there is for the heavy work, and what a GPU says when it is full."""
+"""What a GPU says when its memory is full, in words that help."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
 from ..errors import CapacityError
-
-
-def available_memory_bytes(device: torch.device | None = None) -> int | None:
-    """Memory that can be used without swapping, or None where the system does not say.
-
-    The computer's, or that of a GPU, with what this process keeps of it for tensors to come.
-    """
-    if device is not None and device.type == "cuda":
-        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + idle
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None
 
 
 @contextmanager

@@ -9,10 +9,9 @@ from math import prod
 from pathlib import Path
 
 from ..errors import CapacityError, UsageError
-from ..kernels.device import parse_device
+from ..kernels.device import available_memory_bytes, parse_device
 from ..kernels.formats import Dense, expected_tensors, needs_group
 from .cost import estimate_memory, estimate_scratch, estimate_seconds
-from .device import available_memory_bytes
 from .methods.base import Target
 from .pack import stored_format, why_not
 from .recipe import CHOICES, Pattern, Recipe

@@ -16,7 +16,7 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
-from .device import available_memory_bytes
+from ..kernels.device import available_memory_bytes
 from .methods.base import InputStatistics
 from .pausing import PausingPass, stops
 from .stream import BlockStream

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from .likeliest import logprob_of
 from .request import FinishReason, GenerationRequest, TextDelta, TokenLogprob
-from .sampler import Sampler
+from .sampler import Sampler, check_number
 from .stops import StopFinder
 from .tokenizer import Tokenizer
 
@@ -40,10 +40,26 @@ class Answer:
             NotNumbersError: the scores are not numbers.
         """
         token = self._sampler.choose(scores)
+        asked = self._params.logprobs
+        return self._add(token, () if asked is None else (logprob_of(scores, token, asked),), show)
+
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether `take_likeliest` would do in place of `take`, with no scores but one."""
+        return self._sampler.takes_likeliest and self._params.logprobs is None
+
+    def take_likeliest(self, token: int, score: float, show: Show) -> FinishReason | None:
+        """As `take`, where the likeliest token and its score are known already."""
+        check_number(score)
+        self._sampler.note(token)
+        return self._add(token, (), show)
+
+    def _add(
+        self, token: int, logprobs: tuple[TokenLogprob, ...], show: Show
+    ) -> FinishReason | None:
         self.token_ids.append(token)
         if self.first_token_at is None:
             self.first_token_at = time.monotonic()
-        logprobs = self._logprobs(scores, token)
         if token in self._ends:
             kept = self._text.push(token) if self._params.include_stop else ""
             self._finish(kept, show, (token,), logprobs)
@@ -54,10 +70,6 @@ class Answer:
             return "stop" if self._stops.found else "length"
         show(TextDelta(self._checked(text), (token,), logprobs))
         return "stop" if self._stops.found else None
-
-    def _logprobs(self, scores: NDArray[np.float32], token: int) -> tuple[TokenLogprob, ...]:
-        asked = self._params.logprobs
-        return () if asked is None else (logprob_of(scores, token, asked),)
 
     def _checked(self, text: str) -> str:
         """What may be shown of it now. No stop string counts before the least length."""

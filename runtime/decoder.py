@@ -112,7 +112,7 @@ class Decoder(PagedDecoder):
             CheckpointError: a tensor is missing, illegal, or does not fit the config.
         """
         self.spec = spec
-        self._dtype, self._device = dtype, device
+        self._dtype, self.device = dtype, device
         loader = Loader(checkpoint, spec, dtype, device)
         self._embedding, self._positions = loader.embedding(), loader.positions()
         named = spec.names.embedding_norm
@@ -137,13 +137,13 @@ class Decoder(PagedDecoder):
     def new_memory(self, pages: int) -> FloatMemory:
         """Room for so many pages."""
         shape = (self.spec.layers, self.spec.kv_heads, self.spec.head_dim)
-        return FloatMemory(shape, pages, self._dtype, self._device)
+        return FloatMemory(shape, pages, self._dtype, self.device)
 
     @torch.inference_mode()
     def run(self, parts: Sequence[Part], memory: FloatMemory) -> Tensor:
         """Append all parts at once: their final hidden states [tokens of all, hidden], in order."""
-        at = positions(parts).to(self._device)
-        hidden = self._embedded(token_ids(parts).to(self._device), at)
+        at = positions(parts).to(self.device)
+        hidden = self._embedded(token_ids(parts).to(self.device), at)
         where = _Where(self._angles(at), self._places(parts))
         for index, block in enumerate(self._blocks):
             hidden = self._block(block, index, hidden, memory, where)
@@ -216,7 +216,7 @@ class Decoder(PagedDecoder):
         for part in parts:
             rows = slice(first, first + len(part.tokens))
             mask = self._mask(part.start, len(part.tokens))
-            places.append(_Place(rows, slots(part).to(self._device), mask))
+            places.append(_Place(rows, slots(part).to(self.device), mask))
             first = rows.stop
         return places
 
@@ -228,7 +228,7 @@ class Decoder(PagedDecoder):
         total, window = start + count, self.spec.window
         if count == 1 and self._slopes is None and (window is None or total <= window):
             return None
-        positions = torch.arange(total, device=self._device)
+        positions = torch.arange(total, device=self.device)
         distance = positions[start:, None] - positions
         seen = distance >= 0
         if window is not None:

@@ -19,6 +19,7 @@ from functools import partial
 from ..errors import CapacityError, EngineDeadError, RequestError, UsageError
 from ..kernels.paging import PAGE_POSITIONS
 from .answer import Answer
+from .memory import MemoryPlan
 from .model import Model
 from .paged import Memory, pages_for
 from .pages import PagePool
@@ -114,6 +115,8 @@ class Engine:
         self.model, self.settings = model, settings or EngineSettings()
         self.max_model_len = _max_model_len(model, self.settings)
         pages = _pages(model, self.settings, self.max_model_len)
+        self.memory_plan = _memory_plan(model, self.settings, pages)
+        self.memory_plan.check()
         self._share = self.settings.share_prefixes
         pool = PagePool(pages, self._share)
         self._scheduler = Scheduler(pool, self.settings.max_running, self.settings.tokens_per_step)
@@ -360,6 +363,12 @@ def _pages(model: Model, settings: EngineSettings, longest: int) -> int:
             f"a shorter context, of {max(2, pages * PAGE_POSITIONS)} tokens, or more memory",
         )
     return pages
+
+
+def _memory_plan(model: Model, settings: EngineSettings, pages: int) -> MemoryPlan:
+    decoder, step = model.decoder, (settings.tokens_per_step, settings.max_running)
+    weights = model.checkpoint.weight_bytes
+    return MemoryPlan.of(model.spec, weights, pages, decoder.page_bytes, step, decoder.device)
 
 
 def _memory(model: Model, pages: int) -> Memory:

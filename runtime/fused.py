@@ -82,7 +82,7 @@ class FusedDecoder(PagedDecoder):
         Raises:
             CheckpointError: a tensor is missing, illegal, or does not fit the config.
         """
-        self.spec, self.level = spec, library.level
+        self.spec, self.level, self.device = spec, library.level, torch.device("cpu")
         loader = Loader(checkpoint, spec, torch.float32, torch.device("cpu"))
         self.native = NativeDecoder(
             library,

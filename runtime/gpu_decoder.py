@@ -1,8 +1,9 @@
 """The decoder on a GPU: packed linears, keys and values in pages, a few kernels a block.
 
 q, k and v are one product, and so are gate and up, where their weights are stored alike. One new
-token looks at the pages themselves; several at copies of them, by torch's attention. Under Triton's
-interpreter the same code runs on CPU tensors. Nothing is captured in a graph yet.
+token looks at the pages themselves; several at copies of them, by torch's attention. Steps of one
+token a sequence are replayed from graphs (gpu_graphs.py). Under Triton's interpreter the same code
+runs on CPU tensors.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from ..errors import UnsupportedModel
 from ..kernels.cuda.steps import Pages, attend_newest, gated, normed, remember
 from ..kernels.dispatch import LinearFunction, on_gpu
 from ..kernels.formats import Dense, Int4, Int8, PackedLinear, Sparse24, Sparse24Int4
+from ..kernels.paging import PAGE_POSITIONS
 from .checkpoint import Checkpoint
+from .gpu_graphs import StepBuffers, StepGraphs
 from .loading import Loader
-from .paged import PagedDecoder, Part, positions, token_ids
+from .paged import PagedDecoder, Part, pages_for, positions, token_ids
 from .rope import inverse_frequencies
 from .spec import DecoderSpec, RopeSpec
 
@@ -39,36 +42,39 @@ class _Block:
 
 
 class GpuMemory:
-    """Pages of every layer."""
+    """Pages of every layer, and one more that no sequence has; with the graphs made for them."""
 
     def __init__(self, layers: Sequence[Pages]) -> None:
         self.layers = list(layers)
+        self.graphs: StepGraphs | None = None
 
     @property
     def pages(self) -> int:
-        """Pages that there is memory for."""
-        return len(self.layers[0].keys)
+        """Pages that there is memory for; the number of nobody's."""
+        return len(self.layers[0].keys) - 1
 
     def grow(self, pages: int) -> None:
         """Make room for so many; what is there stays."""
-        self.layers = [layer.grown(pages) for layer in self.layers]
+        self.layers = [layer.grown(pages + 1) for layer in self.layers]
+        self.graphs = None
 
 
 @dataclass(frozen=True)
 class _Batch:
     """Tokens of some sequences, on the device.
 
-    `table` int32 [tokens, most pages] are the pages of each token's sequence. `single` int64 are
-    the rows of sequences that get one token, `lengths` int32 their positions with it, `longest`
-    the most of those; `long` are the rows of each sequence that gets several, with its positions.
+    `table` int32 [tokens, most pages] are the pages of each token's sequence. `lengths` int32 are
+    the positions of sequences that get one token, with it, and `longest` is at least the most of
+    those; `single` int64 are their rows, where there are others too. `long` are the rows of each
+    sequence that gets several, with its positions.
     """
 
     positions: Tensor
     table: Tensor
-    single: Tensor
     lengths: Tensor
     longest: int
-    long: Sequence[tuple[slice, int]]
+    single: Tensor | None = None
+    long: Sequence[tuple[slice, int]] = ()
 
 
 class GpuDecoder(PagedDecoder):
@@ -89,7 +95,7 @@ class GpuDecoder(PagedDecoder):
             CheckpointError: a tensor is missing, illegal, or does not fit the config.
         """
         _check(spec)
-        self.spec, self._dtype, self._device = spec, dtype, device
+        self.spec, self._dtype, self.device = spec, dtype, device
         self._stored = dtype if kv_bits == 16 else torch.int8
         loader = Loader(checkpoint, spec, dtype, device)
         self._embedding = loader.embedding()
@@ -107,17 +113,35 @@ class GpuDecoder(PagedDecoder):
 
     def new_memory(self, pages: int) -> GpuMemory:
         """Room for so many pages."""
-        return GpuMemory([self._layer_pages(pages) for _ in range(self.spec.layers)])
+        return GpuMemory([self._layer_pages(pages + 1) for _ in range(self.spec.layers)])
 
     def _layer_pages(self, pages: int) -> Pages:
         spec = self.spec
-        return Pages.empty(pages, spec.kv_heads, spec.head_dim, self._stored, self._device)
+        return Pages.empty(pages, spec.kv_heads, spec.head_dim, self._stored, self.device)
 
     @torch.inference_mode()
     def run(self, parts: Sequence[Part], memory: GpuMemory) -> Tensor:
         """Append all parts at once: their final hidden states [tokens of all, hidden], in order."""
-        eps, batch = self.spec.norm.eps, self._batch(parts)
-        x, delta = self._embedding[token_ids(parts).to(self._device)], None
+        graphs = self._graphs(memory)
+        if graphs.fits(parts):
+            return graphs.run(parts)
+        return self._layers(token_ids(parts).to(self.device), self._batch(parts), memory)
+
+    def _graphs(self, memory: GpuMemory) -> StepGraphs:
+        if memory.graphs is None:
+            width = min(memory.pages, pages_for(self.spec.max_positions))
+
+            def step(newest: StepBuffers) -> Tensor:
+                longest = width * PAGE_POSITIONS  # of all steps to come
+                batch = _Batch(newest.positions, newest.table, newest.lengths, longest)
+                return self._layers(newest.ids, batch, memory)
+
+            memory.graphs = StepGraphs(step, width, memory.pages, self.device)
+        return memory.graphs
+
+    def _layers(self, ids: Tensor, batch: _Batch, memory: GpuMemory) -> Tensor:
+        eps = self.spec.norm.eps
+        x, delta = self._embedding[ids], None
         for block, pages in zip(self._blocks, memory.layers, strict=True):
             qkv = block.qkv(normed(x, delta, block.attention_gain, eps))
             q = remember(
@@ -133,6 +157,12 @@ class GpuDecoder(PagedDecoder):
         """Scores of every next token, fp32 [..., vocab], on the CPU, where they are sampled."""
         return self._head(hidden).float().cpu()
 
+    @torch.inference_mode()
+    def likeliest(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """As `PagedDecoder`; two numbers a row are copied from the device, not a vocabulary."""
+        scores, tokens = self._head(hidden).float().max(-1)
+        return tokens.cpu(), scores.cpu()
+
     def _batch(self, parts: Sequence[Part]) -> _Batch:
         counts = [len(part.tokens) for part in parts]
         width = max(len(part.pages) for part in parts)
@@ -143,11 +173,11 @@ class GpuDecoder(PagedDecoder):
         single = [end - 1 for end, count in zip(ends, counts, strict=True) if count == 1]
         lengths = [part.end for part in parts if len(part.tokens) == 1]
         return _Batch(
-            positions(parts).to(self._device, torch.int32),
-            table.repeat_interleave(torch.tensor(counts), 0).to(self._device),
-            torch.tensor(single, dtype=torch.int64, device=self._device),
-            torch.tensor(lengths, dtype=torch.int32, device=self._device),
+            positions(parts).to(self.device, torch.int32),
+            table.repeat_interleave(torch.tensor(counts), 0).to(self.device),
+            torch.tensor(lengths, dtype=torch.int32, device=self.device),
             max(lengths, default=0),
+            torch.tensor(single, dtype=torch.int64, device=self.device) if single else None,
             [
                 (slice(end - count, end), part.end)
                 for end, count, part in zip(ends, counts, parts, strict=True)
@@ -161,7 +191,7 @@ class GpuDecoder(PagedDecoder):
             newest = attend_newest(q, pages, batch.table, batch.lengths, batch.longest)
             return newest.flatten(1)
         mixed = torch.empty_like(q)
-        if len(batch.single):
+        if batch.single is not None:
             rows = batch.single
             mixed[rows] = attend_newest(
                 q[rows], pages, batch.table[rows], batch.lengths, batch.longest
@@ -174,7 +204,7 @@ class GpuDecoder(PagedDecoder):
     def _attended_long(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """The newest tokens of one sequence to all of it: as q [tokens, heads, dim]."""
         count, end = len(q), len(keys)
-        at = torch.arange(end, device=self._device)
+        at = torch.arange(end, device=self.device)
         seen = at <= at[end - count :, None]
         q, keys, values = (each.transpose(0, 1)[None] for each in (q, keys, values))
         mixed = functional.scaled_dot_product_attention(

@@ -81,6 +81,7 @@ class PagedDecoder(ABC):
     """
 
     spec: DecoderSpec
+    device: torch.device  # where keys and values are
 
     @property
     @abstractmethod
@@ -98,6 +99,16 @@ class PagedDecoder(ABC):
     @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of every next token, fp32 [..., vocab] on the CPU, of states [..., hidden]."""
+
+    def likeliest(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The likeliest next token [rows] for states [rows, hidden], and its score, on the CPU.
+
+        A score that is no number says that some score of the row is none.
+        """
+        scores = self.logits(hidden).numpy()
+        tokens = scores.argmax(-1)  # not by torch, which would wake other threads: see likeliest.py
+        best = np.take_along_axis(scores, tokens[:, None], -1)[:, 0]
+        return torch.from_numpy(tokens), torch.from_numpy(best)
 
     def new_cache(self, limit: int | None = None) -> SequenceCache:
         """An empty sequence of at most `limit` positions."""

@@ -42,6 +42,11 @@ class Sampler:
         self._written: Counter[int] = Counter()
         self._random = np.random.default_rng(None if params.seed is None else params.seed % 2**64)
 
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether the next token is the likeliest one by the model's own scores."""
+        return self._params.greedy and not self._changes
+
     def choose(self, scores: NDArray[np.float32]) -> int:
         """The next token, from scores [vocab], which stay as they are.
 
@@ -50,31 +55,47 @@ class Sampler:
         """
         scores = self._changed(scores)
         best = int(scores.argmax())  # of a NaN, if there is one
-        if not math.isfinite(scores[best]):
-            raise NotNumbersError("the model computed logits that are not numbers")
+        check_number(float(scores[best]))
         token = best if self._params.greedy else self._drawn(scores)
+        self.note(token)
+        return token
+
+    def note(self, token: int) -> None:
+        """A token has been written."""
         self._written[token] += 1
         if self._constraint is not None:
             self._constraint.take(token)
-        return token
+
+    @property
+    def _changes(self) -> bool:
+        """Whether the model's scores are changed before the next choice."""
+        params = self._params
+        return bool(
+            self._too_early
+            or params.presence_penalty
+            or params.frequency_penalty
+            or params.repetition_penalty != 1
+            or params.logit_bias
+            or self._constraint is not None
+        )
+
+    @property
+    def _too_early(self) -> bool:
+        return len(self._ends) > 0 and self._written.total() < self._params.min_tokens
 
     def _changed(self, scores: NDArray[np.float32]) -> NDArray[np.float32]:
         """After biases, penalties, the least length and the constraint; a copy, if any is there."""
         params, written = self._params, self._written
-        too_early = len(self._ends) > 0 and written.total() < params.min_tokens
-        counted = bool(params.presence_penalty or params.frequency_penalty)
-        repeats = params.repetition_penalty != 1
-        if not (too_early or counted or repeats or len(self._bias) or self._constraint):
+        if not self._changes:
             return scores
         scores = scores.copy()
         scores[self._bias_at] += self._bias
-        if repeats:
+        if params.repetition_penalty != 1:
             self._discourage_repetition(scores)
-        if counted:
-            at = np.fromiter(written, np.int64)
-            times = np.fromiter(written.values(), np.float32)
-            scores[at] -= times * params.frequency_penalty + params.presence_penalty
-        if too_early:
+        at = np.fromiter(written, np.int64)
+        times = np.fromiter(written.values(), np.float32)
+        scores[at] -= times * params.frequency_penalty + params.presence_penalty
+        if self._too_early:
             scores[self._ends] = -np.inf
         if self._constraint is not None:
             self._constraint.forbid(scores)
@@ -89,6 +110,12 @@ class Sampler:
         tokens, chances = candidates(scores, self._params)
         at = _draw(chances, self._random.random())
         return at if tokens is None else int(tokens[at])
+
+
+def check_number(best: float) -> None:
+    """Raise NotNumbersError unless the greatest of some scores is a number."""
+    if not math.isfinite(best):
+        raise NotNumbersError("the model computed logits that are not numbers")
 
 
 def candidates(

@@ -5,14 +5,12 @@ What goes wrong with one sequence stays with it; see `StepResult`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from .likeliest import logprob_of
@@ -35,6 +33,12 @@ class StepResult:
     written: int = 0
     finished: dict[Sequence, FinishReason] = field(default_factory=dict)
     failed: dict[Sequence, Exception] = field(default_factory=dict)
+
+    def add(self, sequence: Sequence, reason: FinishReason | None) -> None:
+        """A token was written; with a reason if it was the last."""
+        self.written += 1
+        if reason is not None:
+            self.finished[sequence] = reason
 
     @contextmanager
     def blaming(self, sequence: Sequence) -> Iterator[None]:
@@ -60,15 +64,34 @@ class Stepper:
             if each.sequence in states:
                 with result.blaming(each.sequence):
                     self._score_prompt(each, states[each.sequence])
-        complete = [each.sequence for each in work if each.completes and each.sequence in states]
-        if complete:
-            last = torch.stack([states[sequence][-1] for sequence in complete])
-            rows = self.model.decoder.logits(last).numpy()
-            for sequence, scores in zip(complete, rows, strict=True):
-                if sequence not in result.failed:
-                    with result.blaming(sequence):
-                        _take(sequence, scores, result)
+        complete = [
+            each.sequence
+            for each in work
+            if each.completes and each.sequence in states and each.sequence not in result.failed
+        ]
+        self._take_tokens(complete, states, result)
         return result
+
+    def _take_tokens(
+        self, complete: Seq[Sequence], states: Mapping[Sequence, Tensor], result: StepResult
+    ) -> None:
+        """A token for each answer that has room for one; scores are fetched only if needed."""
+        writing = [sequence for sequence in complete if sequence.answer.limit > 0]
+        result.finished |= {each: "length" for each in complete if each.answer.limit == 0}
+        if not writing:
+            return
+        last = torch.stack([states[sequence][-1] for sequence in writing])
+        if all(sequence.answer.takes_likeliest for sequence in writing):
+            tokens, best = (each.tolist() for each in self.model.decoder.likeliest(last))
+            for sequence, token, score in zip(writing, tokens, best, strict=True):
+                with result.blaming(sequence):
+                    reason = sequence.answer.take_likeliest(token, score, sequence.tell)
+                    result.add(sequence, reason)
+            return
+        rows = self.model.decoder.logits(last).numpy()
+        for sequence, scores in zip(writing, rows, strict=True):
+            with result.blaming(sequence):
+                result.add(sequence, sequence.answer.take(scores, sequence.tell))
 
     def _states(self, work: Seq[Work], result: StepResult) -> dict[Sequence, Tensor]:
         """Final hidden states [count, hidden] of each sequence.
@@ -106,13 +129,3 @@ class Stepper:
                 sequence.scored.append(logprob_of(scores, prompt[offset], top))
         if last == len(prompt) - 1 - sequence.computed and not sequence.answer.token_ids:
             sequence.tell(PromptScored(tuple(sequence.scored)))
-
-
-def _take(sequence: Sequence, scores: NDArray[np.float32], result: StepResult) -> None:
-    if sequence.answer.limit == 0:
-        result.finished[sequence] = "length"
-        return
-    reason = sequence.answer.take(scores, sequence.tell)
-    result.written += 1
-    if reason is not None:
-        result.finished[sequence] = reason

@@ -1,118 +1,101 @@
 """Renders chat templates in a small process of its own, bounded in processor time and memory.
 
 A template comes from the checkpoint and is hostile until proved otherwise. transformers' sandboxed
-Jinja keeps it from reaching Python; but it can still loop for ever or fill the memory, and neither
-a thread nor one endless operation inside it can be stopped. A process can. It is kept for the next
-conversation, and replaced after it had to be ended.
+Jinja keeps it from reaching Python; but it can still loop for ever or fill the memory.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import signal
-import subprocess
-import sys
-import threading
-import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError
+from .child import Child, ChildEnded
 
 TEMPLATE_SECONDS = 5.0  # of processor time, so that a busy machine is no reason to fail
 TEMPLATE_BYTES = 2**29
 _CHILD = Path(__file__).with_name("template_child.py")
+# What the library's own function for it takes; a template's variables cannot have these names.
+_RESERVED = {
+    "conversations",
+    "messages",
+    "tools",
+    "documents",
+    "chat_template",
+    "return_assistant_tokens_mask",
+    "continue_final_message",
+    "add_generation_prompt",
+}
+
+Scalar = bool | int | float | str
 
 
-class TemplateRenderer:
+class TemplateRenderer(Child):
     """One chat template, ready to be rendered from any thread."""
 
     def __init__(
         self, template: str, variables: Mapping[str, Any], seconds: float = TEMPLATE_SECONDS
     ) -> None:
-        """`variables` are what the template sees beside the messages: the special tokens."""
-        self._setup = {
+        """`variables` are what the template always sees: the special tokens."""
+        setup = {
             "template": template,
             "variables": dict(variables),
             "seconds": seconds,
             "bytes": TEMPLATE_BYTES,
         }
-        self._lock = threading.Lock()
-        self._child: subprocess.Popen[str] | None = None
+        super().__init__(_CHILD, setup)
+        self._names = _RESERVED | set(variables)
 
-    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Scalar] | None = None,
+        continue_final_message: bool = False,
+    ) -> str:
         """The text of a conversation.
 
+        `continue_final_message` leaves the last message open, so that it can be written on.
+
         Raises:
-            RequestError: the template refuses the messages, or passes its limits.
+            RequestError: the template refuses the messages, or passes its limits; or a variable
+                has a name that is taken.
         """
-        request = {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
+        taken = sorted(self._names.intersection(variables or ()))
+        if taken:
+            raise RequestError(
+                f"a chat template's variable cannot be named {taken[0]}", "chat_template_kwargs"
+            )
+        if add_generation_prompt and continue_final_message:
+            raise RequestError(
+                "a new message cannot be begun while the last one is continued",
+                "continue_final_message",
+            )
+        request = {
+            "messages": list(messages),
+            "tools": None if tools is None else list(tools),
+            "variables": dict(variables or {}),
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+        }
         try:
             line = json.dumps(request)
         except (TypeError, ValueError, RecursionError) as error:
             raise RequestError(f"the messages are no JSON: {error}", "messages") from error
-        with self._lock:
-            reply = self._ask(line)
+        return self._rendered(line)
+
+    def _rendered(self, line: str) -> str:
+        try:
+            reply = self.ask(line)
+        except ChildEnded as ended:
+            what = "took too long on these messages" if ended.too_long else "could not be rendered"
+            raise RequestError(f"the chat template {what}", "messages") from ended
         if "text" not in reply:
             error_text = reply.get("error", "")
             raise RequestError(
                 f"the chat template refused these messages: {error_text}", "messages"
             )
         return reply["text"]
-
-    def _ask(self, line: str) -> dict[str, str]:
-        if self._child is None or self._child.poll() is not None:
-            self._child = self._started()
-        child = self._child
-        try:
-            _write(child, line)
-            answer = child.stdout.readline() if child.stdout else ""
-        except BrokenPipeError:
-            answer = ""
-        if not answer.endswith("\n"):
-            self._child = None
-            raise _died(child)
-        reply: dict[str, str] = json.loads(answer)
-        return reply
-
-    def _started(self) -> subprocess.Popen[str]:
-        # -P: the script's own directory must not shadow modules that it imports. A session of its
-        # own: Ctrl-C is for this process to handle; the child ends when its input does.
-        child = subprocess.Popen(
-            [sys.executable, "-P", str(_CHILD)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            encoding="utf-8",
-            start_new_session=True,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "OPENBLAS_NUM_THREADS": "1"},
-        )
-        weakref.finalize(self, _stop, child)
-        _write(child, json.dumps(self._setup, default=str))
-        return child
-
-
-def _write(child: subprocess.Popen[str], line: str) -> None:
-    assert child.stdin is not None
-    child.stdin.write(line + "\n")
-    child.stdin.flush()
-
-
-def _died(child: subprocess.Popen[str]) -> RequestError:
-    _stop(child)
-    if child.returncode == -signal.SIGPROF:
-        return RequestError("the chat template took too long on these messages", "messages")
-    return RequestError("the chat template could not be rendered", "messages")
-
-
-def _stop(child: subprocess.Popen[str]) -> None:
-    child.kill()  # no effect, on the exit code either, if it has ended by itself
-    child.wait()
-    for pipe in (child.stdin, child.stdout):
-        if pipe is not None:
-            with contextlib.suppress(BrokenPipeError):
-                pipe.close()

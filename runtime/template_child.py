@@ -36,9 +36,12 @@ def _reply(render: Any, setup: dict[str, Any], request: dict[str, Any]) -> dict[
     try:
         texts, _ = render(
             [request["messages"]],
+            tools=request["tools"],
             chat_template=setup["template"],
             add_generation_prompt=request["add_generation_prompt"],
+            continue_final_message=request["continue_final_message"],
             **setup["variables"],
+            **request["variables"],
         )
     except Exception as error:  # a template can raise anything
         return {"error": (str(error) or type(error).__name__)[:_MAX_ERROR_CHARS]}

@@ -6,17 +6,18 @@ tokens by control.py.
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, RefusedError, RequestError
+from ..errors import CheckpointError, RefusedError, RequestError, UnsupportedModel
 from ..files import read_json
 from .control import ControlTokens
 from .fields import token_ids
-from .template import TemplateRenderer
+from .template import Scalar, TemplateRenderer
 
 MAX_TEMPLATE_CHARS = 200_000
 _PLAIN = "TokenizersBackend"  # what transformers writes for a tokenizer.json and nothing else
@@ -88,9 +89,29 @@ class Tokenizer:
         """Whether the vocabulary writes bytes as letters."""
         return "ByteLevel" in repr(self._inner.backend_tokenizer.decoder)
 
+    @property
+    def control_ids(self) -> frozenset[int]:
+        """The tokens that `decode` leaves out."""
+        return self._control_ids
+
     def is_control(self, token: int) -> bool:
         """Whether a token is one of those that `decode` leaves out."""
         return token in self._control_ids
+
+    def plain_backend(self) -> Any:
+        """A copy of the tokenizers library's own object that takes control tokens for plain text.
+
+        Raises:
+            UnsupportedModel: the tokenizer is not one of that library's.
+        """
+        with self._lock:
+            backend = copy.deepcopy(getattr(self._inner, "backend_tokenizer", None))
+        if backend is None:
+            raise UnsupportedModel(f"{self._path}: no tokenizer of the tokenizers library")
+        backend.no_padding()
+        backend.no_truncation()
+        backend.encode_special_tokens = True
+        return backend
 
     def stream(self, skip_special: bool = True) -> TextStream:
         """A decoder for tokens that arrive one at a time."""
@@ -99,10 +120,11 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         """Whether the model comes with a chat template."""
-        return self._template is not None
+        return self.chat_template is not None
 
     @property
-    def _template(self) -> str | None:
+    def chat_template(self) -> str | None:
+        """The source of the chat template, if there is one."""
         template = getattr(self._inner, "chat_template", None)
         if isinstance(template, dict):
             template = template.get("default")
@@ -110,26 +132,39 @@ class Tokenizer:
 
     @cached_property
     def _renderer(self) -> TemplateRenderer:
-        if self._template is None:
+        template = self.chat_template
+        if template is None:
             raise RequestError(
                 "the model has no chat template; use plain completions instead", "messages"
             )
-        if len(self._template) > MAX_TEMPLATE_CHARS:
+        if len(template) > MAX_TEMPLATE_CHARS:
             raise RequestError(f"the chat template has over {MAX_TEMPLATE_CHARS} characters")
-        return TemplateRenderer(self._template, self._inner.special_tokens_map)
+        return TemplateRenderer(template, self._inner.special_tokens_map)
 
     def apply_chat_template(
-        self, messages: Sequence[Message], add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Scalar] | None = None,
+        continue_final_message: bool = False,
     ) -> list[int]:
         """Token ids of a conversation, ready to be continued by the assistant.
 
-        Control tokens come from the template alone: in a message they are plain text.
+        `tools` and `variables` are for the template to use or not. Control tokens come from the
+        template alone: in everything that is given here they are plain text.
 
         Raises:
             RequestError: there is no template, or it fails on these messages, or takes too long.
         """
         control = ControlTokens(self._control_tokens)
-        text = self._renderer.render(control.hide(list(messages)), add_generation_prompt)
+        text = self._renderer.render(
+            _hidden(control, list(messages)),
+            add_generation_prompt,
+            None if tools is None else _hidden(control, list(tools)),
+            _hidden(control, variables or {}),
+            continue_final_message,
+        )
         return control.encode(text, self._encode_part)
 
     def _encode_part(self, text: str, plain: bool) -> list[int]:
@@ -171,6 +206,15 @@ class TextStream:
             return ""
         self._context, self._emitted = self._emitted, len(self._ids)
         return after[len(before) :]
+
+
+def _hidden(control: ControlTokens, value: Any) -> Any:
+    """The value without control tokens in its texts, nor in its keys, which tools can name."""
+    if isinstance(value, Mapping):
+        return {control.hide(key): _hidden(control, item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_hidden(control, item) for item in value]
+    return control.hide(value)
 
 
 def _library_class(directory: Path, settings: Mapping[str, Any]) -> Any:

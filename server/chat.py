@@ -10,12 +10,15 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from ..errors import RequestError
-from ..runtime.request import Finished, SamplingParams
+from ..runtime.request import Event, Finished, TextDelta, TokenLogprob
+from .auth import caller_of
 from .body import JsonRoute
+from .chat_body import ChatBody
 from .disconnect import unless_disconnected
 from .documents import GENERATION_ERRORS, answer, json_or_stream
-from .engine_call import EngineCall, Output
-from .protocol import ChatBody
+from .engine_call import Ask, EngineCall, Output, numbered
+from .logprobs import ChatLogprobs, chat_logprobs
+from .record import record_of
 from .responses import (
     AssistantMessage,
     ChatChoice,
@@ -23,11 +26,13 @@ from .responses import (
     ChatCompletion,
     ChunkChoice,
     Delta,
+    FinishReason,
     finish_reason,
     timings_of,
     usage_of,
 )
-from .service import Service
+from .salt import salt_of
+from .service import Served, Service
 from .stream import EventStream
 
 
@@ -36,16 +41,17 @@ def chat_router(service: Service) -> APIRouter:
     router = APIRouter(route_class=JsonRoute)
 
     @router.post(
-        "/v1/chat/completions",
+        "/chat/completions",
         response_model=None,
         responses={200: json_or_stream(ChatCompletion), **GENERATION_ERRORS},
     )
     async def create_chat_completion(body: ChatBody, request: Request) -> Response:
         """Answer a conversation, through the model's chat template."""
-        call = await _admit(service, body)
-        writer = _Writer(call.id, service.name, body.include_usage)
+        served = service.find(body.model)
+        call = await _admit(service, served, body, request)
+        writer = _Writer(call, served, body)
         if body.stream:
-            return EventStream(call, writer, service.settings.ping_s)
+            return EventStream(call, writer, service.settings)
         try:
             return answer(writer.whole(await unless_disconnected(request, call.outputs())))
         finally:
@@ -54,20 +60,23 @@ def chat_router(service: Service) -> APIRouter:
     return router
 
 
-async def _admit(service: Service, body: ChatBody) -> EngineCall:
-    service.check_model(body.model)
+async def _admit(service: Service, served: Served, body: ChatBody, request: Request) -> EngineCall:
     service.check_open()
-    messages = [message.for_template() for message in body.messages]
-    longest, limit = service.model.max_model_len, body.token_limit
+    salt, longest = salt_of(body, caller_of(request.scope)), served.engine.max_model_len
 
-    def tokenize() -> list[list[int]]:
-        return [service.model.tokenizer.apply_chat_template(messages)]
-
-    def params(prompt_tokens: int) -> SamplingParams:
-        return body.sampling(max(1, longest - prompt_tokens) if limit is None else limit)
+    def prepare() -> list[Ask]:
+        messages = [message.for_template() for message in body.messages]
+        ids = served.model.tokenizer.apply_chat_template(messages)
+        limit = max(1, longest - len(ids)) if body.token_limit is None else body.token_limit
+        params = body.sampling(limit, body.scored)
+        return [
+            Ask(ids, numbered(params, number), body.priority or 0, salt)
+            for number in range(body.choices)
+        ]
 
     try:
-        return await EngineCall.admit(service.engine, "chatcmpl", tokenize, params)
+        record = record_of(request.scope)
+        return await EngineCall.admit(service, served, record, "chatcmpl", prepare)
     except RequestError as error:
         # The engine knows prompts; this client wrote messages.
         param = "messages" if error.param == "prompt" else error.param
@@ -78,21 +87,21 @@ async def _admit(service: Service, body: ChatBody) -> EngineCall:
 class _Writer:
     """Writes one request's answer: whole, or as the `Chunks` of a stream."""
 
-    id: str
-    model: str
-    include_usage: bool
+    call: EngineCall
+    served: Served
+    body: ChatBody
     created: int = field(default_factory=lambda: int(time.time()))
 
     def whole(self, outputs: Sequence[Output]) -> ChatCompletion:
         """All choices at once."""
-        ends = [output.end for output in outputs]
+        ends = [output.end for output in outputs if output.end is not None]
         return ChatCompletion(
-            id=self.id,
+            id=self.call.id,
             object="chat.completion",
             created=self.created,
-            model=self.model,
-            choices=[_choice(index, output) for index, output in enumerate(outputs)],
-            usage=usage_of(ends),
+            model=self.served.name,
+            choices=[self._choice(index, output) for index, output in enumerate(outputs)],
+            usage=usage_of(ends, self.body.choices),
             timings=timings_of(ends),
         )
 
@@ -100,48 +109,59 @@ class _Writer:
         """Who speaks."""
         return self._chunk(index, Delta(role="assistant", content=""))
 
-    def text(self, index: int, text: str) -> ChatChunk:
-        """More of what is said."""
-        return self._chunk(index, Delta(content=text))
-
-    def last(self, index: int, end: Finished) -> ChatChunk:
-        """The end of the turn, with its timings."""
-        chunk = self._chunk(index, Delta())
-        chunk.choices[0].finish_reason = finish_reason(end)
-        chunk.timings = timings_of([end])
-        return chunk
+    def event(self, index: int, event: Event) -> list[ChatChunk]:
+        """More of a turn, or its end with its timings."""
+        match event:
+            case TextDelta(text=text, logprobs=scored) if text or scored:
+                return [self._chunk(index, Delta(content=text), self._scores(scored))]
+            case Finished():
+                chunk = self._chunk(index, Delta(), reason=finish_reason(event))
+                chunk.timings = timings_of([event])
+                return [chunk]
+        return []
 
     def usage(self, ends: Sequence[Finished]) -> ChatChunk | None:
         """Tokens of the request, if asked for."""
-        if not self.include_usage:
+        if not self.body.include_usage:
             return None
         chunk = self._empty_chunk()
-        chunk.usage = usage_of(ends)
+        chunk.usage = usage_of(ends, self.body.choices)
         return chunk
 
-    def _chunk(self, index: int, delta: Delta) -> ChatChunk:
+    def _choice(self, index: int, output: Output) -> ChatChoice:
+        assert output.end is not None
+        return ChatChoice(
+            index=index,
+            message=AssistantMessage(role="assistant", content=output.text, refusal=None),
+            logprobs=self._scores(output.logprobs),
+            finish_reason=finish_reason(output.end),
+        )
+
+    def _scores(self, scored: Sequence[TokenLogprob]) -> ChatLogprobs | None:
+        if self.body.scored is None:
+            return None
+        return chat_logprobs(self.served.model.tokenizer, scored)
+
+    def _chunk(
+        self,
+        index: int,
+        delta: Delta,
+        scores: ChatLogprobs | None = None,
+        reason: FinishReason | None = None,
+    ) -> ChatChunk:
         chunk = self._empty_chunk()
         chunk.choices.append(
-            ChunkChoice(index=index, delta=delta, logprobs=None, finish_reason=None)
+            ChunkChoice(index=index, delta=delta, logprobs=scores, finish_reason=reason)
         )
-        if self.include_usage:
+        if self.body.include_usage:
             chunk.usage = None  # now it is set, and so is written
         return chunk
 
     def _empty_chunk(self) -> ChatChunk:
         return ChatChunk(
-            id=self.id,
+            id=self.call.id,
             object="chat.completion.chunk",
             created=self.created,
-            model=self.model,
+            model=self.served.name,
             choices=[],
         )
-
-
-def _choice(index: int, output: Output) -> ChatChoice:
-    return ChatChoice(
-        index=index,
-        message=AssistantMessage(role="assistant", content=output.text, refusal=None),
-        logprobs=None,
-        finish_reason=finish_reason(output.end),
-    )

@@ -6,129 +6,228 @@ Knows events and their order, not what clients are told about them.
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from fastapi.concurrency import run_in_threadpool
 
-from ..runtime.engine import Engine
+from ..errors import EngineDeadError
+from ..runtime.params import SamplingParams
 from ..runtime.request import (
+    Constraint,
     Event,
     Failed,
     Finished,
     GenerationRequest,
-    SamplingParams,
+    PromptScored,
     TextDelta,
+    TokenLogprob,
 )
-from .errors import unavailable
+from .errors import ApiError, unavailable
+from .record import Record
+from .service import Served, Service
 
 
 @dataclass(frozen=True)
-class Output:
-    """One prompt's whole answer."""
+class Ask:
+    """One answer that is asked of the engine; see GenerationRequest."""
 
-    text: str
-    end: Finished
+    prompt_ids: Sequence[int]
+    params: SamplingParams
+    priority: int = 0
+    salt: bytes = b""
+    constraint: Constraint | None = None
+
+    def request(self, request_id: str) -> GenerationRequest:
+        """For the engine, under an id."""
+        return GenerationRequest(
+            request_id,
+            tuple(self.prompt_ids),
+            self.params,
+            self.priority,
+            self.salt,
+            self.constraint,
+        )
+
+
+def numbered(params: SamplingParams, number: int) -> SamplingParams:
+    """Parameters of one of several answers to a prompt: each draws from a seed of its own."""
+    if params.seed is None or number == 0:
+        return params
+    return replace(params, seed=(params.seed + number + 2**63) % 2**64 - 2**63)
+
+
+@dataclass
+class Output:
+    """One whole answer."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    end: Finished | None = None
+
+    def add(self, event: Event) -> None:
+        """What an event brings."""
+        match event:
+            case TextDelta(text, token_ids, logprobs):
+                self.text += text
+                self.token_ids += token_ids
+                self.logprobs += logprobs
+            case PromptScored(logprobs):
+                self.prompt_logprobs = logprobs
+            case Finished():
+                self.end = event
 
 
 class EngineCall:
-    """The prompts of one HTTP request in the engine: admitted together, ended together.
+    """The answers of one HTTP request in the engine: admitted together, ended together.
 
     Make it with `admit`. Whoever made it calls `close`, whatever happens.
     """
 
-    def __init__(self, engine: Engine, prefix: str) -> None:
+    def __init__(self, service: Service, served: Served, prefix: str, record: Record) -> None:
         self.id = f"{prefix}-{uuid.uuid4().hex}"
-        self.size = 0
-        self._engine = engine
-        self._loop = asyncio.get_running_loop()
+        self.asks: Sequence[Ask] = ()
+        self._service, self._served, self._record = service, served, record
+        self._mailbox = service.mailbox
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._open: set[int] = set()
+        self._began = time.monotonic()
+        self._newest: dict[int, float] = {}
 
     @classmethod
     async def admit(
         cls,
-        engine: Engine,
+        service: Service,
+        served: Served,
+        record: Record,
         prefix: str,
-        tokenize: Callable[[], Sequence[Sequence[int]]],
-        params: Callable[[int], SamplingParams],
+        prepare: Callable[[], Sequence[Ask]],
     ) -> EngineCall:
-        """Tokenize and submit all prompts, off the event loop; none stays if one is refused.
+        """Submit all answers that `prepare` gives, off the event loop; all are admitted, or none.
 
-        `prefix` begins the call's id; `tokenize` gives the prompts' token ids, and `params` the
-        parameters for a prompt of so many tokens.
+        `prefix` begins the call's id. What is noted goes into the record.
 
         Raises:
-            RequestError, CapacityError, EngineDeadError: see Engine.submit.
+            RequestError, CapacityError, EngineDeadError: see Engine.submit; or from `prepare`.
         """
-        call = cls(engine, prefix)
+        call = cls(service, served, prefix, record)
+        record.model = served.name
         try:
-            await run_in_threadpool(call._submit, tokenize, params)
+            await run_in_threadpool(call._submit, prepare)
         except BaseException:
             call.close()
             raise
         return call
 
+    @property
+    def size(self) -> int:
+        """How many answers were asked for."""
+        return len(self.asks)
+
     async def events(self, ping_s: float | None = None) -> AsyncIterator[tuple[int, Event] | None]:
-        """Each event with its prompt's number, until all prompts have ended.
+        """Each event with its answer's number, until all have ended.
 
         After `ping_s` seconds of silence there is a None.
 
         Raises:
-            Exception: the engine failed a prompt; the others are for `close` to end.
-            ApiError: the engine was stopped meanwhile.
+            Exception: the engine failed an answer; the others are for `close` to end.
+            ApiError: the engine was stopped meanwhile, or the client reads too slowly.
         """
-        while self._open:
+        ended = 0
+        while ended < self.size:
             try:
                 index, event = await asyncio.wait_for(self._events.get(), ping_s)
             except TimeoutError:
                 yield None
                 continue
             if isinstance(event, Failed):
-                self._open.discard(index)
-                raise event.error
+                raise _failure(event.error)
             if isinstance(event, Finished):
-                self._open.discard(index)
+                ended += 1
                 if event.reason == "abort":
                     raise unavailable("the server stopped before the answer was whole", "aborted")
             yield index, event
 
     async def outputs(self) -> list[Output]:
-        """Wait for all prompts; their answers in the prompts' order. Raises as `events` does."""
-        texts: list[list[str]] = [[] for _ in range(self.size)]
-        ends: dict[int, Finished] = {}
+        """Wait for all answers, in the order they were asked for. Raises as `events` does."""
+        outputs = [Output() for _ in range(self.size)]
         async for item in self.events():
-            match item:
-                case (index, TextDelta(text=text)):
-                    texts[index].append(text)
-                case (index, Finished() as end):
-                    ends[index] = end
-        return [Output("".join(text), ends[index]) for index, text in enumerate(texts)]
+            if item is not None:
+                index, event = item
+                outputs[index].add(event)
+        return outputs
 
     def close(self) -> None:
         """Abort whatever has not ended. Idempotent."""
-        while self._open:
-            self._engine.abort(self._request_id(self._open.pop()))
+        for index in sorted(self._open):
+            self._record.finish["abort"] += 1
+            self._served.engine.abort(self._request_id(index))
+        self._open.clear()
 
-    def _submit(
-        self,
-        tokenize: Callable[[], Sequence[Sequence[int]]],
-        params: Callable[[int], SamplingParams],
-    ) -> None:
-        for index, prompt in enumerate(tokenize()):
-            request = GenerationRequest(self._request_id(index), tuple(prompt), params(len(prompt)))
-            self._engine.submit(request, partial(self._emit, index))
-            self._open.add(index)
-            self.size += 1
+    def _submit(self, prepare: Callable[[], Sequence[Ask]]) -> None:
+        asks = prepare()
+        requests = [
+            (ask.request(self._request_id(index)), partial(self._emit, index))
+            for index, ask in enumerate(asks)
+        ]
+        self._open.update(range(len(asks)))  # first, so that no end can come before
+        try:
+            self._served.engine.submit_all(requests)
+        except BaseException:
+            self._open.clear()
+            raise
+        self.asks = asks
 
     def _request_id(self, index: int) -> str:
         return f"{self.id}-{index}"
 
     def _emit(self, index: int, event: Event) -> None:
         """Runs on the engine's thread."""
-        # A closed loop has no listeners left, and the engine must not suffer from that.
-        with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+        self._mailbox.put(self._receive, index, event, time.monotonic())
+
+    def _receive(self, index: int, event: Event, now: float) -> None:
+        """Runs on the event loop, whether or not anybody still reads."""
+        if index not in self._open:
+            return
+        self._observe(index, event, now)
+        if isinstance(event, Finished | Failed):
+            self._open.discard(index)
+        if self._events.qsize() >= self._service.settings.max_unread:
+            self.close()
+            event = Failed(ApiError(408, "the client reads too slowly", code="timeout"))
+        self._events.put_nowait((index, event))
+
+    def _observe(self, index: int, event: Event, now: float) -> None:
+        match event:
+            case TextDelta(token_ids=token_ids) if token_ids:
+                if index in self._newest:
+                    self._meter("inter_token_latency_seconds", now - self._newest[index])
+                else:
+                    self._meter("time_to_first_token_seconds", now - self._began)
+                self._newest[index] = now
+            case Finished(usage=usage, timings=timings):
+                self._record.add(event)
+                self._meter("e2e_request_latency_seconds", now - self._began)
+                self._meter("request_queue_time_seconds", timings.queue_ms / 1000)
+                self._meter("request_prefill_time_seconds", timings.prefill_ms / 1000)
+                self._meter("request_decode_time_seconds", timings.decode_ms / 1000)
+                self._meter("request_prompt_tokens", usage.prompt_tokens)
+                self._meter("request_generation_tokens", usage.completion_tokens)
+            case Failed():
+                self._record.finish["error"] += 1
+
+    def _meter(self, figure: str, value: float) -> None:
+        self._service.meters.observe(self._served.name, figure, value)
+
+
+def _failure(error: Exception) -> Exception:
+    """An answer that had begun is lost, which the same request later need not be."""
+    if isinstance(error, EngineDeadError):
+        headers = {"x-should-retry": "false"}
+        return ApiError(500, "the engine has stopped", code="engine_dead", headers=headers)
+    return error

@@ -17,7 +17,9 @@ from starlette.responses import Response
 
 from ..errors import CapacityError, EngineDeadError, RequestError
 
-ErrorType = Literal["invalid_request_error", "rate_limit_error", "server_error"]
+ErrorType = Literal[
+    "invalid_request_error", "authentication_error", "rate_limit_error", "server_error"
+]
 UNSUPPORTED = "unsupported_parameter"
 _MAX_MESSAGE_CHARS = 400
 _RETRY_AFTER_S = "1"
@@ -119,6 +121,8 @@ def install_error_handlers(app: FastAPI) -> None:
 
 
 def _type_of(status: int) -> ErrorType:
+    if status == 401:
+        return "authentication_error"
     if status == 429:
         return "rate_limit_error"
     return "server_error" if status >= 500 else "invalid_request_error"

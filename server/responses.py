@@ -12,16 +12,27 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from ..runtime import request as engine
+from .logprobs import ChatLogprobs, CompletionLogprobs
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
+
+
+class PromptTokensDetails(BaseModel):
+    """Of the tokens read."""
+
+    cached_tokens: int = Field(description="Those that did not have to be computed.")
 
 
 class Usage(BaseModel):
-    """Tokens read and written by one request, over all of its choices."""
+    """Tokens read and written by one request, over all of its choices.
+
+    A prompt with several choices counts once.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class Timings(BaseModel):
@@ -46,7 +57,7 @@ class CompletionChoice(BaseModel):
 
     index: int
     text: str
-    logprobs: None
+    logprobs: CompletionLogprobs | None
     finish_reason: FinishReason | None
 
 
@@ -62,12 +73,28 @@ class Completion(BaseModel):
     timings: Timings | None = None
 
 
+class FunctionCall(BaseModel):
+    """Which function, with what; a JSON text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(BaseModel):
+    """A function that the model wants called."""
+
+    id: str
+    type: Literal["function"]
+    function: FunctionCall
+
+
 class AssistantMessage(BaseModel):
     """What the model says."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    tool_calls: list[ToolCall] | None = None
 
 
 class ChatChoice(BaseModel):
@@ -75,7 +102,7 @@ class ChatChoice(BaseModel):
 
     index: int
     message: AssistantMessage
-    logprobs: None
+    logprobs: ChatLogprobs | None
     finish_reason: FinishReason
 
 
@@ -91,11 +118,28 @@ class ChatCompletion(BaseModel):
     timings: Timings
 
 
+class FunctionDelta(BaseModel):
+    """The name at first, then pieces of the arguments."""
+
+    name: str | None = None
+    arguments: str | None = None
+
+
+class ToolCallDelta(BaseModel):
+    """A piece of one call, told apart by its index."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionDelta
+
+
 class Delta(BaseModel):
-    """What is new: the role at first, then text, at last nothing."""
+    """What is new: the role at first, then text or calls, at last nothing."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChunkChoice(BaseModel):
@@ -103,7 +147,7 @@ class ChunkChoice(BaseModel):
 
     index: int
     delta: Delta
-    logprobs: None
+    logprobs: ChatLogprobs | None
     finish_reason: FinishReason | None
 
 
@@ -140,9 +184,30 @@ class ModelList(BaseModel):
 
 
 class Health(BaseModel):
-    """Answer of GET /health."""
+    """Answer of GET /health and /ready."""
 
     status: Literal["ok", "draining", "dead"]
+
+
+class Version(BaseModel):
+    """Answer of GET /version."""
+
+    version: str
+
+
+class Tokens(BaseModel):
+    """Answer of POST /tokenize."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class Detokenized(BaseModel):
+    """Answer of POST /detokenize."""
+
+    prompt: str
 
 
 def finish_reason(end: engine.Finished) -> FinishReason:
@@ -150,26 +215,35 @@ def finish_reason(end: engine.Finished) -> FinishReason:
     return "stop" if end.reason == "stop" else "length"
 
 
-def usage_of(ends: Sequence[engine.Finished]) -> Usage:
-    """Tokens of all choices together."""
-    prompt = sum(end.usage.prompt_tokens for end in ends)
+def usage_of(ends: Sequence[engine.Finished], shared: int = 1) -> Usage:
+    """Tokens of all choices together, of which each `shared` have one prompt."""
+    read = [end.usage for end in ends[::shared]]
+    prompt = sum(usage.prompt_tokens for usage in read)
     written = sum(end.usage.completion_tokens for end in ends)
-    return Usage(prompt_tokens=prompt, completion_tokens=written, total_tokens=prompt + written)
+    cached = sum(usage.cached_tokens for usage in read)
+    return Usage(
+        prompt_tokens=prompt,
+        completion_tokens=written,
+        total_tokens=prompt + written,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=cached),
+    )
 
 
 def timings_of(ends: Sequence[engine.Finished]) -> Timings:
     """Time of all choices together."""
-    usage = usage_of(ends)
+    read = sum(end.usage.prompt_tokens for end in ends)
+    cached = sum(end.usage.cached_tokens for end in ends)
+    written = sum(end.usage.completion_tokens for end in ends)
     prompt_ms = sum(end.timings.prefill_ms for end in ends)
     predicted_ms = sum(end.timings.decode_ms for end in ends)
     return Timings(
-        cache_n=0,
-        prompt_n=usage.prompt_tokens,
+        cache_n=cached,
+        prompt_n=read - cached,
         prompt_ms=prompt_ms,
-        prompt_per_second=_per_second(usage.prompt_tokens, prompt_ms),
-        predicted_n=usage.completion_tokens,
+        prompt_per_second=_per_second(read - cached, prompt_ms),
+        predicted_n=written,
         predicted_ms=predicted_ms,
-        predicted_per_second=_per_second(usage.completion_tokens - len(ends), predicted_ms),
+        predicted_per_second=_per_second(written - len(ends), predicted_ms),
         queue_ms=sum(end.timings.queue_ms for end in ends),
     )
 

@@ -1,4 +1,4 @@
-"""Runs the application on a socket, from loading the model to the last answer.
+"""Runs the application on a socket, from loading the models to the last answer.
 
 Knows sockets and signals, not requests.
 """
@@ -7,63 +7,98 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
 
 from ..errors import EngineDeadError, HalfweaveError, UsageError
-from ..runtime.engine import Engine
+from ..runtime.engine import Engine, EngineSettings
 from ..runtime.model import LoadSettings, load_model
+from ..runtime.params import SamplingParams
+from ..runtime.request import Failed, GenerationRequest
 from .app import create_app
-from .service import Activity
+from .http_protocol import bounded_http
+from .service import Activity, Served
 from .settings import ServerSettings
 
 _log = logging.getLogger(__name__)
 _FLUSH_S = 2
-_KEEP_ALIVE_S = 30
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A model to serve: its directory, and the name that requests use; None for its own."""
+
+    path: str | Path
+    name: str | None = None
 
 
 def serve(
-    path: str | Path,
+    offers: Sequence[Offer],
     host: str = "127.0.0.1",
     port: int = 8000,
     *,
     loading: LoadSettings | None = None,
+    running: EngineSettings | None = None,
     settings: ServerSettings | None = None,
     on_ready: Callable[[str], None] | None = None,
 ) -> None:
-    """Load the model in `path` and answer HTTP until SIGTERM or SIGINT; then return.
+    """Load models and answer HTTP until SIGTERM or SIGINT; then return.
 
     The first signal refuses new work and lets answers finish, for `settings.drain_s` seconds; the
     second ends at once. Port 0 takes a free one. `on_ready` is called with the server's URL once
-    requests are answered.
+    requests are answered. Several models compute in turns, a step each.
 
     Raises:
-        UsageError: an impossible host or port.
-        HalfweaveError: the address is in use; also whatever loading the model raises.
-        EngineDeadError: the engine died while serving.
+        UsageError: an impossible host or port, or two models of one name.
+        HalfweaveError: the address is in use; also whatever loading a model raises.
+        EngineDeadError: an engine died while serving.
         SystemExit: a second signal came; the status is 128 plus its number.
     """
     settings = settings or ServerSettings()
     # The port first: nobody wants to hear that it is taken after a minute of loading.
-    with open_socket(host, port) as sock:
-        model = load_model(path, **vars(loading or LoadSettings()))
-        engine = Engine(model, max_waiting=settings.max_waiting)
+    with open_socket(host, port) as sock, ExitStack() as engines:
+        turn = Lock()
+        served = []
+        for offer in offers:
+            model = load_model(offer.path, **vars(loading or LoadSettings()))
+            engine = engines.enter_context(Engine(model, running, turn))
+            warm_up(engine)
+            served.append(Served(offer.name or model.name, engine))
         activity = Activity()
-        server = Server(create_app(engine, settings, activity), engine, activity, settings)
+        server = Server(create_app(served, settings, activity), served, activity, settings)
         server.on_ready = on_ready
         server.run(sockets=[sock])
-    if server.second_signal is not None:
-        raise SystemExit(128 + server.second_signal)
-    died = not engine.stats().alive and not activity.draining
-    engine.close()
+        if server.second_signal is not None:
+            engines.pop_all()  # not one more step is waited for
+            raise SystemExit(128 + server.second_signal)
+        died = not all(each.engine.alive for each in served) and not activity.draining
     if died:
         raise EngineDeadError("the engine died; the log says why")
+
+
+def warm_up(engine: Engine) -> None:
+    """Run one short request, so that the first client does not wait for what is made only once.
+
+    Raises:
+        HalfweaveError: the model computes nothing of use.
+    """
+    prompt = tuple(engine.model.tokenizer.encode("halfweave")) or (0,)
+    limit = min(2, max(0, engine.max_model_len - len(prompt)))
+    params = SamplingParams(max_tokens=limit, temperature=0.0, ignore_eos=True)
+    request = GenerationRequest("warm-up", prompt[: engine.max_model_len - 1], params)
+    for event in engine.stream(request):
+        if isinstance(event, Failed):
+            raise HalfweaveError(f"{engine.model.name} cannot run: {event.error}") from event.error
 
 
 def open_socket(host: str, port: int) -> socket.socket:
@@ -102,12 +137,16 @@ class Server(uvicorn.Server):
     """uvicorn that goes on answering while it drains, and gives up when its engine does."""
 
     def __init__(
-        self, app: FastAPI, engine: Engine, activity: Activity, settings: ServerSettings
+        self,
+        app: FastAPI,
+        served: Sequence[Served],
+        activity: Activity,
+        settings: ServerSettings,
     ) -> None:
-        super().__init__(_config(app))
+        super().__init__(_config(app, settings))
         self.on_ready: Callable[[str], None] | None = None
         self.second_signal: int | None = None
-        self._engine = engine
+        self._engines = [each.engine for each in served]
         self._activity = activity
         self._drain_s = settings.drain_s
         self._deadline: float | None = None
@@ -140,13 +179,14 @@ class Server(uvicorn.Server):
         """uvicorn asks ten times a second whether to stop."""
         if await super().on_tick(counter):
             return True
-        if not self._engine.stats().alive:
+        if not all(engine.alive for engine in self._engines):
             return True
         if self._deadline is None:
             return False
         if time.monotonic() > self._deadline:
             _log.warning("aborting %d requests: time is up", self._activity.in_flight)
-            await asyncio.to_thread(self._engine.close)
+            for engine in self._engines:
+                await asyncio.to_thread(engine.close)
             return True
         return self._activity.in_flight == 0
 
@@ -157,15 +197,16 @@ def url_of(sock: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _config(app: FastAPI) -> uvicorn.Config:
+def _config(app: FastAPI, settings: ServerSettings) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        http="h11",
+        http=bounded_http(settings.header_timeout_s),
         ws="none",
         lifespan="off",
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_keep_alive=_KEEP_ALIVE_S,
+        timeout_keep_alive=math.ceil(settings.idle_timeout_s),
         timeout_graceful_shutdown=_FLUSH_S,
+        h11_max_incomplete_event_size=settings.max_header_bytes,
     )

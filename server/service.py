@@ -1,14 +1,23 @@
-"""What every endpoint needs: the engine, the model, the limits, and whether work is taken on."""
+"""What every endpoint needs: the models, the limits, and whether work is taken on."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
 
+from ..errors import UsageError
 from ..runtime.engine import Engine
 from ..runtime.model import Model
 from .errors import ApiError, unavailable
+from .mailbox import Mailbox
+from .metrics import Meters
 from .settings import ServerSettings
+
+if TYPE_CHECKING:
+    from ..runtime.grammar import GrammarCompiler
 
 
 @dataclass
@@ -25,25 +34,64 @@ class Activity:
 
 
 @dataclass(frozen=True)
-class Service:
-    """One served model."""
+class Served:
+    """One model under the name that requests use. The engine stays its maker's to close."""
 
+    name: str
     engine: Engine
-    model: Model
-    settings: ServerSettings
-    activity: Activity
-    started_at: int = field(default_factory=lambda: int(time.time()))
+    since: int = field(default_factory=lambda: int(time.time()))
 
     @property
-    def name(self) -> str:
-        """The model's name in requests and answers."""
-        return self.settings.served_name or self.model.name
+    def model(self) -> Model:
+        """What the engine runs."""
+        return self.engine.model
 
-    def check_model(self, name: str) -> None:
-        """Raise the 404 of OpenAI unless `name` is the model served."""
-        if name != self.name:
-            message = f"the model {name[:100]!r} is not served here; {self.name!r} is"
+    @cached_property
+    def grammars(self) -> GrammarCompiler:
+        """Compiles what answers must look like."""
+        from ..runtime.grammar import GrammarCompiler  # a large library, which few need
+
+        return GrammarCompiler(self.model.tokenizer)
+
+
+class Service:
+    """All served models, by name."""
+
+    def __init__(
+        self, served: Sequence[Served], settings: ServerSettings, activity: Activity
+    ) -> None:
+        """Raises UsageError if there is no model, or two of one name."""
+        self.models: Mapping[str, Served] = {each.name: each for each in served}
+        if not served or len(self.models) < len(served):
+            names = [each.name for each in served]
+            raise UsageError(f"models need names of their own, given {names}")
+        self.settings, self.activity = settings, activity
+        self.meters = Meters({each.name: each.engine for each in served})
+        self._mailbox: Mailbox | None = None
+
+    @property
+    def mailbox(self) -> Mailbox:
+        """The way from the engines to the running event loop."""
+        if self._mailbox is None:
+            self._mailbox = Mailbox()
+        return self._mailbox
+
+    @property
+    def alive(self) -> bool:
+        """Whether every engine carries out requests."""
+        return all(each.engine.alive for each in self.models.values())
+
+    def find(self, name: str) -> Served:
+        """The model of that name.
+
+        Raises:
+            ApiError: the 404 of OpenAI.
+        """
+        if name not in self.models:
+            known = ", ".join(map(repr, self.models))
+            message = f"the model {name[:100]!r} is not served here; {known} is"
             raise ApiError(404, message, code="model_not_found", param="model")
+        return self.models[name]
 
     def check_open(self) -> None:
         """Raise a 503 once the server has been told to stop."""

@@ -5,6 +5,7 @@ Knows framing and the order of chunks, not what a chunk looks like: see `Chunks`
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator, Sequence
@@ -12,11 +13,12 @@ from typing import Protocol
 
 from pydantic import BaseModel
 from starlette.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
-from ..runtime.request import Finished, TextDelta
+from ..runtime.request import Event, Finished
 from .engine_call import EngineCall
 from .errors import to_api_error
+from .settings import ServerSettings
 
 _log = logging.getLogger(__name__)
 _DONE = b"data: [DONE]\n\n"
@@ -29,11 +31,8 @@ class Chunks(Protocol):
     def first(self, index: int) -> BaseModel | None:
         """What a choice begins with, if anything."""
 
-    def text(self, index: int, text: str) -> BaseModel:
-        """More text of a choice."""
-
-    def last(self, index: int, end: Finished) -> BaseModel:
-        """The end of a choice."""
+    def event(self, index: int, event: Event) -> Sequence[BaseModel]:
+        """What an event of a choice adds."""
 
     def usage(self, ends: Sequence[Finished]) -> BaseModel | None:
         """The end of everything, if the client asked for it."""
@@ -42,17 +41,21 @@ class Chunks(Protocol):
 class EventStream(StreamingResponse):
     """Streams an engine call. However the response ends, the call is closed."""
 
-    def __init__(self, call: EngineCall, chunks: Chunks, ping_s: float) -> None:
+    def __init__(self, call: EngineCall, chunks: Chunks, settings: ServerSettings) -> None:
         super().__init__(
-            _frames(call, chunks, ping_s),
+            _frames(call, chunks, settings.ping_s),
             media_type="text/event-stream",
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
         )
-        self._call = call
+        self._call, self._send_timeout_s = call, settings.send_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_in_time(message: Message) -> None:
+            async with asyncio.timeout(self._send_timeout_s):
+                await send(message)
+
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, send_in_time)
         finally:
             self._call.close()
 
@@ -64,7 +67,7 @@ async def _frames(call: EngineCall, chunks: Chunks, ping_s: float) -> AsyncItera
     except Exception as error:
         known = to_api_error(error)
         if known.status_code == 500:
-            _log.exception("a stream failed")
+            _log.error("a stream failed", exc_info=error)
         yield _event(json.dumps(known.answer().model_dump()))
     yield _DONE
 
@@ -75,17 +78,17 @@ async def _chunks(
     for index in range(call.size):
         if (first := chunks.first(index)) is not None:
             yield first
-    ends: list[Finished] = []
+    ends: dict[int, Finished] = {}
     async for item in call.events(ping_s):
-        match item:
-            case None:
-                yield None
-            case (index, TextDelta(text=text)) if text:
-                yield chunks.text(index, text)
-            case (index, Finished() as end):
-                ends.append(end)
-                yield chunks.last(index, end)
-    if (usage := chunks.usage(ends)) is not None:
+        if item is None:
+            yield None
+            continue
+        index, event = item
+        if isinstance(event, Finished):
+            ends[index] = event
+        for chunk in chunks.event(index, event):
+            yield chunk
+    if (usage := chunks.usage([ends[index] for index in sorted(ends)])) is not None:
         yield usage
 
 

@@ -7,7 +7,7 @@ from math import prod
 import torch
 
 from ...errors import CapacityError
-from ..device import available_memory_bytes
+from ...kernels.device import available_memory_bytes
 from ..source import Source
 from .settings import Distillation
 

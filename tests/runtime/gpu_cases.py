@@ -16,6 +16,7 @@ from halfweave.runtime.engine import Engine
 from halfweave.runtime.families import decoder_spec
 from halfweave.runtime.gpu_decoder import GpuDecoder
 from halfweave.runtime.model import load_model
+from halfweave.runtime.paged import Part
 from halfweave.runtime.params import SamplingParams
 from halfweave.runtime.request import GenerationRequest, TextDelta
 from support.tiny import pack_directory, save_tiny
@@ -90,3 +91,37 @@ def test_a_cache_grows_and_ends_where_it_should(tmp_path: Path) -> None:
     assert cache.length == 40
     with pytest.raises(CapacityError, match="41 positions"):
         decoder.forward(PROMPT[:1], cache)
+
+
+def test_a_batch_gives_what_each_sequence_gives_alone(tmp_path: Path) -> None:
+    """Steps of 9 sequences down to 1, in whose buffers there is more room than they need."""
+    model = pack_directory(save_tiny(tmp_path / "tiny"), tmp_path / "packed", "sparse24_int4")
+    decoder, dice = gpu_decoder(model), torch.Generator().manual_seed(0)
+    texts = [torch.randint(3, 200, (3 + at,), generator=dice).tolist() for at in range(9)]
+    alone = [decoder.forward(torch.tensor(text), decoder.new_cache()) for text in texts]
+    memory = decoder.new_memory(9)
+    for at in range(len(texts[-1])):
+        running = [number for number, text in enumerate(texts) if at < len(text)]
+        hidden = decoder.run([Part([texts[n][at]], at, [8 - n]) for n in running], memory)
+        for number, row in zip(running, hidden, strict=True):
+            torch.testing.assert_close(row, alone[number][at], rtol=3e-2, atol=3e-2)
+
+
+def test_long_and_short_parts_go_together(tmp_path: Path) -> None:
+    model = pack_directory(save_tiny(tmp_path / "tiny"), tmp_path / "packed", "sparse24_int4")
+    decoder = gpu_decoder(model)
+    texts = [PROMPT.tolist(), PROMPT.flip(0).tolist()]
+    alone = [decoder.forward(torch.tensor(text), decoder.new_cache()) for text in texts]
+    memory = decoder.new_memory(4)
+    decoder.run([Part(texts[0][:6], 0, [3])], memory)
+    hidden = decoder.run([Part(texts[1], 0, [1]), Part(texts[0][6:], 6, [3])], memory)
+    torch.testing.assert_close(hidden[:7], alone[1], rtol=3e-2, atol=3e-2)
+    torch.testing.assert_close(hidden[7], alone[0][6], rtol=3e-2, atol=3e-2)
+
+
+def test_the_likeliest_token_is_found_where_the_scores_are(tmp_path: Path) -> None:
+    decoder = gpu_decoder(save_tiny(tmp_path / "tiny"))
+    hidden = decoder.forward(PROMPT, decoder.new_cache()).clone()
+    assert torch.equal(decoder.likeliest(hidden)[0], decoder.logits(hidden).argmax(-1))
+    hidden[3, 0] = float("nan")
+    assert decoder.likeliest(hidden)[1].isfinite().tolist() == [at != 3 for at in range(7)]

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from halfweave.runtime.engine import EngineSettings
 from halfweave.runtime.model import Model, load_model
 from halfweave.server.settings import ServerSettings
 from support.http_server import Live, idle, live_server, wait_until
@@ -43,12 +44,13 @@ def live(shared_live: Live) -> Iterator[Live]:
 
 @pytest.fixture(scope="session")
 def shared_slow(long_model: Model) -> Iterator[Live]:
-    with live_server(long_model, ServerSettings(max_waiting=2, ping_s=0.05)) as running:
+    one_at_a_time = EngineSettings(max_running=1, max_waiting=2)
+    with live_server(long_model, ServerSettings(ping_s=0.05), one_at_a_time) as running:
         yield running
 
 
 @pytest.fixture
 def slow(shared_slow: Live) -> Iterator[Live]:
-    """A server where requests can be made to last, and only two may wait."""
+    """A server where requests can be made to last: one runs, and two may wait."""
     yield shared_slow
     wait_until(lambda: idle(shared_slow))

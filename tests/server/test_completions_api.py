@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from halfweave.runtime.llm import LLM
 from halfweave.runtime.model import Model
-from halfweave.runtime.request import SamplingParams
+from halfweave.runtime.params import SamplingParams
 from openai import OpenAI
 from support.http_server import Live, run
 
@@ -44,6 +44,7 @@ def test_usage_counts_what_was_read_and_written(live: Live, served_model: Model)
         "prompt_tokens": prompt_tokens,
         "completion_tokens": 5,
         "total_tokens": prompt_tokens + 5,
+        "prompt_tokens_details": {"cached_tokens": 0},  # it has no full page
     }
 
 

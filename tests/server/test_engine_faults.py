@@ -77,7 +77,7 @@ def test_an_engine_that_stops_ends_the_answers_in_flight(doomed: Live) -> None:
     stream = doomed.begin_completion(**forever, stream=True)
     response = stream.getresponse()
     whole = doomed.begin_completion(**forever)
-    wait_until(lambda: doomed.engine.stats().waiting == 1)
+    wait_until(lambda: doomed.engine.stats().running == 2)
     closing = threading.Thread(target=doomed.engine.close)
     closing.start()
     *_, error, done = read(response).events

@@ -10,34 +10,19 @@ from support.http_server import Answer, Live
 
 # Fields that ask for behaviour this server lacks.
 UNSUPPORTED_ANYWHERE: list[tuple[str, Any]] = [
-    ("n", 2),
-    ("n", 2**63),
-    ("n", True),
-    ("presence_penalty", 0.5),
-    ("frequency_penalty", -1),
-    ("repetition_penalty", 1.1),
-    ("logit_bias", {"5": 1}),
-    ("logprobs", True),
     ("prompt_logprobs", 1),
-    ("stop_token_ids", [5]),
     ("prompt_embeds", "AAAA"),
     ("guided_json", {}),
+    ("use_beam_search", True),
     ("no_such_field", None),
 ]
 UNSUPPORTED_IN_COMPLETIONS = [
-    ("best_of", 2),
-    ("echo", True),
-    ("logprobs", 0),
     ("suffix", "end"),
     ("messages", []),
+    ("top_logprobs", 2),
+    ("tools", []),
 ]
 UNSUPPORTED_IN_CHATS = [
-    ("top_logprobs", 2),
-    ("response_format", {"type": "json_object"}),
-    ("response_format", {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}),
-    ("tools", []),
-    ("tools", [{"type": "function", "function": {"name": "f"}}]),
-    ("tool_choice", "required"),
     ("functions", []),
     ("modalities", ["text", "audio"]),
     ("audio", {"voice": "alloy", "format": "wav"}),
@@ -48,8 +33,9 @@ UNSUPPORTED_IN_CHATS = [
     ("store", True),
     ("web_search_options", {}),
     ("chat_template", "{{ 1 }}"),
-    ("chat_template_kwargs", {"tokenize": True}),
     ("prompt", "The"),
+    ("echo", True),
+    ("best_of", 2),
 ]
 # Values outside the bounds of a field that is implemented.
 WRONG_ANYWHERE: list[tuple[str, Any]] = [
@@ -58,6 +44,32 @@ WRONG_ANYWHERE: list[tuple[str, Any]] = [
     ("model", ""),
     ("max_tokens", 0),
     ("max_tokens", -1),
+    ("n", 0),
+    ("n", -1),
+    ("n", 17),
+    ("n", 2**31),
+    ("n", 2**63),
+    ("n", True),
+    ("n", "2"),
+    ("presence_penalty", 2.1),
+    ("frequency_penalty", -3),
+    ("frequency_penalty", "much"),
+    ("repetition_penalty", 0),
+    ("repetition_penalty", 1e9),
+    ("logit_bias", [5]),
+    ("logit_bias", {"5": 1e9}),
+    ("logit_bias", {"5": "x"}),
+    ("logit_bias", {"100000": 1}),
+    ("logit_bias", {str(n): 1 for n in range(1025)}),
+    ("stop_token_ids", 5),
+    ("stop_token_ids", [100_000]),
+    ("stop_token_ids", list(range(65))),
+    ("include_stop_str_in_output", "yes"),
+    ("skip_special_tokens", 1),
+    ("priority", 2**31),
+    ("priority", 0.5),
+    ("cache_salt", ""),
+    ("cache_salt", "x" * 257),
     ("max_tokens", 2**31),
     ("max_tokens", 2**63),
     ("max_tokens", 1.5),
@@ -92,8 +104,28 @@ WRONG_ANYWHERE: list[tuple[str, Any]] = [
     ("stream_options", {"include_usage": True}),
     ("user", 5),
 ]
-# Which item of a list is at fault.
-LIST_ITEM = {"['a', '']": 1, "[5]": 0}
+WRONG_IN_COMPLETIONS: list[tuple[str, Any]] = [
+    ("best_of", 0),
+    ("best_of", 17),
+    ("logprobs", -1),
+    ("logprobs", 21),
+    ("logprobs", True),
+    ("echo", 1),
+    ("add_special_tokens", "no"),
+]
+WRONG_IN_CHATS: list[tuple[str, Any]] = [
+    ("logprobs", 3),
+    ("top_logprobs", 2),  # without logprobs
+    ("top_logprobs", 21),
+    ("top_logprobs", -1),
+]
+# Where in a value the fault is.
+PLACE = {
+    "['a', '']": "[1]",
+    "stop [5]": "[0]",
+    "{'5': 1000000000.0}": ".5",
+    "{'5': 'x'}": ".5",
+}
 WRONG_PROMPTS: list[Any] = [
     "",
     [],
@@ -165,9 +197,45 @@ def test_a_chat_refuses_what_it_does_not_do(live: Live, field: str, value: Any) 
 @pytest.mark.parametrize(("field", "value"), WRONG_ANYWHERE, ids=lambda item: str(item)[:30])
 def test_a_value_out_of_bounds_is_refused_by_name(live: Live, field: str, value: Any) -> None:
     """Rows 33, 34, 35 and 37."""
-    param = f"{field}[{LIST_ITEM[str(value)]}]" if str(value) in LIST_ITEM else field
+    param = field + PLACE.get(str(value), PLACE.get(f"{field} {value}", ""))
     refused(live.complete(**{field: value}), param, None)
     refused(live.chat(**{field: value}), param, None)
+
+
+@pytest.mark.parametrize(("field", "value"), WRONG_IN_COMPLETIONS, ids=str)
+def test_a_value_out_of_bounds_is_refused_in_completions(
+    live: Live, field: str, value: Any
+) -> None:
+    """Rows 33 and 34."""
+    refused(live.complete(**{field: value}), field, None)
+
+
+@pytest.mark.parametrize(("field", "value"), WRONG_IN_CHATS, ids=str)
+def test_a_value_out_of_bounds_is_refused_in_chats(live: Live, field: str, value: Any) -> None:
+    """Rows 33 and 34."""
+    refused(live.chat(**{field: value}), field, None)
+
+
+@pytest.mark.parametrize("key", ["x", "-1", "1.0", "", "007", "9" * 30])
+def test_a_bias_of_what_is_no_token_id_is_refused(live: Live, key: str) -> None:
+    """Row 36."""
+    answer = live.complete(logit_bias={key: 1})
+    assert answer.status == 400
+    assert answer.error["param"].startswith("logit_bias")
+    assert len(answer.body) < 4096
+
+
+def test_two_hundred_thousand_biases_are_refused_quickly(live: Live) -> None:
+    """Row 36."""
+    answer = live.complete(logit_bias={str(n): 1 for n in range(20_000)})
+    assert answer.status in (400, 413)
+    assert len(answer.body) < 4096
+
+
+def test_fields_that_contradict_each_other_are_refused(live: Live) -> None:
+    refused(live.complete(n=3, best_of=2), "best_of", None)
+    refused(live.complete(best_of=2, stream=True), "best_of", None)
+    refused(live.complete(max_tokens=0), "max_tokens", None)
 
 
 @pytest.mark.parametrize("prompt", WRONG_PROMPTS, ids=lambda item: repr(item)[:30])
@@ -266,7 +334,7 @@ def test_a_tiny_temperature_is_greedy(live: Live) -> None:
 
 def test_the_client_sees_which_parameter_was_refused(live: Live) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
-        live.client().completions.create(model=live.model, prompt="The", n=3)
-    assert caught.value.param == "n"
+        live.client().completions.create(model=live.model, prompt="The", suffix="end")
+    assert caught.value.param == "suffix"
     assert caught.value.code == "unsupported_parameter"
     assert caught.value.type == "invalid_request_error"

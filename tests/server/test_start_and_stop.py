@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from http.client import HTTPConnection
 from inspect import signature
 from pathlib import Path
@@ -18,9 +18,10 @@ from typing import Any
 
 import pytest
 from halfweave.errors import EngineDeadError, HalfweaveError, UsageError
-from halfweave.runtime import generation
 from halfweave.runtime.model import Model
-from halfweave.server.serve import open_socket, serve, url_of
+from halfweave.runtime.scheduler import Work
+from halfweave.runtime.step import Stepper, StepResult
+from halfweave.server.serve import Offer, open_socket, serve, url_of
 from halfweave.server.settings import ServerSettings
 from support.http_server import JSON, Answer, Live, live_server, read, wait_until
 
@@ -28,9 +29,9 @@ LASTING: dict[str, Any] = {"max_tokens": 300, "ignore_eos": True, "stream": True
 FOREVER: dict[str, Any] = {"max_tokens": 8000, "ignore_eos": True, "stream": True}
 PROGRAM = """
 import sys, torch
-from halfweave.server.serve import serve
+from halfweave.server.serve import Offer, serve
 torch.set_num_threads(1)
-serve(sys.argv[1], port=0, on_ready=lambda url: print(url, flush=True))
+serve([Offer(sys.argv[1])], port=0, on_ready=lambda url: print(url, flush=True))
 """
 
 
@@ -78,7 +79,7 @@ def serve_while(directory: Path, use: Callable[[int], None]) -> None:
         users[0].start()
 
     try:
-        serve(directory, port=0, on_ready=on_ready)
+        serve([Offer(directory)], port=0, on_ready=on_ready)
     finally:
         users[0].join(30)
 
@@ -87,7 +88,7 @@ def test_a_taken_port_is_named_before_the_model_is_loaded() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(HalfweaveError, match=f"port {port}.*in use") as caught:
-            serve("/no/such/model", port=port)
+            serve([Offer("/no/such/model")], port=port)
     assert caught.value.exit_code == 1
     assert caught.value.hint
 
@@ -120,7 +121,9 @@ def test_a_draining_server_refuses_new_work_and_finishes_the_old(patient: Live) 
     assert refused.status == 503
     assert refused.error["code"] == "draining"
     assert refused.headers["retry-after"]
-    assert patient.get("/health").json == {"status": "draining"}
+    alive, ready = patient.get("/health"), patient.get("/ready")
+    assert alive.json == ready.json == {"status": "draining"}
+    assert (alive.status, ready.status) == (200, 503)
     *chunks, done = read(response).events
     assert done == "[DONE]"
     assert chunks[-1]["choices"][0]["finish_reason"] == "length"
@@ -130,7 +133,7 @@ def test_a_draining_server_refuses_new_work_and_finishes_the_old(patient: Live) 
 def test_answers_that_outlast_the_drain_are_ended_with_an_error(brief: Live) -> None:
     response = brief.begin_completion(**FOREVER).getresponse()
     whole = brief.begin_completion(**{**FOREVER, "stream": False})
-    wait_until(lambda: brief.engine.stats().waiting == 1)
+    wait_until(lambda: brief.engine.stats().running == 2)
     brief.server.handle_exit(signal.SIGINT, None)
     *_, error, done = read(response).events
     assert error["error"]["code"] == "aborted"
@@ -170,7 +173,7 @@ def test_a_second_signal_ends_the_process_at_once(long_model: Model) -> None:
     with server_process(long_model.checkpoint.path) as (process, port):
         ask(port, **FOREVER).getresponse()
         process.send_signal(signal.SIGINT)
-        wait_until(lambda: _health(port) == 503)
+        wait_until(lambda: _ready(port) == 503)
         process.send_signal(signal.SIGINT)
         # Well before the drain's 30 seconds are over, on a busy machine too.
         assert process.wait(20) == 128 + signal.SIGINT
@@ -182,15 +185,19 @@ def test_serve_raises_when_its_engine_dies(
     """Row 51: a supervisor must see a failure. The fault is put into the engine's own step."""
     answers: list[Answer] = []
 
-    def die(*_: object) -> None:
+    run = Stepper.run
+
+    def die(stepper: Stepper, work: Sequence[Work]) -> StepResult:
+        if work[0].sequence.request.id == "warm-up":
+            return run(stepper, work)
         raise SystemExit("the thread's end")
 
-    monkeypatch.setattr(generation.Generation, "step", die)
+    monkeypatch.setattr(Stepper, "run", die)
     with pytest.raises(EngineDeadError):
         serve_while(
             long_model.checkpoint.path, lambda port: answers.append(read(ask(port).getresponse()))
         )
-    assert (answers[0].status, answers[0].error["code"]) == (503, "engine_dead")
+    assert (answers[0].status, answers[0].error["code"]) == (500, "engine_dead")
     assert answers[0].headers["x-should-retry"] == "false"
 
 
@@ -202,7 +209,7 @@ def _accepts(port: int) -> bool:
     return True
 
 
-def _health(port: int) -> int:
+def _ready(port: int) -> int:
     connection = HTTPConnection("127.0.0.1", port, timeout=10)
-    connection.request("GET", "/health")
+    connection.request("GET", "/ready")
     return connection.getresponse().status

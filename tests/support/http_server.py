@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPResponse
 from typing import Any
 
-from halfweave.runtime.engine import Engine
+from halfweave.runtime.engine import Engine, EngineSettings
 from halfweave.runtime.model import Model
 from halfweave.server.app import create_app
 from halfweave.server.serve import Server, open_socket
-from halfweave.server.service import Activity
+from halfweave.server.service import Activity, Served
 from halfweave.server.settings import ServerSettings
 from openai import AsyncOpenAI, OpenAI
 
@@ -133,26 +133,37 @@ def read(response: HTTPResponse) -> Answer:
 
 
 @contextmanager
-def live_server(model: Model, settings: ServerSettings | None = None) -> Iterator[Live]:
-    """Serve `model` on a free port until the block ends."""
-    settings = settings or ServerSettings()
-    activity = Activity()
-    engine = Engine(model, max_waiting=settings.max_waiting)
+def live_server(
+    model: Model,
+    settings: ServerSettings | None = None,
+    running: EngineSettings | None = None,
+    name: str | None = None,
+    beside: Model | None = None,
+) -> Iterator[Live]:
+    """Serve `model` on a free port until the block ends; and another one `beside` it."""
+    settings, activity, turn = settings or ServerSettings(), Activity(), threading.Lock()
+    models = [model] if beside is None else [model, beside]
+    served = [Served(each.name, Engine(each, running, turn)) for each in models]
+    served[0] = Served(name or model.name, served[0].engine)
     sock = open_socket("127.0.0.1", 0)
-    server = Server(create_app(engine, settings, activity), engine, activity, settings)
+    server = Server(create_app(served, settings, activity), served, activity, settings)
     ready = threading.Event()
     server.on_ready = lambda _: ready.set()
     thread = threading.Thread(target=server.run, args=([sock],))
     thread.start()
     assert ready.wait(30)
     port = sock.getsockname()[1]
-    name = settings.served_name or model.name
     try:
-        yield Live(f"http://127.0.0.1:{port}", port, name, engine, activity, server)
+        yield Live(
+            f"http://127.0.0.1:{port}", port, served[0].name, served[0].engine, activity, server
+        )
     finally:
         server.should_exit = True
         thread.join(30)
-        engine.close()
+        for each in served:
+            each.engine.close()
+            each.engine._scheduler.pool.check_integrity()
+            assert each.engine.stats().pages_used == 0, "a request left pages behind"
         sock.close()
 
 
@@ -165,9 +176,9 @@ def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
 
 
 def idle(live: Live) -> bool:
-    """Whether nothing waits, runs, or is being answered."""
+    """Whether nothing waits, runs, holds pages, or is being answered."""
     stats = live.engine.stats()
-    return stats.waiting == stats.running == live.activity.in_flight == 0
+    return stats.waiting == stats.running == stats.pages_used == live.activity.in_flight == 0
 
 
 def raw_exchange(port: int, data: bytes) -> bytes:

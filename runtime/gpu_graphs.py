@@ -1,0 +1,119 @@
+"""Steps of one token a sequence, replayed from CUDA graphs.
+
+A step is some hundred short kernels, which take longer to launch one by one than to run. So they
+are recorded once for each of a few batch sizes, on buffers that stay where they are, and every
+step fills the buffers and replays the recording of the next larger size. Rows that are left over
+belong to nobody: one position in a page that no sequence has.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .paged import Part
+
+SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+
+Work = Callable[[], Tensor]
+# From work to something that does it again, on the same buffers.
+Record = Callable[[Work], Work]
+
+
+@dataclass(frozen=True)
+class StepBuffers:
+    """The newest token of each sequence, on the device.
+
+    `ids` and `positions` are int32 [rows]; `table` int32 [rows, most pages] lists each sequence's
+    pages; `lengths` int32 [rows] counts its positions, the new one included.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    table: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def empty(cls, rows: int, width: int, nobody: int, device: torch.device) -> StepBuffers:
+        """Rows that belong to nobody, whose page is number `nobody`."""
+        ids, positions, lengths = (
+            torch.full((rows,), value, dtype=torch.int32, device=device) for value in (0, 0, 1)
+        )
+        table = torch.full((rows, width), nobody, dtype=torch.int32, device=device)
+        return cls(ids, positions, table, lengths)
+
+    def fill(self, parts: Sequence[Part], nobody: int) -> None:
+        """Put these tokens into the first rows; the rest belongs to nobody again."""
+        width, rest = self.table.shape[1], len(self.ids) - len(parts)
+        rows = []
+        for part in parts:
+            spare = (width - len(part.pages)) * [nobody]
+            rows.append([part.tokens[0], part.start, part.end, *part.pages, *spare])
+        rows += rest * [[0, 0, 1, *width * [nobody]]]
+        host = torch.tensor(rows, dtype=torch.int32)  # one copy to the device for all of them
+        there = host.to(self.ids.device, non_blocking=True)
+        self.ids.copy_(there[:, 0])
+        self.positions.copy_(there[:, 1])
+        self.lengths.copy_(there[:, 2])
+        self.table.copy_(there[:, 3:])
+
+
+class StepGraphs:
+    """Recordings of a decoder's step on one memory, made when they are first needed."""
+
+    def __init__(
+        self,
+        step: Callable[[StepBuffers], Tensor],
+        width: int,
+        nobody: int,
+        device: torch.device,
+        record: Record | None = None,
+    ) -> None:
+        """`step` gives final hidden states [rows, hidden]; sequences have `width` pages at most.
+
+        `record` is a CUDA graph's on a GPU, and doing the work again elsewhere.
+        """
+        self._step, self._width, self._nobody, self._device = step, width, nobody, device
+        on_gpu = device.type == "cuda"
+        self._record = record or (recorded if on_gpu else lambda work: work)
+        self._recordings: dict[int, tuple[StepBuffers, Work]] = {}
+
+    def fits(self, parts: Sequence[Part]) -> bool:
+        """Whether these parts are one token each, of as many sequences as there are graphs for."""
+        return len(parts) <= SIZES[-1] and all(
+            len(part.tokens) == 1 and len(part.pages) <= self._width for part in parts
+        )
+
+    def run(self, parts: Sequence[Part]) -> Tensor:
+        """Final hidden states [parts, hidden]."""
+        size = SIZES[bisect_left(SIZES, len(parts))]
+        if size not in self._recordings:
+            buffers = StepBuffers.empty(size, self._width, self._nobody, self._device)
+            self._recordings[size] = buffers, self._record(lambda: self._step(buffers))
+        buffers, again = self._recordings[size]
+        buffers.fill(parts, self._nobody)
+        # A copy: the next replay writes to the same place.
+        return again()[: len(parts)].clone()
+
+
+def recorded(work: Work) -> Work:
+    """The work as a CUDA graph. It is done twice before, so that all kernels are compiled."""
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(2):
+            work()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = work()
+
+    def again() -> Tensor:
+        graph.replay()
+        return result
+
+    return again
