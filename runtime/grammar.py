@@ -62,23 +62,30 @@ class CallForm:
     strict: bool = True
 
 
+@dataclass(frozen=True)
 class Grammar:
-    """A form that answers can have, compiled for one tokenizer."""
+    """A form that answers can have, compiled for one tokenizer.
 
-    def __init__(self, matcher: LLMatcher, ends: NDArray[np.int64], param: str) -> None:
-        """`ends` are the end tokens; `param` names the request's field that asked for the form."""
-        self._matcher, self._ends, self._param = matcher, ends, param
+    `words` is the number of tokens that the tokenizer knows, `ends` are those that end an answer;
+    `param` names the request's field that asked for the form.
+    """
+
+    matcher: LLMatcher
+    words: int
+    ends: NDArray[np.int64]
+    param: str
 
     def constraint(self) -> AnswerConstraint:
         """The constraint of one answer, which is at its beginning. May be called from threads."""
-        return AnswerConstraint(self._matcher.deep_copy(), self._ends, self._param)
+        return AnswerConstraint(self)
 
 
 class AnswerConstraint:
     """Which tokens may come next in one answer; see `request.Constraint`."""
 
-    def __init__(self, matcher: LLMatcher, ends: NDArray[np.int64], param: str) -> None:
-        self._matcher, self._ends, self._param = matcher, ends, param
+    def __init__(self, grammar: Grammar) -> None:
+        self._matcher = grammar.matcher.deep_copy()
+        self._words, self._ends, self._param = grammar.words, grammar.ends, grammar.param
 
     def forbid(self, scores: NDArray[np.float32]) -> None:
         """Set the scores [vocab] of tokens that may not come next to -inf, in place.
@@ -92,6 +99,7 @@ class AnswerConstraint:
         mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         self._check()
         allowed = np.unpackbits(mask, count=len(scores), bitorder="little").view(np.bool_)
+        allowed[self._words :] = False  # the matcher's own end token may be a row of the model
         allowed[self._ends[self._ends < len(scores)]] = self._matcher.is_accepting()
         np.copyto(scores, -np.inf, where=~allowed)
 
@@ -168,14 +176,19 @@ class GrammarCompiler:
     def _compile(self, source: str, param: str) -> Grammar:
         self._try_out(source, param)
         with self._lock:
-            vocabulary = self._vocabulary
+            try:
+                vocabulary = self._vocabulary
+            except UnsupportedModel as error:
+                message = f"this model's answers cannot be held to a form: {error.message}"
+                raise RequestError(message, param) from error
             limits = LLParserLimits(**_LIMITS)
             matcher = LLMatcher(vocabulary, source, log_level=0, limits=limits)
             if not matcher.is_error():
                 matcher.compute_bitmask()  # answers copy what it has found out
-            if matcher.is_error():
-                raise _invalid(matcher.get_error(), param)
-            return Grammar(matcher, np.array(sorted(self._tokenizer.eos_ids), np.int64), param)
+        if matcher.is_error():
+            raise _invalid(matcher.get_error(), param)
+        ends = np.array(sorted(self._tokenizer.eos_ids), np.int64)
+        return Grammar(matcher, vocabulary.vocab_size - 1, ends, param)
 
     def _try_out(self, source: str, param: str) -> None:
         try:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
+from ..errors import RequestError
 from ..runtime.params import MAX_LOGPROBS
 from .protocol import MAX_INT, NEUTRAL, Absent, Body, GenerationBody, Off, one_or_list
+from .tool_protocol import ResponseFormat, ToolBody, ToolChoiceBody, Turn, tool_choice
+from .tools import MAX_TOOLS, ToolSet, tool_set
 
 _MAX_MESSAGES = 4096
+_MAX_VARIABLES = 16
 
 
 class TextPart(Body):
@@ -27,28 +31,43 @@ Content = Annotated[
 ]
 
 
-class Message(Body):
+class Message(Turn):
     """One turn of a chat. A `developer` is the newer name of a `system`."""
 
-    role: Literal["developer", "system", "user", "assistant", "tool"]
-    content: Content
-    tool_call_id: str | None = None
+    content: Annotated[Content | None, Field(validate_default=True)] = None
 
     name: Absent = None
     refusal: Absent = None
     audio: Absent = None
     annotations: Absent = None
     function_call: Absent = None
-    tool_calls: Absent = None
 
-    def for_template(self) -> dict[str, str]:
-        """The message as chat templates know it, its parts joined into one text."""
-        parts = [self.content] if isinstance(self.content, str) else [p.text for p in self.content]
+    @field_validator("content")
+    @classmethod
+    def _something_is_said(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is None and not info.data.get("tool_calls"):
+            raise PydanticCustomError("content", "only a turn with tool calls has none")
+        return value
+
+    def for_template(self) -> dict[str, Any]:
+        """The message as templates and tool_text.py know it, its parts joined into one text."""
         role = "system" if self.role == "developer" else self.role
-        message = {"role": role, "content": "".join(parts)}
+        message: dict[str, Any] = {"role": role, "content": self._text}
         if self.tool_call_id is not None:
             message["tool_call_id"] = self.tool_call_id
+        if self.tool_calls is not None:
+            message["tool_calls"] = [call.model_dump() for call in self.tool_calls]
         return message
+
+    @property
+    def _text(self) -> str:
+        if self.content is None or isinstance(self.content, str):
+            return self.content or ""
+        return "".join(part.text for part in self.content)
+
+
+TemplateName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")]
+TemplateValue = Annotated[bool | int | float | str, Field(union_mode="left_to_right")]
 
 
 class ChatBody(GenerationBody):
@@ -60,6 +79,17 @@ class ChatBody(GenerationBody):
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_INT)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    response_format: ResponseFormat | None = None
+    tools: Annotated[list[ToolBody], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tool_choice: ToolChoiceBody | None = None
+    parallel_tool_calls: bool | None = None
+    chat_template_kwargs: dict[TemplateName, TemplateValue] | None = Field(
+        None, max_length=_MAX_VARIABLES, description="Variables of the model's chat template."
+    )
+    add_generation_prompt: bool | None = Field(None, description="True unless given.")
+    continue_final_message: bool | None = Field(
+        None, description="Go on with the last message; add_generation_prompt must be false."
+    )
     metadata: dict[str, str] | None = Field(None, description="Accepted, not kept.")
     safety_identifier: str | None = Field(None, description="Accepted, not kept.")
     prompt_cache_key: str | None = Field(None, description="Accepted; changes no answer.")
@@ -99,3 +129,20 @@ class ChatBody(GenerationBody):
     def scored(self) -> int | None:
         """How many likely tokens are reported beside each that is written; None for no report."""
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def tool_set(self) -> ToolSet | None:
+        """The tools that are offered, None where there are none.
+
+        Raises:
+            RequestError: see tools.py; or the answer is to be of some format besides.
+        """
+        tools = None if self.tools is None else [body.tool() for body in self.tools]
+        found = tool_set(tools, tool_choice(self.tool_choice), self.parallel_tool_calls)
+        formatted = self.response_format is not None and self.response_format.type != "text"
+        if found is not None and found.offered and formatted:
+            raise RequestError(
+                "response_format: an answer that may call tools has no other format",
+                "response_format",
+            )
+        return found

@@ -6,18 +6,15 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 from ..errors import UsageError
 from ..runtime.engine import Engine
+from ..runtime.grammar import GrammarCompiler
 from ..runtime.model import Model
 from .errors import ApiError, unavailable
 from .mailbox import Mailbox
 from .metrics import Meters
 from .settings import ServerSettings
-
-if TYPE_CHECKING:
-    from ..runtime.grammar import GrammarCompiler
 
 
 @dataclass
@@ -49,8 +46,6 @@ class Served:
     @cached_property
     def grammars(self) -> GrammarCompiler:
         """Compiles what answers must look like."""
-        from ..runtime.grammar import GrammarCompiler  # a large library, which few need
-
         return GrammarCompiler(self.model.tokenizer)
 
 

@@ -165,7 +165,7 @@ UNSUPPORTED_MESSAGES: list[tuple[dict[str, Any], str]] = [
         "messages[0].content[0].type",
     ),
     ({"content": "x", "name": "Ann"}, "messages[0].name"),
-    ({"content": "x", "tool_calls": [{"id": "1"}]}, "messages[0].tool_calls"),
+    ({"content": "x", "function_call": {"name": "f"}}, "messages[0].function_call"),
     ({"content": "x", "mood": "good"}, "messages[0].mood"),
 ]
 
