@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # Pinned: an unpinned torch is a CUDA build of several GB. A GPU user installs torch first.
 TORCH  := torch==2.13.0
 
-.PHONY: setup test test-sanitize test-arm test-gpu-static test-triton-matrix gpu demo check lint typecheck format quality layer-error bench-peers clean
+.PHONY: setup test test-sanitize test-arm test-gpu-static test-triton-matrix gpu demo check lint typecheck format quality layer-error bench-peers serving soak clean
 
 setup: $(VENV)/.ready
 
@@ -49,6 +49,19 @@ layer-error: work/SmolLM2-135M-Instruct $(VENV)/.text-ready
 bench-peers: work/SmolLM2-135M-Instruct
 	$(BIN)/python benchmarks/bench_peers.py --model $< --work work/peers
 
+# The server under load: throughput, a full queue, and a soak of ten minutes; makes docs/results/serving.*.
+SERVED := work/SmolLM2-135M-Instruct-2-4-int4
+
+$(SERVED): work/SmolLM2-135M-Instruct
+	$(BIN)/halfweave prune $< $@ --method magnitude --bits 4 --group 64
+
+serving: $(SERVED)
+	$(BIN)/python benchmarks/serving.py --model $<
+
+# The soak alone, with a minute's worth of it in `make test`.
+soak: setup
+	HALFWEAVE_SOAK_SECONDS=600 $(BIN)/python -m pytest tests/benchmarks/test_soak.py -k minute --timeout 900
+
 # A process per core with one thread each: many small models, which threads would only wait for. A file
 # stays in one process, since what its tests share takes minutes to make.
 test: $(VENV)/.model-ready
@@ -88,7 +101,7 @@ test-triton-matrix: setup
 # times, which go to docs/results.
 gpu: setup
 	$(BIN)/python -m pytest tests/gpu
-	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/kernels/cuda/plain_cases.py
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/kernels/cuda/plain_cases.py tests/runtime/gpu_cases.py
 	if command -v compute-sanitizer > /dev/null; then \
 	    compute-sanitizer --error-exitcode 1 $(BIN)/python -m pytest tests/gpu -k quick; fi
 	$(BIN)/python benchmarks/gpu_kernels.py --results docs/results

@@ -53,11 +53,24 @@ def products(rows: int, columns: int) -> dict[str, Product]:
     sparse = Sparse24.from_dense((weight * keep).half())
     joint = Sparse24Int4.from_codes(codes, keep, scale, 64)
     return {
+        # Also what a 2:4 weight costs that is expanded once, when it is loaded.
         "dense": lambda x: functional.linear(x, dense),
+        **_of_torch(dense * keep.to(DEVICE)),
         "sparse24": bind(sparse, None, DEVICE, DTYPE),
         "sparse24_int4": bind(joint, None, DEVICE, DTYPE),
         "int4": bind(Int4.from_codes(codes, scale, 64), None, DEVICE, DTYPE),
     }
+
+
+def _of_torch(weight: Tensor) -> dict[str, Product]:
+    """torch's own 2:4 product (cuSPARSELt or CUTLASS); nothing where this build has none."""
+    try:
+        sparse = torch.sparse.to_sparse_semi_structured(weight)
+        functional.linear(weight.new_zeros(8, weight.shape[1]), sparse)
+    except (RuntimeError, NotImplementedError) as error:
+        print(f"torch's own 2:4 product is left out: {error}", file=sys.stderr)
+        return {}
+    return {"torch sparse24": lambda x: functional.linear(x, sparse)}
 
 
 def seconds(product: Product, x: Tensor) -> float:
