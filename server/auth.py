@@ -13,6 +13,7 @@ import hmac
 from collections.abc import Sequence
 
 from starlette.datastructures import Headers
+from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .errors import ApiError, error_response
@@ -39,7 +40,7 @@ class ApiKeys:
         given = _hash(_given(Headers(scope=scope).get("authorization", "")))
         matches = [hmac.compare_digest(given, known) for known in self._hashes]
         if not any(matches):
-            await error_response(_refused(scope))(scope, receive, send)
+            await _refusal(scope)(scope, receive, send)
             return
         scope.setdefault("state", {})[_KEY] = given
         await self._app(scope, receive, send)
@@ -65,12 +66,12 @@ def _given(header: str) -> str:
     return value if scheme.lower() == "bearer" else ""
 
 
-def _refused(scope: Scope) -> ApiError:
-    # A browser shows its question for a password only where it is asked for one.
-    basic = ', Basic realm="halfweave: the API key as password"' if scope["path"] == "/" else ""
-    return ApiError(
-        401,
-        "a valid API key is needed",
-        code="invalid_api_key",
-        headers={"WWW-Authenticate": f"Bearer{basic}"},
+def _refusal(scope: Scope) -> Response:
+    challenge = {"WWW-Authenticate": "Bearer"}
+    response = error_response(
+        ApiError(401, "a valid API key is needed", code="invalid_api_key", headers=challenge)
     )
+    if scope["path"] == "/":  # in a line of its own, or Chromium does not ask for the password
+        basic = 'Basic realm="halfweave: the API key as password"'
+        response.headers.append("WWW-Authenticate", basic)
+    return response

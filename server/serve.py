@@ -11,7 +11,7 @@ import math
 import socket
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -20,7 +20,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
-from ..errors import EngineDeadError, HalfweaveError, UsageError
+from ..errors import EngineDeadError, HalfweaveError, RequestError, UsageError
 from ..runtime.engine import Engine, EngineSettings
 from ..runtime.model import LoadSettings, load_model
 from ..runtime.params import SamplingParams
@@ -89,10 +89,16 @@ def serve(
 def warm_up(engine: Engine) -> None:
     """Run one short request, so that the first client does not wait for what is made only once.
 
+    A chat template is rendered too, which starts the process that renders it.
+
     Raises:
         HalfweaveError: the model computes nothing of use.
     """
-    prompt = tuple(engine.model.tokenizer.encode("halfweave")) or (0,)
+    tokenizer = engine.model.tokenizer
+    if tokenizer.has_chat_template:
+        with suppress(RequestError):  # a template that dislikes this message may like others
+            tokenizer.apply_chat_template([{"role": "user", "content": "halfweave"}])
+    prompt = tuple(tokenizer.encode("halfweave")) or (0,)
     limit = min(2, max(0, engine.max_model_len - len(prompt)))
     params = SamplingParams(max_tokens=limit, temperature=0.0, ignore_eos=True)
     request = GenerationRequest("warm-up", prompt[: engine.max_model_len - 1], params)

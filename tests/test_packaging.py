@@ -66,6 +66,7 @@ def test_the_wheel_has_the_package_its_data_and_the_library_and_nothing_else(whe
         "halfweave/py.typed",
         "halfweave/server/app.py",
         "halfweave/pruner/data/calibration.txt",
+        "halfweave/server/playground.html",
         "halfweave/kernels/cpu/library.py",
         "halfweave/kernels/cpu/libhalfweave_cpu.so",
     ):

@@ -63,7 +63,7 @@ def test_without_a_key_every_url_is_refused_alike(guarded: Live, method: str, pa
     assert answer.status == 401
     assert answer.error["code"] == "invalid_api_key"
     assert answer.error["type"] == "authentication_error"
-    assert answer.headers["www-authenticate"].startswith("Bearer")
+    assert answer.headers["www-authenticate"].startswith("Basic" if path == "/" else "Bearer")
 
 
 @pytest.mark.parametrize("headers", WRONG, ids=str)
