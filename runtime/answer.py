@@ -27,7 +27,9 @@ class Answer:
         if not params.ignore_eos or request.constraint is not None:
             ends |= tokenizer.eos_ids  # a constraint that is met leaves nothing else to write
         self._params, self._ends, self.limit = params, ends, limit
-        self._sampler = Sampler(params, request.prompt_ids, ends, request.constraint)
+        # A form may be met before the least length is; then there is nothing else to write.
+        held_back = () if request.constraint is not None else ends
+        self._sampler = Sampler(params, request.prompt_ids, held_back, request.constraint)
         self._text = tokenizer.stream(params.skip_special_tokens)
         self._stops = StopFinder(params.stop, params.include_stop)
         self.token_ids: list[int] = []

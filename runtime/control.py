@@ -26,11 +26,11 @@ class ControlTokens:
         self._hidden = re.compile(f"{re.escape(mark)}(\\d+)\ue001")
 
     def hide(self, value: Any) -> Any:
-        """The same value with every control token in its strings replaced by a mark."""
+        """The same value with every control token in its strings, and keys, replaced by a mark."""
         if isinstance(value, str):
             return self._written.sub(self._marked, value)
         if isinstance(value, Mapping):
-            return {key: self.hide(item) for key, item in value.items()}
+            return {self.hide(key): self.hide(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
             return [self.hide(item) for item in value]
         return value

@@ -184,7 +184,7 @@ class GrammarCompiler:
             limits = LLParserLimits(**_LIMITS)
             matcher = LLMatcher(vocabulary, source, log_level=0, limits=limits)
             if not matcher.is_error():
-                matcher.compute_bitmask()  # answers copy what it has found out
+                matcher.compute_bitmask()  # shows whether anything satisfies it; answers copy it
         if matcher.is_error():
             raise _invalid(matcher.get_error(), param)
         ends = np.array(sorted(self._tokenizer.eos_ids), np.int64)

@@ -35,8 +35,6 @@ def _serve(setup: dict[str, Any]) -> None:
     for line in sys.stdin:
         signal.setitimer(signal.ITIMER_PROF, setup["seconds"])
         matcher = llguidance.LLMatcher(tokenizer, json.loads(line), log_level=0, limits=limits)
-        if not matcher.is_error():
-            matcher.compute_bitmask()  # a grammar that nothing satisfies shows itself only here
         signal.setitimer(signal.ITIMER_PROF, 0)
         sys.stdout.write(json.dumps({"error": matcher.get_error()}) + "\n")
         sys.stdout.flush()

@@ -159,10 +159,10 @@ class Tokenizer:
         """
         control = ControlTokens(self._control_tokens)
         text = self._renderer.render(
-            _hidden(control, list(messages)),
+            control.hide(list(messages)),
             add_generation_prompt,
-            None if tools is None else _hidden(control, list(tools)),
-            _hidden(control, variables or {}),
+            None if tools is None else control.hide(list(tools)),
+            control.hide(variables or {}),
             continue_final_message,
         )
         return control.encode(text, self._encode_part)
@@ -206,15 +206,6 @@ class TextStream:
             return ""
         self._context, self._emitted = self._emitted, len(self._ids)
         return after[len(before) :]
-
-
-def _hidden(control: ControlTokens, value: Any) -> Any:
-    """The value without control tokens in its texts, nor in its keys, which tools can name."""
-    if isinstance(value, Mapping):
-        return {control.hide(key): _hidden(control, item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_hidden(control, item) for item in value]
-    return control.hide(value)
 
 
 def _library_class(directory: Path, settings: Mapping[str, Any]) -> Any:

@@ -18,6 +18,7 @@ from .errors import ApiError
 
 _DISCARD_S = 2.0
 _DISCARD_FACTOR = 8
+_MAX_KEYS = 2048  # of one object: each that is wrong would be looked into before the answer
 
 
 class BodyLimit:
@@ -94,7 +95,7 @@ class JsonRequest(Request):
         raw = await self.body()
         try:
             text = raw.decode("utf-8")
-            return json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+            return json.loads(text, object_pairs_hook=_checked_object, parse_constant=_no_constant)
         except RecursionError:
             raise ApiError(400, "the request body is nested too deeply") from None
         except UnicodeDecodeError:
@@ -120,7 +121,9 @@ def _closing(status: int, message: str, code: str) -> ApiError:
     return ApiError(status, message, code=code, headers={"Connection": "close"})
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _checked_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) > _MAX_KEYS:
+        raise ApiError(400, f"an object in the request body has over {_MAX_KEYS} keys")
     document = dict(pairs)
     if len(document) != len(pairs):
         raise ValueError("an object names the same key twice")

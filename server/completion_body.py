@@ -31,7 +31,11 @@ Prompt = Annotated[
         list[Text], Field(min_length=1, max_length=_MAX_PROMPTS, fail_fast=True), Tag("<texts>")
     ]
     | Annotated[TokenIds, Tag("<ids>")]
-    | Annotated[list[TokenIds], Field(max_length=_MAX_PROMPTS, fail_fast=True), Tag("<id lists>")],
+    | Annotated[
+        list[TokenIds],
+        Field(min_length=1, max_length=_MAX_PROMPTS, fail_fast=True),
+        Tag("<id lists>"),
+    ],
     Discriminator(_prompt_shape),
 ]
 

@@ -72,7 +72,7 @@ Stop = Annotated[
 ]
 Penalty = Annotated[float, Field(ge=-MAX_PENALTY, le=MAX_PENALTY)]
 Bias = Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS)]
-BiasedToken = Annotated[str, Field(pattern=r"^(0|[1-9]\d{0,9})$")]
+BiasedToken = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$")]  # \d would be any digit
 
 
 class Body(BaseModel):
@@ -100,7 +100,8 @@ class GenerationBody(Body):
     min_p: float | None = Field(None, ge=0, le=1)
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    repetition_penalty: float | None = Field(None, gt=0, le=2)
+    # Far less than 0.01 would divide a score beyond what a float holds.
+    repetition_penalty: float | None = Field(None, ge=0.01, le=2)
     logit_bias: dict[BiasedToken, Bias] | None = Field(
         None, max_length=MAX_BIASES, description="By token ids."
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fastapi import APIRouter
 from fastapi.concurrency import run_in_threadpool
 from pydantic import Field
@@ -45,12 +47,8 @@ def tokens_router(service: Service) -> APIRouter:
     @router.post("/detokenize", response_model=Detokenized, responses=GENERATION_ERRORS)
     async def detokenize(body: DetokenizeBody) -> Response:
         """The text of tokens, special ones included."""
-        tokenizer = service.find(body.model).model.tokenizer
-        outside = [token for token in body.tokens if tokenizer.piece(token) is None]
-        if outside:
-            raise RequestError(f"tokens: {outside[0]} is no token of the model", "tokens")
-        text = await run_in_threadpool(tokenizer.decode, body.tokens, True)
-        return answer(Detokenized(prompt=text))
+        served = service.find(body.model)
+        return answer(await run_in_threadpool(_text, served, body.tokens))
 
     return router
 
@@ -62,3 +60,11 @@ def _tokens(served: Served, body: TokenizeBody) -> Tokens:
     if body.return_token_strs:
         tokens.token_strs = [token_text(tokenizer, token) for token in ids]
     return tokens
+
+
+def _text(served: Served, tokens: Sequence[int]) -> Detokenized:
+    tokenizer = served.model.tokenizer
+    outside = [token for token in tokens if tokenizer.piece(token) is None]
+    if outside:
+        raise RequestError(f"tokens: {outside[0]} is no token of the model", "tokens")
+    return Detokenized(prompt=tokenizer.decode(tokens, special=True))

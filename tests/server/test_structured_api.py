@@ -84,6 +84,13 @@ def ENDS_SOON(live: Live) -> dict[str, float]:  # noqa: N802 - reads as a consta
     return {str(token): 8.0 for token in tokens}
 
 
+def test_a_form_that_is_met_ends_before_the_least_length(live: Live) -> None:
+    short = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": [1, 2]}}}
+    choice = live.chat(response_format=short, max_tokens=60, min_tokens=50).json["choices"][0]
+    assert choice["message"]["content"] in ("1", "2")
+    assert choice["finish_reason"] == "stop"
+
+
 def test_streamed_json_is_the_whole_json(live: Live) -> None:
     fields: dict[str, Any] = {"messages": ASK, "response_format": FORMAT, **RANDOM}
     whole = live.chat(**fields).json["choices"][0]["message"]["content"]
