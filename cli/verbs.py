@@ -359,7 +359,8 @@ def serve(
 
     if scaling.replicas is not None:
         from ..kernels.cpu.cores import granted_cores
-        from ..server.ray_serve import Plan, Scale, serve_replicas
+        from ..server.ray_replica import Plan
+        from ..server.ray_serve import Scale, serve_replicas
 
         scale = Scale(scaling.replicas, scaling.max_replicas, scaling.ray_address)
         threads = loading.threads or max(1, granted_cores() // scale.most)

@@ -67,13 +67,7 @@ def serve(
     settings = settings or ServerSettings()
     # The port first: nobody wants to hear that it is taken after a minute of loading.
     with open_socket(host, port) as sock, ExitStack() as engines:
-        turn = Lock()
-        served = []
-        for offer in offers:
-            model = load_model(offer.path, **vars(loading or LoadSettings()))
-            engine = engines.enter_context(Engine(model, running, turn))
-            warm_up(engine)
-            served.append(Served(offer.name or model.name, engine))
+        served = serve_all(offers, loading or LoadSettings(), running, engines)
         activity = Activity()
         server = Server(create_app(served, settings, activity), served, activity, settings)
         server.on_ready = on_ready
@@ -84,6 +78,28 @@ def serve(
         died = not all(each.engine.alive for each in served) and not activity.draining
     if died:
         raise EngineDeadError("the engine died; the log says why")
+
+
+def serve_all(
+    offers: Sequence[Offer],
+    loading: LoadSettings,
+    running: EngineSettings | None,
+    engines: ExitStack | None = None,
+) -> list[Served]:
+    """Load the models and warm them up; their engines end with `engines`, or with the process.
+
+    Raises:
+        HalfweaveError: whatever loading a model raises; or it computes nothing of use.
+    """
+    turn, served = Lock(), []
+    for offer in offers:
+        model = load_model(offer.path, **vars(loading))
+        engine = Engine(model, running, turn)
+        if engines is not None:
+            engines.push(engine)
+        warm_up(engine)
+        served.append(Served(offer.name or model.name, engine))
+    return served
 
 
 def warm_up(engine: Engine) -> None:
