@@ -8,7 +8,7 @@ from ctypes import byref, c_uint64
 import torch
 from torch import Tensor
 
-from .library import Library
+from .library import Library, address
 
 _BYTES = 256 * 2**20  # beyond the last cache of most machines
 _ROUNDS = 5
@@ -30,6 +30,6 @@ def read_bandwidth(library: Library) -> float:
 
 def read_sum(library: Library, data: Tensor) -> int:
     """Read uint8 data, a multiple of 128 bytes: the sum of its 64-bit words, mod 2^64."""
-    total = c_uint64()
-    library.call("hw_read", library.pool, data.data_ptr(), data.nbytes, byref(total))
+    total, start = c_uint64(), address(data, "data", torch.uint8, data.nbytes)
+    library.call("hw_read", library.pool, start, data.nbytes, byref(total))
     return total.value

@@ -24,6 +24,7 @@ from .library import (
     NormStruct,
     ShapeStruct,
     WeightStruct,
+    address,
 )
 from .packed import PackedWeight
 
@@ -130,18 +131,20 @@ class NativeDecoder:
         own, which were stored before or are in this call.
 
         Raises:
-            HalfweaveError: an id, a position or a page is out of range.
+            HalfweaveError: an id, a position or a page is out of range, or a tensor is another.
         """
-        hidden = torch.empty(len(ids), self.shape.hidden)
+        tokens, page_count, nbytes = ids.numel(), pages.numel(), memory.nbytes
+        hidden = torch.empty(tokens, self.shape.hidden)
         batch = BatchStruct(
-            len(ids),
-            ids.data_ptr(),
-            positions.data_ptr(),
-            pages.data_ptr(),
-            len(pages),
-            starts.data_ptr(),
+            tokens,
+            address(ids, "ids", torch.int32, tokens),
+            address(positions, "positions", torch.int64, tokens),
+            address(pages, "pages", torch.int32, page_count),
+            page_count,
+            address(starts, "starts", torch.int64, tokens),
         )
-        cache = CacheStruct(memory.data_ptr(), memory.nbytes, memory.nbytes // self.page_bytes)
+        data = address(memory, "memory", torch.uint8, nbytes)
+        cache = CacheStruct(data, nbytes, nbytes // self.page_bytes)
         library = self._library
         library.call(
             "hw_forward",
@@ -155,10 +158,18 @@ class NativeDecoder:
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Scores fp32 [..., vocab] of hidden states [..., hidden]."""
+        """Scores fp32 [..., vocab] of hidden states [..., hidden].
+
+        Raises:
+            HalfweaveError: they have another last size, or are not in this machine's memory.
+        """
         inputs = hidden.to(torch.float32).contiguous()
-        scores = torch.empty(*hidden.shape[:-1], self.shape.vocab)
-        library, tokens = self._library, inputs.numel() // self.shape.hidden
+        *before, columns = hidden.shape or (0,)
+        if columns != self.shape.hidden:
+            raise HalfweaveError(f"hidden states of {columns} are not {self.shape.hidden}")
+        address(inputs, "hidden", torch.float32, *hidden.shape)
+        scores = torch.empty(*before, self.shape.vocab)
+        library, tokens = self._library, inputs.numel() // columns
         if tokens:
             library.call(
                 "hw_logits",
@@ -213,10 +224,7 @@ def _weight_struct(weight: PackedWeight | None) -> WeightStruct:
 
 
 def _vector(tensor: Tensor | None, size: int) -> int | None:
-    """Where its floats are. The library gets no size of vectors, so they are checked here."""
+    """Where its floats are, which have to stay there."""
     if tensor is None:
         return None
-    if tensor.shape != (size,) or tensor.dtype != torch.float32 or not tensor.is_contiguous():
-        found = f"{tensor.dtype} {list(tensor.shape)}"
-        raise HalfweaveError(f"a vector of the decoder is {found}, not fp32 [{size}]")
-    return tensor.data_ptr()
+    return address(tensor, "a vector of the decoder", torch.float32, size)

@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ...errors import HalfweaveError, UsageError
 from .cores import granted_cores
@@ -177,6 +178,19 @@ def library() -> Library | None:
         raise UsageError(f"{LEVEL_VARIABLE}={wanted!r} is none of {', '.join(LEVELS)}")
     functions = load(FILE)
     return None if functions is None else open_level(functions, wanted)
+
+
+def address(tensor: Tensor, what: str, dtype: torch.dtype, *size: int) -> int:
+    """Where the numbers of a tensor are. The library sees nothing else of it.
+
+    Raises:
+        HalfweaveError: it has another type or shape, or its numbers do not lie in order in memory.
+    """
+    if tensor.dtype is dtype and tensor.shape == size and tensor.is_cpu and tensor.is_contiguous():
+        return tensor.data_ptr()
+    found = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+    layout = "" if tensor.is_contiguous() else ", not contiguous"
+    raise HalfweaveError(f"{what} is {found}{layout}, where {dtype} {list(size)} on cpu is needed")
 
 
 def open_level(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -295,11 +296,62 @@ def test_impossible_decoders_are_refused_and_never_fatal(tmp_path: Path) -> None
             continue  # any number of positions may be seen
         with pytest.raises(HalfweaveError):
             NativeDecoder(library, shape, blocks, ends)
-    with pytest.raises(HalfweaveError, match=r"not fp32 \[72\]"):
+    with pytest.raises(HalfweaveError, match=r"float32 \[71\] .*float32 \[72\] on cpu is needed"):
         norm = Norm(ends.norm.gain[:71].clone())
         NativeDecoder(library, native.shape, blocks, replace(ends, norm=norm))
     with pytest.raises(HalfweaveError, match="1 blocks are not 2 layers"):
         NativeDecoder(library, native.shape, blocks[:1], ends)
+
+
+STEP = {  # of one token
+    "ids": torch.tensor([1], dtype=torch.int32),
+    "positions": torch.tensor([0]),
+    "pages": torch.tensor([0], dtype=torch.int32),
+    "starts": torch.tensor([0]),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("ids", lambda ids: ids.long()),
+        ("ids", lambda ids: ids.expand(2)),  # not contiguous
+        ("ids", lambda ids: ids[None]),
+        ("ids", lambda ids: ids.to("meta")),
+        ("positions", lambda positions: positions.int()),
+        ("positions", lambda positions: positions[:0]),
+        ("positions", lambda positions: positions.repeat(2)),
+        ("pages", lambda pages: pages.long()),
+        ("pages", lambda pages: pages.repeat(4)[::2]),
+        ("starts", lambda starts: starts.int()),
+        ("starts", lambda starts: starts[:0]),
+        ("memory", lambda memory: memory.view(torch.int8)),
+        ("memory", lambda memory: memory.repeat(2)[::2]),
+        ("memory", lambda memory: memory.to("meta")),
+    ],
+)
+def test_tensors_that_the_library_would_misread_are_refused(
+    name: str, change: Callable[[Tensor], Tensor], tmp_path: Path
+) -> None:
+    native = fused(packed(tmp_path, Tiny())).native
+    step = {**STEP, "memory": torch.zeros(native.page_bytes, dtype=torch.uint8)}
+    assert native.forward(**step).shape == (1, 72)
+    with pytest.raises(HalfweaveError, match=rf"^{name} is .* on cpu is needed"):
+        native.forward(**{**step, name: change(step[name])})
+
+
+def test_hidden_states_that_the_library_would_misread_are_refused(tmp_path: Path) -> None:
+    native = fused(packed(tmp_path, Tiny())).native
+    hidden = torch.randn(4, 3, 72)
+    wanted = native.logits(hidden)
+    assert wanted.shape == (4, 3, VOCABULARY)
+    assert torch.equal(native.logits(hidden.transpose(0, 1)), wanted.transpose(0, 1))
+    assert native.logits(torch.zeros(0, 72)).shape == (0, VOCABULARY)
+    for shape in ([1, 64 * 72], [1, 71], [72, 1], [3, 0], []):
+        with pytest.raises(HalfweaveError, match="are not 72"):
+            native.logits(torch.zeros(shape))
+    with pytest.raises(HalfweaveError, match="on meta"):
+        native.logits(torch.zeros(1, 72, device="meta"))
 
 
 def test_positions_beyond_the_table_are_refused_by_the_library(tmp_path: Path) -> None:

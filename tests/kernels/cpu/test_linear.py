@@ -8,6 +8,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import byref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -245,6 +246,44 @@ def test_inputs_that_do_not_fit_are_refused(library: Library) -> None:
         linear(library, packed, torch.zeros(1, 64), torch.zeros(19))
     with pytest.raises(HalfweaveError, match="a weight of 0 x 4 cannot be packed"):
         pack_weight(library, Dense(torch.zeros(0, 4)))
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (Dense(torch.zeros(8, 8, dtype=torch.float64)), "weights of torch.float64"),
+        (Dense(torch.zeros(8, 8, device="meta")), "values .* on meta"),
+        (replace(example("int8", 8, 8, 32), scale=torch.zeros(8, 1)), "scale is torch.float32"),
+        (replace(example("int8", 8, 8, 32), values=torch.zeros(8, 8)), "values is torch.float32"),
+        (replace(example("int4", 8, 64, 32), scale=torch.zeros(8, 1).half()), r"scale .* \[8, 1\]"),
+        (
+            replace(example("sparse24 bf16", 8, 64, 32), meta=torch.zeros(8, 4).byte()),
+            r"meta .* \[8, 4\]",
+        ),
+        (
+            replace(example("sparse24_int4", 8, 64, 32), meta=torch.zeros(8, 8)),
+            "meta is torch.float32",
+        ),
+    ],
+)
+def test_weights_that_the_library_would_misread_are_refused(
+    library: Library, weight: PackedLinear, message: str
+) -> None:
+    with pytest.raises(HalfweaveError, match=message):
+        pack_weight(library, weight)
+
+
+def test_what_is_not_in_this_machines_memory_is_refused(library: Library) -> None:
+    packed, away = pack_weight(library, example("int4", 20, 64, 32)), torch.device("meta")
+    x, bias = torch.zeros(1, 64), torch.zeros(20)
+    with pytest.raises(HalfweaveError, match=r"an input .* on meta"):
+        linear(library, packed, x.to(away), bias)
+    with pytest.raises(HalfweaveError, match=r"a bias .* on meta"):
+        linear(library, packed, x, bias.to(away))
+    with pytest.raises(HalfweaveError, match=r"a weight .* on meta"):
+        round_weight(library, torch.zeros(20, 64, device=away), 8)
+    with pytest.raises(HalfweaveError, match=r"weights of torch\.int8"):
+        round_weight(library, torch.zeros(20, 64, dtype=torch.int8), 8)
 
 
 def struct_of(packed: PackedWeight, **changes: int | None) -> WeightStruct:
