@@ -117,7 +117,8 @@ class NativeDecoder:
         shapes, ends_struct = byref(_shape_struct(shape)), byref(_ends_struct(ends, shape))
         library.call("hw_decoder_new", shapes, structs, ends_struct, byref(pointer))
         self._pointer = pointer.value
-        weakref.finalize(self, library.functions.hw_decoder_free, self._pointer)
+        # Not when the interpreter ends: a thread that ends with it may be in a call.
+        weakref.finalize(self, library.functions.hw_decoder_free, self._pointer).atexit = False
         self.page_bytes = int(library.functions.hw_page_bytes(self._pointer))
 
     def forward(

@@ -136,10 +136,29 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
 }
 
 
+class _Threads:
+    """The kernels' threads in one process, and what keeps their callers apart."""
+
+    def __init__(self, functions: ctypes.CDLL, count: int) -> None:
+        self.pool = functions.hw_pool_new(count)
+        if not self.pool:
+            raise HalfweaveError(f"{count} threads for the CPU kernels could not be started")
+        self.one_at_a_time = threading.Lock()
+        # Not when the interpreter ends: a thread that ends with it may be in a call.
+        weakref.finalize(self, _free_threads, functions, self.pool, os.getpid()).atexit = False
+
+
+def _free_threads(functions: ctypes.CDLL, pool: int, process: int) -> None:
+    """A fork has copied no threads, and would wait for them here without end."""
+    if process == os.getpid():
+        functions.hw_pool_free(pool)
+
+
 class Library:
     """The loaded library, at the level of one instruction set, with threads of its own.
 
-    The threads serve one call at a time; calls from several threads wait for each other.
+    The threads serve one call at a time; calls from several threads wait for each other. A forked
+    process starts threads of its own with its first call.
     """
 
     def __init__(self, functions: ctypes.CDLL, level: int, threads: int) -> None:
@@ -148,11 +167,13 @@ class Library:
         self.level_pointer = level
         self.level = functions.hw_level_name(level).decode()
         self.threads = threads
-        self.pool = functions.hw_pool_new(threads)
-        if not self.pool:
-            raise HalfweaveError(f"{threads} threads for the CPU kernels could not be started")
-        weakref.finalize(self, functions.hw_pool_free, self.pool)
-        self._one_at_a_time = threading.Lock()
+        self._started: dict[int, _Threads] = {}  # by process
+        self._threads_here()
+
+    @property
+    def pool(self) -> int:
+        """The threads, as the library's functions take them."""
+        return int(self._threads_here().pool)
 
     def call(self, function: str, *arguments: object) -> None:
         """Call one of the functions that answer with a code.
@@ -160,10 +181,17 @@ class Library:
         Raises:
             HalfweaveError: the library refused the call, for the reason that is given.
         """
-        with self._one_at_a_time:
+        with self._threads_here().one_at_a_time:
             code = getattr(self.functions, function)(*arguments)
         if code:
             raise HalfweaveError(f"CPU kernel refused: {_FAILURES.get(code, code)}")
+
+    def _threads_here(self) -> _Threads:
+        process = os.getpid()
+        found = self._started.get(process)
+        if found is None:  # two callers at once may both start some; those of one are freed
+            found = self._started.setdefault(process, _Threads(self.functions, self.threads))
+        return found
 
 
 @cache

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +24,7 @@ from halfweave.runtime.fused import FusedBits, FusedDecoder
 from halfweave.runtime.inspection import inspect_checkpoint
 from halfweave.runtime.model import load_model
 from halfweave.runtime.paged import Part, SequenceCache
-from support.cpu_levels import LEVELS_HERE, at_level
+from support.cpu_levels import LEVELS_HERE, UNDER_TEST, at_level
 from support.tiny import FAMILIES, LLAMA3_ROPE, VOCABULARY, Tiny, pack_directory, save_tiny
 from torch import Tensor
 
@@ -352,6 +354,30 @@ def test_hidden_states_that_the_library_would_misread_are_refused(tmp_path: Path
             native.logits(torch.zeros(shape))
     with pytest.raises(HalfweaveError, match="on meta"):
         native.logits(torch.zeros(1, 72, device="meta"))
+
+
+def test_nothing_is_freed_at_exit_while_a_thread_may_be_in_a_call(tmp_path: Path) -> None:
+    """Threads that end with the process may be anywhere then; what is dropped before is freed."""
+    code = """
+import sys
+from pathlib import Path
+from halfweave.kernels.cpu.library import load, open_level
+from halfweave.runtime.checkpoint import Checkpoint
+from halfweave.runtime.families import decoder_spec
+from halfweave.runtime.fused import FusedDecoder
+
+functions = load(Path(sys.argv[1]))
+for name in ("hw_decoder_free", "hw_pool_free"):
+    setattr(functions, name, lambda _, name=name: print(name))
+checkpoint = Checkpoint.open(Path(sys.argv[2]))
+spec = decoder_spec(checkpoint.config)
+held, dropped = (FusedDecoder(checkpoint, spec, open_level(functions)) for _ in range(2))
+del dropped
+"""
+    command = [sys.executable, "-c", code, str(UNDER_TEST), str(packed(tmp_path, Tiny()).path)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert sorted(ran.stdout.split()) == ["hw_decoder_free", "hw_pool_free"]
 
 
 def test_positions_beyond_the_table_are_refused_by_the_library(tmp_path: Path) -> None:

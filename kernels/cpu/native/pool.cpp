@@ -1,9 +1,12 @@
 #include "pool.hpp"
 
+#include <chrono>
+
 namespace halfweave {
 namespace {
 
-constexpr int kSpins = 20000;  // some tens of microseconds
+constexpr int kPauses = 64;  // between two looks at the clock
+constexpr std::chrono::microseconds kSpinTime(500);  // in which Python chooses a token
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -13,13 +16,38 @@ inline void pause() {
 #endif
 }
 
+// Waits a moment without sleeping: whether it came.
+template <class Came>
+bool spin(const Came& came) {
+  const auto pauses = [&] {
+    for (int i = 0; i < kPauses; i++) {
+      if (came()) return true;
+      pause();
+    }
+    return false;
+  };
+  if (pauses()) return true;  // mostly; then the clock costs nothing
+  const auto end = std::chrono::steady_clock::now() + kSpinTime;
+  while (std::chrono::steady_clock::now() < end)
+    if (pauses()) return true;
+  return false;
+}
+
 }  // namespace
 
 Pool::Pool(int threads) {
-  for (int i = 1; i < threads; i++) workers_.emplace_back([this, i] { work(i); });
+  try {
+    workers_.reserve(threads - 1);
+    for (int i = 1; i < threads; i++) workers_.emplace_back([this, i] { work(i); });
+  } catch (...) {  // a thread that is not joined would end the process
+    close();
+    throw;
+  }
 }
 
-Pool::~Pool() {
+Pool::~Pool() { close(); }
+
+void Pool::close() {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     closing_ = true;
@@ -40,12 +68,9 @@ void Pool::run_erased(Call call, const void* task) {
     wake_.notify_all();
   }
   call(task, 0, size());
-  for (int spins = 0; left_.load(std::memory_order_acquire); spins++) {
-    if (spins < kSpins)
-      pause();
-    else
-      std::this_thread::yield();  // a worker has lost its core
-  }
+  const auto done = [&] { return !left_.load(std::memory_order_acquire); };
+  if (spin(done)) return;
+  while (!done()) std::this_thread::yield();  // a worker has lost its core
 }
 
 void Pool::work(int thread) {
@@ -58,15 +83,13 @@ void Pool::work(int thread) {
 }
 
 uint64_t Pool::next_round(uint64_t seen) {
-  for (int spins = 0; spins < kSpins; spins++) {
-    const uint64_t round = round_.load(std::memory_order_acquire);
-    if (round != seen || closing_) return round;
-    pause();
+  const auto called = [&] { return round_.load() != seen || closing_; };
+  if (!spin(called)) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    asleep_.fetch_add(1);
+    wake_.wait(lock, called);
+    asleep_.fetch_sub(1);
   }
-  std::unique_lock<std::mutex> lock(mutex_);
-  asleep_.fetch_add(1);
-  wake_.wait(lock, [&] { return round_.load() != seen || closing_; });
-  asleep_.fetch_sub(1);
   return round_.load();
 }
 

@@ -1,5 +1,6 @@
-// A few threads that share the work of one caller: they spin for a moment between two pieces of
-// work, because those come microseconds apart, and then sleep, because the machine is not ours.
+// A few threads that share the work of one caller: they spin for half a millisecond between two
+// pieces of work, because those come microseconds apart, and tokens little more; then they sleep,
+// because the machine is not ours.
 #pragma once
 #include <atomic>
 #include <condition_variable>
@@ -29,15 +30,18 @@ class Pool {
   using Call = void (*)(const void* task, int thread, int threads);
 
   void run_erased(Call call, const void* task);
+  void close();
   void work(int thread);
   uint64_t next_round(uint64_t seen);
 
   std::vector<std::thread> workers_;
-  std::atomic<uint64_t> round_{0};
-  std::atomic<int> left_{0}, asleep_{0};
-  std::atomic<bool> closing_{false};
-  Call call_ = nullptr;
+  // A line each, so that who spins on one is not held up by who writes another.
+  alignas(64) std::atomic<uint64_t> round_{0};
+  alignas(64) std::atomic<int> left_{0};
+  alignas(64) std::atomic<int> asleep_{0};
+  alignas(64) Call call_ = nullptr;
   const void* task_ = nullptr;
+  std::atomic<bool> closing_{false};
   std::mutex mutex_;
   std::condition_variable wake_;
 };
