@@ -104,7 +104,7 @@ inline float activated(float x) {
   // 0.5 x (1 + tanh u) is x / (1 + e^-2u).
   if constexpr (A == kGeluTanh)
     return x / (1.f + exp_of<L>(-1.59576912f * x * (1.f + 0.044715f * x * x)));
-  return x > 0 ? x : 0;
+  return x <= 0 ? 0 : x;  // what is no number stays
 }
 
 template <class L, Activation A>

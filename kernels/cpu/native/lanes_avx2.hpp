@@ -12,7 +12,7 @@ struct Avx2 {
   static constexpr int kFloatWidth = 6;      // the same with floats: both registers of rows at once
   static constexpr int kPickWidth = 4;       // where rows pick their inputs: one register of rows
   static constexpr int kFloatTurns = 1;
-  static constexpr int kQueries = 4;         // that read a key or value together
+  static constexpr int kQueries = 4;   // that read a key or value together
   static constexpr float kNibbleUnit = 1.f;  // what `low` and `high` multiply a code by
 
   using Bytes = __m256i;
@@ -114,13 +114,23 @@ struct Avx2 {
   static Floats plus_floats(Floats a, Floats b) { return _mm256_add_ps(a, b); }
   static Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
   static Floats larger(Floats a, Floats b) { return _mm256_max_ps(a, b); }
-  static Floats larger_size(Floats a, Floats b) {
-    return _mm256_max_ps(a, _mm256_andnot_ps(_mm256_set1_ps(-0.f), b));
-  }
   static float greatest(Floats v) {
     __m128 m = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     m = _mm_max_ps(m, _mm_movehl_ps(m, m));
     return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
+  }
+  // The larger of sizes, which begin with zeros, and of those of some floats. As integers their bits
+  // are in the same order, infinity behind all numbers and what is no number last, so it stays.
+  static Ints larger_size(Ints sizes, Floats v) {
+    const Ints bits = _mm256_castps_si256(v);
+    return _mm256_max_epi32(sizes, _mm256_and_si256(bits, _mm256_set1_epi32(0x7FFFFFFF)));
+  }
+  static float greatest_size(Ints sizes) {
+    __m128i m =
+        _mm_max_epi32(_mm256_castsi256_si128(sizes), _mm256_extracti128_si256(sizes, 1));
+    m = _mm_max_epi32(m, _mm_unpackhi_epi64(m, m));
+    m = _mm_max_epi32(m, _mm_srli_epi64(m, 32));
+    return _mm_cvtss_f32(_mm_castsi128_ps(m));
   }
   // 128 plus the nearest integer of each, as bytes; |v| is at most 127.
   static void store_offset_bytes(uint8_t* p, Floats v) {

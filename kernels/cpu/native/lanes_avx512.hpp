@@ -1,4 +1,4 @@
-// The 16 rows of a tile as one register of sixteen 32-bit lanes: AVX-512 F, BW, VL and VNNI.
+// The 16 rows of a tile as one register of sixteen 32-bit lanes: AVX-512 F, BW, VL, DQ and VNNI.
 #pragma once
 #include <immintrin.h>
 
@@ -98,8 +98,14 @@ struct Avx512Vnni {
   static Floats plus_floats(Floats a, Floats b) { return _mm512_add_ps(a, b); }
   static Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
   static Floats larger(Floats a, Floats b) { return _mm512_max_ps(a, b); }
-  static Floats larger_size(Floats a, Floats b) { return _mm512_max_ps(a, _mm512_abs_ps(b)); }
   static float greatest(Floats v) { return _mm512_reduce_max_ps(v); }
+  static Ints larger_size(Ints sizes, Floats v) {
+    const Ints bits = _mm512_castps_si512(v);
+    return _mm512_max_epi32(sizes, _mm512_and_si512(bits, _mm512_set1_epi32(0x7FFFFFFF)));
+  }
+  static float greatest_size(Ints sizes) {
+    return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(_mm512_reduce_max_epi32(sizes))));
+  }
   static void store_offset_bytes(uint8_t* p, Floats v) {
     const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v));
     _mm_storeu_si128((__m128i*)p, _mm_xor_si128(bytes, _mm_set1_epi8(-128)));

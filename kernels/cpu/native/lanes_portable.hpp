@@ -153,13 +153,24 @@ struct Portable {
   static Floats larger(const Floats& a, const Floats& b) {
     return each<Floats>([&](int i) { return fmaxf(a.of[i], b.of[i]); });
   }
-  static Floats larger_size(const Floats& a, const Floats& b) {
-    return each<Floats>([&](int i) { return fmaxf(a.of[i], fabsf(b.of[i])); });
-  }
   static float greatest(const Floats& v) {
     float most = v.of[0];
     for (float each : v.of) most = fmaxf(most, each);
     return most;
+  }
+  // The larger of sizes, which begin with zeros, and of those of some floats. As integers their bits
+  // are in the same order, infinity behind all numbers and what is no number last, so it stays.
+  static Ints larger_size(const Ints& sizes, const Floats& v) {
+    const auto bits = copied<Ints>(&v);
+    return each<Ints>([&](int i) {
+      const int32_t size = bits.of[i] & 0x7FFFFFFF;
+      return sizes.of[i] > size ? sizes.of[i] : size;
+    });
+  }
+  static float greatest_size(const Ints& sizes) {
+    int32_t most = 0;
+    for (int32_t each : sizes.of) most = each > most ? each : most;
+    return copied<float>(&most);
   }
   static void store_offset_bytes(uint8_t* p, const Floats& v) {
     for (int i = 0; i < kLanes; i++) p[i] = (uint8_t)((int)lrintf(v.of[i]) + 128);

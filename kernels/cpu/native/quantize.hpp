@@ -1,4 +1,5 @@
-// Inputs to bytes: per token and 32 columns one scale, so that the largest becomes 127.
+// Inputs to bytes: per token and 32 columns one scale, so that the largest becomes 127. Where one is
+// no finite number the scale is none either, and with it all that the token is multiplied by.
 #pragma once
 #include <cstring>
 
@@ -24,10 +25,10 @@ void quantize(const float* x, int64_t columns, int64_t first, int64_t last, cons
         memcpy(ragged, values, left * sizeof(float));
         values = ragged;
       }
-      typename L::Floats most = L::zero();
+      typename L::Ints most = {};
       for (int64_t i = 0; i < kBlock; i += L::kLanes)
         most = L::larger_size(most, L::load_floats(values + i));
-      const float size = L::greatest(most);
+      const float size = L::greatest_size(most);
       scales[token * shape.groups() + group] = size / 127.f;
       const auto factor = L::all(size > kSmallest ? 127.f / size : 0.f);
       alignas(64) uint8_t codes[kBlock];

@@ -97,6 +97,13 @@ inline float reduce_max(simde__m512 v) {
   for (float each : in) most = fmaxf(most, each);
   return most;
 }
+inline int32_t reduce_max_epi32(simde__m512i v) {
+  int32_t in[16];
+  spread(v, in);
+  int32_t most = in[0];
+  for (int32_t each : in) most = each > most ? each : most;
+  return most;
+}
 
 }  // namespace emulated
 
@@ -110,6 +117,7 @@ inline float reduce_max(simde__m512 v) {
 #undef _mm512_broadcast_f32x4
 #undef _mm512_permutevar_ps
 #undef _mm512_reduce_max_ps
+#undef _mm512_reduce_max_epi32
 #define _mm512_cvtph_ps(v) emulated::cvtph_ps(v)
 #define _mm512_cvtps_ph(v, rounding) emulated::cvtps_ph(v)
 #define _mm512_cvtps_epi32(v) emulated::cvtps_epi32(v)
@@ -120,3 +128,4 @@ inline float reduce_max(simde__m512 v) {
 #define _mm512_broadcast_f32x4(v) emulated::broadcast_f32x4(v)
 #define _mm512_permutevar_ps(v, indices) emulated::permutevar_ps(v, indices)
 #define _mm512_reduce_max_ps(v) emulated::reduce_max(v)
+#define _mm512_reduce_max_epi32(v) emulated::reduce_max_epi32(v)
