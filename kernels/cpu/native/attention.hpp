@@ -2,6 +2,7 @@
 #pragma once
 #include "cache.hpp"
 #include "elementwise.hpp"
+#include "quantize.hpp"
 
 namespace halfweave {
 
@@ -62,28 +63,71 @@ inline void page_scores(const Query* queries, const Cache& cache, const int32_t*
       }
 }
 
-// The sum of the values at positions [least, most), weighted by the scores, for N queries and G times
-// 16 dimensions from `d` on.
+// What some queries see: all of them the positions [first, last), and some [least, most).
+struct Sight {
+  int64_t least, first, last, most;
+};
+
+inline Sight sight_of(const Query* queries, int64_t count) {
+  Sight all = {queries[0].first, queries[0].first, queries[0].last, queries[0].last};
+  for (int64_t n = 1; n < count; n++) {
+    all.least = queries[n].first < all.least ? queries[n].first : all.least;
+    all.first = queries[n].first > all.first ? queries[n].first : all.first;
+    all.last = queries[n].last < all.last ? queries[n].last : all.last;
+    all.most = queries[n].last > all.most ? queries[n].last : all.most;
+  }
+  if (all.last < all.first) all.last = all.first;  // nothing that all see
+  return all;
+}
+
+// Calls use(position, value) for the positions [first, last), `value` being theirs from `d` on.
+template <class P, class Use>
+inline __attribute__((always_inline)) void each_value(const Cache& cache, const int32_t* pages,
+                                                      int64_t layer, int64_t kv_head, int64_t d,
+                                                      int64_t first, int64_t last, Use&& use) {
+  while (first < last) {
+    const int64_t slot = first % kPagePositions, rest = first - slot + kPagePositions;
+    const int64_t end = rest < last ? rest : last;
+    const auto* value =
+        (const typename P::Part*)cache.values(pages[first / kPagePositions], layer, kv_head) +
+        slot * cache.dim + d;
+    for (; first < end; first++, value += cache.dim) use(first, value);
+  }
+}
+
+// The sum of the values that each of N queries sees, weighted by its scores, for G times 16
+// dimensions from `d` on. What one does not see is not added to it with a weight of zero, since it
+// may be no number.
 template <class L, class P, int N, int G>
 inline void mix_values(const Query* queries, const Cache& cache, const int32_t* pages,
-                       int64_t layer, int64_t kv_head, int64_t least, int64_t most, int64_t d) {
+                       int64_t layer, int64_t kv_head, const Sight& sight, int64_t d) {
+  using Part = typename P::Part;
   constexpr int kSlices = 16 * G / L::kLanes;
   typename L::Floats sums[N][kSlices];
   for (auto& query : sums)
     for (auto& sum : query) sum = L::zero();
-  for (int64_t start = least; start < most; start += kPagePositions) {
-    const auto* value =
-        (const typename P::Part*)cache.values(pages[start / kPagePositions], layer, kv_head) + d;
-    const int64_t end = most - start < kPagePositions ? most - start : kPagePositions;
-    for (int64_t i = 0; i < end; i++, value += cache.dim)
+  const auto add_to_some = [&](int64_t at, const Part* value) {
 #pragma GCC unroll 8
-      for (int s = 0; s < kSlices; s++) {
-        const auto part = P::load(value + s * L::kLanes);
+    for (int n = 0; n < N; n++) {
+      if (at < queries[n].first || at >= queries[n].last) continue;
+      const auto score = L::all(queries[n].scores[at]);
 #pragma GCC unroll 8
-        for (int n = 0; n < N; n++)
-          sums[n][s] = L::fma(L::all(queries[n].scores[start + i]), part, sums[n][s]);
-      }
-  }
+      for (int s = 0; s < kSlices; s++)
+        sums[n][s] = L::fma(score, P::load(value + s * L::kLanes), sums[n][s]);
+    }
+  };
+  const auto add_to_all = [&](int64_t at, const Part* value) {
+#pragma GCC unroll 8
+    for (int s = 0; s < kSlices; s++) {
+      const auto part = P::load(value + s * L::kLanes);
+#pragma GCC unroll 8
+      for (int n = 0; n < N; n++)
+        sums[n][s] = L::fma(L::all(queries[n].scores[at]), part, sums[n][s]);
+    }
+  };
+  each_value<P>(cache, pages, layer, kv_head, d, sight.least, sight.first, add_to_some);
+  each_value<P>(cache, pages, layer, kv_head, d, sight.first, sight.last, add_to_all);
+  each_value<P>(cache, pages, layer, kv_head, d, sight.last, sight.most, add_to_some);
   const int64_t left = cache.true_dim - d < 16 * G ? cache.true_dim - d : 16 * G;
   for (int n = 0; n < N; n++) {
     float buffer[16 * G];
@@ -92,39 +136,32 @@ inline void mix_values(const Query* queries, const Cache& cache, const int32_t* 
   }
 }
 
-// Products q . k at [least, most) to weights that sum to one, and to zero where the query sees not.
+// Products q . k to weights that sum to one, of what the query sees.
 template <class L>
-void to_weights(const Query& query, float factor, int64_t least, int64_t most) {
+void to_weights(const Query& query, float factor) {
   float* scores = query.scores;
   for (int64_t i = query.first; i < query.last; i++) scores[i] *= factor;
   if (query.slope != 0)
     for (int64_t i = query.first; i < query.last; i++)
       scores[i] -= query.slope * (float)(query.last - 1 - i);
   softmax<L>(scores + query.first, query.last - query.first);
-  for (int64_t i = least; i < query.first; i++) scores[i] = 0;
-  for (int64_t i = query.last; i < most; i++) scores[i] = 0;
 }
 
 // N queries of one sequence by one pair of keys and values (Ainslie et al., 2305.13245). What one
-// gets does not depend on the others: those that see less give what they do not see no weight.
+// gets does not depend on the others, nor on what it does not see itself.
 template <class L, class P, int N>
 void attend_together(const Cache& cache, const int32_t* pages, int64_t layer, int64_t kv_head,
                      const Query* queries) {
-  int64_t least = queries[0].first, most = 0;
-  for (int n = 0; n < N; n++) {
-    least = queries[n].first < least ? queries[n].first : least;
-    most = queries[n].last > most ? queries[n].last : most;
-  }
-  least -= least % kPagePositions;
+  const Sight sight = sight_of(queries, N);
   constexpr int G = side_by_side<L, N>();
-  int64_t at = least;
-  for (; at + G * kPagePositions <= most; at += G * kPagePositions)
+  int64_t at = sight.least - sight.least % kPagePositions;
+  for (; at + G * kPagePositions <= sight.most; at += G * kPagePositions)
     page_scores<L, P, N, G>(queries, cache, pages, layer, kv_head, at);
-  for (; at < most; at += kPagePositions)
+  for (; at < sight.most; at += kPagePositions)
     page_scores<L, P, N, 1>(queries, cache, pages, layer, kv_head, at);
   const float factor = 1.f / std::sqrt((float)cache.true_dim);
   for (int n = 0; n < N; n++) {
-    to_weights<L>(queries[n], factor, least, most);
+    to_weights<L>(queries[n], factor);
     if constexpr (P::kScaled)
       for (int64_t i = queries[n].first; i < queries[n].last; i++)
         queries[n].scores[i] *= cache.value_scales(pages[i / kPagePositions], layer,
@@ -132,9 +169,9 @@ void attend_together(const Cache& cache, const int32_t* pages, int64_t layer, in
   }
   int64_t d = 0;
   for (; d + 16 * G <= cache.dim; d += 16 * G)
-    mix_values<L, P, N, G>(queries, cache, pages, layer, kv_head, least, most, d);
+    mix_values<L, P, N, G>(queries, cache, pages, layer, kv_head, sight, d);
   for (; d < cache.dim; d += 16)
-    mix_values<L, P, N, 1>(queries, cache, pages, layer, kv_head, least, most, d);
+    mix_values<L, P, N, 1>(queries, cache, pages, layer, kv_head, sight, d);
 }
 
 template <class L, class P, int N>
@@ -147,13 +184,13 @@ void attend_some(const Cache& cache, const int32_t* pages, int64_t layer, int64_
 template <class L, class P>
 void attend_as(const Cache& cache, const int32_t* pages, int64_t layer, int64_t kv_head,
                const Query* queries, int64_t count) {
-  for (int64_t i = 0; i < count; i += L::kQueries) {
-    const int64_t some = count - i < L::kQueries ? count - i : L::kQueries;
-    attend_some<L, P, L::kQueries>(cache, pages, layer, kv_head, queries + i, some);
+  for (int64_t i = 0; i < count; i += L::kQueriesAtOnce) {
+    const int64_t some = count - i < L::kQueriesAtOnce ? count - i : L::kQueriesAtOnce;
+    attend_some<L, P, L::kQueriesAtOnce>(cache, pages, layer, kv_head, queries + i, some);
   }
 }
 
-// At most kQueries queries.
+// At most kQueries queries, of which L::kQueriesAtOnce read a key or value together.
 template <class L>
 void attend(const Cache& cache, const int32_t* pages, int64_t layer, int64_t kv_head,
             const Query* queries, int64_t count) {
@@ -183,7 +220,7 @@ float store_codes(const float* x, int64_t size, int64_t padded, int8_t* out, int
     const float length = std::fabs(x[i]);
     if (length > most || length != length) most = length;
   }
-  const bool usable = most > 0 && most <= 3e38f;
+  const bool usable = most > kSmallest && std::isfinite(most);
   const float inverse = usable ? 127.f / most : 0.f;
   for (int64_t d = 0; d < padded; d++)
     out[d * stride] = usable && d < size ? (int8_t)std::lrint(x[d] * inverse) : 0;

@@ -36,7 +36,7 @@ struct Cache {
   }
 };
 
-constexpr int64_t kQueries = 8;  // that look at the same keys and values, at most
+constexpr int64_t kQueries = 8;  // that one call of `attend` is for, at most
 
 // One head of one token, which sees the positions [first, last) of its sequence.
 struct Query {

@@ -12,7 +12,7 @@ struct Avx2 {
   static constexpr int kFloatWidth = 6;      // the same with floats: both registers of rows at once
   static constexpr int kPickWidth = 4;       // where rows pick their inputs: one register of rows
   static constexpr int kFloatTurns = 1;
-  static constexpr int kQueries = 4;   // that read a key or value together
+  static constexpr int kQueriesAtOnce = 4;   // queries that read a key or value together
   static constexpr float kNibbleUnit = 1.f;  // what `low` and `high` multiply a code by
 
   using Bytes = __m256i;

@@ -17,7 +17,7 @@ struct Avx512Vnni {
   static constexpr int kPickWidth = 10;   // where rows pick their inputs
 #endif
   static constexpr int kFloatTurns = 2;
-  static constexpr int kQueries = 8;  // that read a key or value together
+  static constexpr int kQueriesAtOnce = 8;  // queries that read a key or value together
   static constexpr float kNibbleUnit = 16.f;
 
   using Bytes = __m512i;

@@ -13,7 +13,7 @@ namespace halfweave {
 struct Portable {
   static constexpr int kLanes = 16;
   static constexpr int kWidth = 4, kFloatWidth = 4, kPickWidth = 4;
-  static constexpr int kFloatTurns = 1, kQueries = 4;
+  static constexpr int kFloatTurns = 1, kQueriesAtOnce = 4;
   static constexpr float kNibbleUnit = 1.f;
 
   struct Bytes {  // four of each lane, the first one in the lowest bits

@@ -7,7 +7,8 @@
 
 namespace halfweave {
 
-constexpr float kSmallest = 1e-30f;  // below, 127 / size is no number any more: taken as zero
+// What is smaller is taken as zero; 127 / size would be no number some way below.
+constexpr float kSmallest = 1e-30f;
 
 // Writes the tokens [first, last) of x [tokens, columns] into the places that Inputs says.
 template <class L>
