@@ -1,5 +1,7 @@
 // Keys and values: stored in pages, and looked at by queries.
 #pragma once
+#include <cfloat>
+
 #include "cache.hpp"
 #include "elementwise.hpp"
 #include "quantize.hpp"
@@ -68,7 +70,7 @@ struct Sight {
   int64_t least, first, last, most;
 };
 
-inline Sight sight_of(const Query* queries, int64_t count) {
+HW_INLINE Sight sight_of(const Query* queries, int64_t count) {
   Sight all = {queries[0].first, queries[0].first, queries[0].last, queries[0].last};
   for (int64_t n = 1; n < count; n++) {
     all.least = queries[n].first < all.least ? queries[n].first : all.least;
@@ -82,9 +84,8 @@ inline Sight sight_of(const Query* queries, int64_t count) {
 
 // Calls use(position, value) for the positions [first, last), `value` being theirs from `d` on.
 template <class P, class Use>
-inline __attribute__((always_inline)) void each_value(const Cache& cache, const int32_t* pages,
-                                                      int64_t layer, int64_t kv_head, int64_t d,
-                                                      int64_t first, int64_t last, Use&& use) {
+HW_INLINE void each_value(const Cache& cache, const int32_t* pages, int64_t layer, int64_t kv_head,
+                          int64_t d, int64_t first, int64_t last, Use&& use) {
   while (first < last) {
     const int64_t slot = first % kPagePositions, rest = first - slot + kPagePositions;
     const int64_t end = rest < last ? rest : last;
@@ -159,7 +160,7 @@ void attend_together(const Cache& cache, const int32_t* pages, int64_t layer, in
     page_scores<L, P, N, G>(queries, cache, pages, layer, kv_head, at);
   for (; at < sight.most; at += kPagePositions)
     page_scores<L, P, N, 1>(queries, cache, pages, layer, kv_head, at);
-  const float factor = 1.f / std::sqrt((float)cache.true_dim);
+  const float factor = 1.f / sqrtf((float)cache.true_dim);
   for (int n = 0; n < N; n++) {
     to_weights<L>(queries[n], factor);
     if constexpr (P::kScaled)
@@ -217,13 +218,13 @@ template <class L>
 float store_codes(const float* x, int64_t size, int64_t padded, int8_t* out, int64_t stride) {
   float most = 0;
   for (int64_t i = 0; i < size; i++) {
-    const float length = std::fabs(x[i]);
+    const float length = fabsf(x[i]);
     if (length > most || length != length) most = length;
   }
-  const bool usable = most > kSmallest && std::isfinite(most);
+  const bool usable = most > kSmallest && most <= FLT_MAX;
   const float inverse = usable ? 127.f / most : 0.f;
   for (int64_t d = 0; d < padded; d++)
-    out[d * stride] = usable && d < size ? (int8_t)std::lrint(x[d] * inverse) : 0;
+    out[d * stride] = usable && d < size ? (int8_t)lrintf(x[d] * inverse) : 0;
   return most / 127.f;
 }
 

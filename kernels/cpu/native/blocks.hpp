@@ -17,7 +17,7 @@ struct Sparse24Int4Block {
   static constexpr float kUnit = L::kNibbleUnit;
 
   template <class Use>
-  static inline __attribute__((always_inline)) void each_step(const uint8_t* p, Use&& use) {
+  static HW_INLINE void each_step(const uint8_t* p, Use&& use) {
     const Bytes v0 = L::load(p), v1 = L::load(p + kLine), indices = L::load(p + 2 * kLine);
     use(0, L::low(v0), L::template selectors<0>(indices));
     use(1, L::high(v0), L::template selectors<1>(indices));
@@ -51,7 +51,7 @@ struct Int4Block : DenseBlock<L> {
   static constexpr float kUnit = L::kNibbleUnit;
 
   template <class Use>
-  static inline __attribute__((always_inline)) void each_step(const uint8_t* p, Use&& use) {
+  static HW_INLINE void each_step(const uint8_t* p, Use&& use) {
     for (int line = 0; line < 4; line++) {
       const Bytes v = L::load(p + line * kLine);
       use(2 * line, L::low(v), v);
@@ -69,7 +69,7 @@ struct Int8Block : DenseBlock<L> {
   static constexpr float kUnit = 1.f;
 
   template <class Use>
-  static inline __attribute__((always_inline)) void each_step(const uint8_t* p, Use&& use) {
+  static HW_INLINE void each_step(const uint8_t* p, Use&& use) {
     for (int line = 0; line < 8; line++) {
       const Bytes v = L::load(p + line * kLine);
       use(line, v, v);

@@ -16,22 +16,25 @@ struct Cache {
   int64_t dim, true_dim;  // of a head: padded to 16, and as the model says
   int64_t bits;           // 16 or 8
 
-  static int64_t padded(int64_t dim) { return ceil_div(dim, 16) * 16; }
-  int64_t half_bytes() const { return dim * kPagePositions * bits / 8; }  // keys, or values
-  int64_t scale_bytes() const { return bits == 8 ? 2 * kPagePositions * (int64_t)sizeof(float) : 0; }
-  int64_t head_bytes() const { return 2 * half_bytes() + scale_bytes(); }
-  int64_t page_bytes() const { return layers * kv_heads * head_bytes(); }
+  HW_INLINE static int64_t padded(int64_t dim) { return ceil_div(dim, 16) * 16; }
+  // Of keys, or of values.
+  HW_INLINE int64_t half_bytes() const { return dim * kPagePositions * bits / 8; }
+  HW_INLINE int64_t scale_bytes() const {
+    return bits == 8 ? 2 * kPagePositions * (int64_t)sizeof(float) : 0;
+  }
+  HW_INLINE int64_t head_bytes() const { return 2 * half_bytes() + scale_bytes(); }
+  HW_INLINE int64_t page_bytes() const { return layers * kv_heads * head_bytes(); }
 
-  uint8_t* keys(int64_t page, int64_t layer, int64_t head) const {
+  HW_INLINE uint8_t* keys(int64_t page, int64_t layer, int64_t head) const {
     return data + page * page_bytes() + (layer * kv_heads + head) * head_bytes();
   }
-  uint8_t* values(int64_t page, int64_t layer, int64_t head) const {
+  HW_INLINE uint8_t* values(int64_t page, int64_t layer, int64_t head) const {
     return keys(page, layer, head) + half_bytes();
   }
-  float* key_scales(int64_t page, int64_t layer, int64_t head) const {
+  HW_INLINE float* key_scales(int64_t page, int64_t layer, int64_t head) const {
     return (float*)(keys(page, layer, head) + 2 * half_bytes());
   }
-  float* value_scales(int64_t page, int64_t layer, int64_t head) const {
+  HW_INLINE float* value_scales(int64_t page, int64_t layer, int64_t head) const {
     return key_scales(page, layer, head) + kPagePositions;
   }
 };

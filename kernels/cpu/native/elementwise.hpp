@@ -65,7 +65,7 @@ void softmax(float* v, int64_t count) {
 template <class L>
 void rms_norm(const float* x, const float* gain, float eps, int64_t count, float* y) {
   const float squares = sum_of<L>(count, [&](int64_t i) { return x[i] * x[i]; });
-  const float factor = 1.f / std::sqrt(squares / (float)count + eps);
+  const float factor = 1.f / sqrtf(squares / (float)count + eps);
   for (int64_t i = 0; i < count; i++) y[i] = x[i] * factor * gain[i];
 }
 
@@ -76,7 +76,7 @@ void layer_norm(const float* x, const float* gain, const float* bias, float eps,
   const float mean = sum_of<L>(count, [&](int64_t i) { return x[i]; }) / (float)count;
   const float squares =
       sum_of<L>(count, [&](int64_t i) { return (x[i] - mean) * (x[i] - mean); });
-  const float factor = 1.f / std::sqrt(squares / (float)count + eps);
+  const float factor = 1.f / sqrtf(squares / (float)count + eps);
   for (int64_t i = 0; i < count; i++) y[i] = (x[i] - mean) * factor * gain[i] + bias[i];
 }
 

@@ -1,6 +1,5 @@
 // Weights of floats: products and sums in fp32, nothing is rounded on the way.
 #pragma once
-#include <algorithm>
 #include <cstring>
 
 #include "float_blocks.hpp"
@@ -13,9 +12,8 @@ constexpr int64_t kFloatPieceColumns = 256;
 
 // Adds one block's part to the sums of F::kTogether slices, from slice `s` on.
 template <class L, class F, int W>
-inline __attribute__((always_inline)) void multiply_block(
-    const uint8_t* p, int s, const float* x, int64_t columns,
-    typename L::Floats (*sums)[W][L::kFloatTurns]) {
+HW_INLINE void multiply_block(const uint8_t* p, int s, const float* x, int64_t columns,
+                              typename L::Floats (*sums)[W][L::kFloatTurns]) {
   typename F::Indices indices[F::kTogether];
   typename L::Floats own[F::kTogether][W][L::kFloatTurns];  // in registers, which `sums` are not
   memcpy(own, sums, sizeof own);
@@ -91,12 +89,14 @@ void float_matmul(const Weight& w, const Inputs& x, const float* bias, float* y,
     FloatPiece piece = {w.data + tile * w.tile_bytes(), 0, 0, w.rows_of(tile),
                         stride, nullptr};
     for (; piece.from < w.columns; piece.from = piece.to) {
-      piece.to = std::min(piece.from + kFloatPieceColumns, w.columns);
+      const int64_t rest = w.columns - piece.from;
+      piece.to = piece.from + (rest < kFloatPieceColumns ? rest : kFloatPieceColumns);
       if (bias && piece.to == w.columns) piece.bias = bias + row;
-      for (int64_t token = 0; token < x.tokens; token += F::kWidth)
-        multiply_floats_up_to<L, F, F::kWidth>(
-            std::min(x.tokens - token, (int64_t)F::kWidth), w, piece,
-            x.floats + token * x.columns, x.columns, y + token * stride + row);
+      for (int64_t token = 0; token < x.tokens; token += F::kWidth) {
+        const int64_t tokens = x.tokens - token < F::kWidth ? x.tokens - token : F::kWidth;
+        multiply_floats_up_to<L, F, F::kWidth>(tokens, w, piece, x.floats + token * x.columns,
+                                               x.columns, y + token * stride + row);
+      }
       piece.data += kFloatPieceColumns / kBlock * block_bytes(w.kind);
     }
   }

@@ -3,10 +3,12 @@
 #include <cstdint>
 #include <cstring>
 
+#include "inline.hpp"
+
 namespace halfweave {
 
 // Without a branch, so that compilers make lanes of a loop of it.
-inline float half_to_float(uint16_t h) {
+HW_INLINE float half_to_float(uint16_t h) {
   constexpr uint32_t kBias = 112u << 23, kTop = 31u << 23;  // 127 - 15; the greatest exponent
   const uint32_t size = (uint32_t)(h & 0x7FFF) << 13, exponent = size & kTop;
   const uint32_t normal = size + kBias + (exponent == kTop ? kBias : 0);
@@ -22,7 +24,7 @@ inline float half_to_float(uint16_t h) {
   return value;
 }
 
-inline float bfloat_to_float(uint16_t b) {
+HW_INLINE float bfloat_to_float(uint16_t b) {
   const uint32_t bits = (uint32_t)b << 16;
   float value;
   memcpy(&value, &bits, 4);
@@ -30,7 +32,7 @@ inline float bfloat_to_float(uint16_t b) {
 }
 
 // Rounds to the nearest half, ties to even.
-inline uint16_t float_to_half(float value) {
+HW_INLINE uint16_t float_to_half(float value) {
   uint32_t bits;
   memcpy(&bits, &value, 4);
   const uint16_t sign = (bits >> 16) & 0x8000;

@@ -29,6 +29,8 @@
 #pragma once
 #include <cstdint>
 
+#include "inline.hpp"
+
 namespace halfweave {
 
 constexpr int64_t kTileRows = 16;
@@ -48,15 +50,15 @@ enum Kind : int32_t {
   kKinds = 9
 };
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr bool holds_floats(int32_t kind) { return kind >= kSparse24Bf16; }
-constexpr bool is_sparse(int32_t kind) {
+HW_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+HW_INLINE constexpr bool holds_floats(int32_t kind) { return kind >= kSparse24Bf16; }
+HW_INLINE constexpr bool is_sparse(int32_t kind) {
   return kind == kSparse24Int4 || (holds_floats(kind) && kind < kDenseBf16);
 }
-constexpr int64_t float_bytes(int32_t kind) {
+HW_INLINE constexpr int64_t float_bytes(int32_t kind) {
   return kind == kSparse24Fp32 || kind == kDenseFp32 ? 4 : 2;
 }
-constexpr int64_t block_bytes(int32_t kind) {
+HW_INLINE constexpr int64_t block_bytes(int32_t kind) {
   if (holds_floats(kind))
     return float_bytes(kind) * kTileRows * kBlock / (is_sparse(kind) ? 2 : 1) +
            (is_sparse(kind) ? kLine : 0);
@@ -71,17 +73,17 @@ struct Weight {
   int64_t rows, columns;
   const uint8_t* data;  // aligned to a line
 
-  int64_t tiles() const { return ceil_div(rows, kTileRows); }
-  int64_t rows_of(int64_t tile) const {
+  HW_INLINE int64_t tiles() const { return ceil_div(rows, kTileRows); }
+  HW_INLINE int64_t rows_of(int64_t tile) const {
     return rows - tile * kTileRows < kTileRows ? rows - tile * kTileRows : kTileRows;
   }
-  int64_t blocks() const { return ceil_div(columns, kBlock); }
-  int64_t groups() const { return ceil_div(columns, group); }
-  int64_t tile_bytes() const {
+  HW_INLINE int64_t blocks() const { return ceil_div(columns, kBlock); }
+  HW_INLINE int64_t groups() const { return ceil_div(columns, group); }
+  HW_INLINE int64_t tile_bytes() const {
     const int64_t scales = holds_floats(kind) ? 0 : ceil_div(groups(), 2) * kLine;
     return blocks() * block_bytes(kind) + scales;
   }
-  int64_t bytes() const { return tiles() * tile_bytes(); }
+  HW_INLINE int64_t bytes() const { return tiles() * tile_bytes(); }
 };
 
 // Inputs [tokens, columns], as bytes, as floats or as both: what the weights ask for that they meet.
@@ -96,7 +98,7 @@ struct Inputs {
   const float* scales;  // [tokens, columns / 32]
   const float* floats;  // [tokens, columns]
 
-  int64_t groups() const { return columns / kBlock; }
+  HW_INLINE int64_t groups() const { return columns / kBlock; }
 };
 
 }  // namespace halfweave

@@ -9,8 +9,7 @@ namespace halfweave {
 
 // The sums of one block for one register of rows.
 template <class L, class F>
-inline __attribute__((always_inline)) typename L::Ints block_sum(const uint8_t* p,
-                                                                 const uint8_t* x) {
+HW_INLINE typename L::Ints block_sum(const uint8_t* p, const uint8_t* x) {
   typename F::Sum sum;
   typename L::CodeSum codes_sum;
   F::each_step(p, [&](int step, auto codes, auto selectors) {
