@@ -28,6 +28,36 @@ bool shape_is_legal(int32_t kind, int32_t group, int64_t rows, int64_t columns) 
 Weight to_weight(const hw_weight& w) { return {w.kind, w.group, w.rows, w.columns, w.data}; }
 Norm to_norm(const hw_norm& norm) { return {norm.gain, norm.bias}; }
 
+DecoderShape to_shape(const hw_shape& s) {
+  DecoderShape own = {};
+  own.layers = s.layers;
+  own.hidden = s.hidden;
+  own.heads = s.heads;
+  own.kv_heads = s.kv_heads;
+  own.head_dim = s.head_dim;
+  own.ffn = s.ffn;
+  own.vocab = s.vocab;
+  own.rotary_dim = s.rotary_dim;
+  own.window = s.window;
+  own.cache_bits = s.cache_bits;
+  own.norm_eps = s.norm_eps;
+  own.activation = s.activation;
+  return own;
+}
+
+DecoderEnds to_ends(const hw_ends& ends) {
+  DecoderEnds own = {};
+  own.embedding = to_weight(ends.embedding);
+  own.head = to_weight(ends.head);
+  own.embedding_norm = to_norm(ends.embedding_norm);
+  own.norm = to_norm(ends.norm);
+  own.positions = to_weight(ends.positions);
+  own.first_position = ends.first_position;
+  own.frequencies = ends.frequencies;
+  own.slopes = ends.slopes;
+  return own;
+}
+
 DecoderBlock to_block(const hw_block& block) {
   DecoderBlock own = {to_norm(block.attention_norm), to_norm(block.mlp_norm), block.q_norm,
                       block.k_norm, {}, {}};
@@ -166,11 +196,12 @@ int hw_round(void* pool, hw_weight shape, int32_t from, const uint8_t* values, u
   shape.data = out;
   if (int code = check(shape)) return code;
   const Weight w = to_weight(shape);
-  ((Pool*)pool)->run([&](int thread, int threads) {
-    round_weight(w, from, values, out, share(w.tiles(), thread, threads),
-                 share(w.tiles(), thread + 1, threads));
+  return guarded([&] {
+    ((Pool*)pool)->run([&](int thread, int threads) {
+      round_weight(w, from, values, out, share(w.tiles(), thread, threads),
+                   share(w.tiles(), thread + 1, threads));
+    });
   });
-  return HW_OK;
 }
 
 int hw_linear(const void* level, void* pool, const hw_weight* weight, const float* x,
@@ -193,16 +224,9 @@ int hw_decoder_new(const hw_shape* shape, const hw_block* blocks, const hw_ends*
     if (int code = check(*shape, blocks[i])) return code;
   if (int code = check(*shape, *ends)) return code;
   return guarded([&] {
-    const hw_shape& s = *shape;
-    std::vector<DecoderBlock> own(s.layers);
-    for (int64_t i = 0; i < s.layers; i++) own[i] = to_block(blocks[i]);
-    *decoder = new Decoder(
-        {s.layers, s.hidden, s.heads, s.kv_heads, s.head_dim, s.ffn, s.vocab, s.rotary_dim,
-         s.window, s.cache_bits, s.norm_eps, s.activation},
-        own,
-        {to_weight(ends->embedding), to_weight(ends->head), to_norm(ends->embedding_norm),
-         to_norm(ends->norm), to_weight(ends->positions), ends->first_position, ends->frequencies,
-         ends->slopes});
+    std::vector<DecoderBlock> own(shape->layers);
+    for (int64_t i = 0; i < shape->layers; i++) own[i] = to_block(blocks[i]);
+    *decoder = new Decoder(to_shape(*shape), own, to_ends(*ends));
   });
 }
 void hw_decoder_free(void* decoder) { delete (Decoder*)decoder; }

@@ -22,7 +22,7 @@ enum { HW_OK = 0, HW_NULL = 1, HW_SHAPE = 2, HW_SIZE = 3, HW_RANGE = 4, HW_MEMOR
 typedef struct {
   int32_t kind;  /* 0 sparse24_int4, 1 int4, 2 int8; sparse24 of 3 bf16, 4 fp16, 5 fp32;
                     dense of 6 bf16, 7 fp16, 8 fp32 */
-  int32_t group; /* columns that share a scale: 32, 64 or 128; without meaning for floats */
+  int32_t group; /* columns that share a scale: 32, 64 or 128; any of these for floats */
   int64_t rows, columns;
   const uint8_t* data; /* packed; aligned to 64 bytes */
   int64_t bytes;

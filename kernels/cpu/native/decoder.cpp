@@ -9,12 +9,12 @@ namespace halfweave {
 namespace {
 
 constexpr int64_t kRunTokens = 16;  // of one sequence that one thread attends for in one go
-constexpr int64_t kFewTokens = 2;  // that one thread is done with sooner than it wakes another
+constexpr int64_t kFewInTurn = 2;   // tokens that one is done with sooner than it wakes another
 
 // Calls use(token) for every token, on all threads where that pays.
 template <class Use>
 void each_token(Pool& pool, int64_t tokens, const Use& use) {
-  if (tokens <= kFewTokens) {
+  if (tokens <= kFewInTurn) {
     for (int64_t t = 0; t < tokens; t++) use(t);
     return;
   }
@@ -187,9 +187,6 @@ void Decoder::find_angles(const Batch& batch) {
 }
 
 void Decoder::reserve(const Batch& batch, int threads) {
-  const auto grow = [&](std::vector<float>& values, int64_t size) {
-    values.resize(std::max(values.size(), (size_t)size));
-  };
   const int64_t n = batch.tokens, dim = shape_.head_dim;
   for (auto* values : {&residual_, &normed_, &delta_}) grow(*values, n * shape_.hidden);
   for (auto* values : {&q_, &attended_}) grow(*values, n * shape_.heads * dim);

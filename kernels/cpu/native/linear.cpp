@@ -5,18 +5,13 @@
 namespace halfweave {
 namespace {
 
-constexpr int64_t kFewTokens = 4;  // that one thread quantizes sooner than it wakes another
+constexpr int64_t kFewToQuantize = 4;  // tokens that one thread quantizes sooner than it wakes another
 
 void multiply_part(const Level& level, const Inputs& x, const Product& product, int64_t first,
                    int64_t last) {
   const Weight& w = *product.weight;
   const Multiply multiply = x.tokens == 1 ? level.one[w.kind] : level.many[w.kind];
   multiply(w, x, product.bias, product.y, w.rows, first, last);
-}
-
-template <class T>
-void grow(std::vector<T>& values, int64_t size) {
-  values.resize(std::max(values.size(), (size_t)size));
 }
 
 }  // namespace
@@ -50,7 +45,7 @@ void Linears::quantize(const Level& level, Pool& pool, const float* x, int64_t c
   grow(scales_, tokens * inputs_.groups());
   inputs_.bytes = bytes_.data();
   inputs_.scales = scales_.data();
-  if (tokens <= kFewTokens)
+  if (tokens <= kFewToQuantize)
     return level.quantize(x, columns, 0, tokens, inputs_, bytes_.data(), scales_.data());
   pool.run([&](int thread, int threads) {
     level.quantize(x, columns, share(tokens, thread, threads), share(tokens, thread + 1, threads),

@@ -7,6 +7,12 @@
 
 namespace halfweave {
 
+// Makes room for `size` values; what is there stays, and room is never given back.
+template <class T>
+void grow(std::vector<T>& values, int64_t size) {
+  if ((size_t)size > values.size()) values.resize(size);
+}
+
 // One linear of those that share an input: y [tokens, rows], `bias` may be null.
 struct Product {
   const Weight* weight;
