@@ -20,7 +20,8 @@ from ..kernels.cpu import decoder as native
 from ..kernels.cpu.decoder import NativeDecoder
 from ..kernels.cpu.library import Library
 from ..kernels.cpu.packed import CODED, PackedWeight, pack_weight, round_weight
-from ..kernels.formats import Dense
+from ..kernels.cpu.room import Room
+from ..kernels.formats import Dense, PackedLinear
 from .alibi import slopes
 from .checkpoint import Checkpoint
 from .loading import Loader, Norm
@@ -67,6 +68,20 @@ class FusedMemory:
         self.bytes = grown
 
 
+@dataclass(frozen=True)
+class _Packer:
+    """Puts weights into one room, in the order in which a token reads them."""
+
+    library: Library
+    room: Room
+
+    def pack(self, weight: PackedLinear) -> PackedWeight:
+        return pack_weight(self.library, weight, self.room)
+
+    def round(self, weight: Tensor, bits: int) -> PackedWeight:
+        return round_weight(self.library, weight, bits, self.room)
+
+
 class FusedDecoder(PagedDecoder):
     """As `Decoder`, by the library's `NativeDecoder`."""
 
@@ -84,11 +99,12 @@ class FusedDecoder(PagedDecoder):
         """
         self.spec, self.level, self.device = spec, library.level, torch.device("cpu")
         loader = Loader(checkpoint, spec, torch.float32, torch.device("cpu"))
+        packer = _Packer(library, Room())
         self.native = NativeDecoder(
             library,
             _shape(spec, bits),
-            [_block(loader, library, layer) for layer in range(spec.layers)],
-            _ends(loader, library, bits),
+            [_block(loader, packer, layer) for layer in range(spec.layers)],
+            _ends(loader, packer, bits),
         )
 
     @property
@@ -137,15 +153,12 @@ def _shape(spec: DecoderSpec, bits: FusedBits) -> native.Shape:
     )
 
 
-def _block(loader: Loader, library: Library, layer: int) -> native.Block:
+def _block(loader: Loader, packer: _Packer, layer: int) -> native.Block:
     spec = loader.spec
     return native.Block(
         _norm(loader.block_norm(layer, spec.names.attention_norm)),
         _norm(loader.block_norm(layer, spec.names.mlp_norm)),
-        [
-            pack_weight(library, loader.linear(layer, role)) if role in spec.roles else None
-            for role in ROLES
-        ],
+        [packer.pack(loader.linear(layer, role)) if role in spec.roles else None for role in ROLES],
         [loader.bias(layer, role) for role in ROLES],
         loader.head_norm(layer, spec.names.q_norm),
         loader.head_norm(layer, spec.names.k_norm),
@@ -156,18 +169,18 @@ def _norm(norm: Norm) -> native.Norm:
     return native.Norm(norm.gain, norm.bias)
 
 
-def _ends(loader: Loader, library: Library, bits: FusedBits) -> native.Ends:
+def _ends(loader: Loader, packer: _Packer, bits: FusedBits) -> native.Ends:
     spec, positions = loader.spec, loader.spec.positions
     names, table = spec.names, loader.positions()
     named = names.embedding if spec.tied else names.head
-    embedding = _end(loader, library, names.embedding, 8)
+    embedding = _end(loader, packer, names.embedding, 8)
     shared = spec.tied and (bits.head == 8 or not rounds_end(loader.checkpoint, named))
     return native.Ends(
         embedding,
-        head=embedding if shared else _end(loader, library, named, bits.head),
+        head=embedding if shared else _end(loader, packer, named, bits.head),
         norm=_norm(loader.norm(names.norm)),
         embedding_norm=_norm(loader.norm(names.embedding_norm)) if names.embedding_norm else None,
-        positions=None if table is None else pack_weight(library, Dense(table)),
+        positions=None if table is None else packer.pack(Dense(table)),
         first_position=positions.first if isinstance(positions, LearnedSpec) else 0,
         frequencies=_frequencies(spec),
         slopes=slopes(spec.heads) if isinstance(positions, AlibiSpec) else None,
@@ -180,10 +193,10 @@ def _frequencies(spec: DecoderSpec) -> Tensor | None:
     return inverse_frequencies(spec.positions, spec.head_dim).contiguous()
 
 
-def _end(loader: Loader, library: Library, name: str, bits: int) -> PackedWeight:
+def _end(loader: Loader, packer: _Packer, name: str, bits: int) -> PackedWeight:
     """As it is stored, or in `bits` where it is rounded."""
     stored = loader.end(name)
     if not rounds_end(loader.checkpoint, name):
-        return pack_weight(library, stored)
+        return packer.pack(stored)
     floats = stored.weight if isinstance(stored, Dense) else stored.unpack()
-    return round_weight(library, floats, bits)
+    return packer.round(floats, bits)

@@ -12,6 +12,7 @@ from ...errors import HalfweaveError
 from ..formats import Dense, Int4, Int8, PackedLinear, Sparse24, Sparse24Int4
 from ..groups import group_count
 from .library import Library, WeightStruct, address
+from .room import Room, aligned_bytes
 
 # Numbers of api.h: of formats with codes, and of those with floats by what these are stored as.
 _CODES = {Sparse24Int4.kind: 0, Int4.kind: 1, Int8.kind: 2}
@@ -25,7 +26,6 @@ _FLOATS = {
 }
 _STORED = {0: torch.uint8, 1: torch.uint8, 2: torch.int8}  # what a checkpoint's codes are in
 CODED = frozenset(_CODES)  # formats whose inputs are rounded to 8 bits
-_LINE = 64
 _ANY_GROUP = 32  # of weights without scales
 _ROUNDED_GROUP = 32  # columns a scale, of what is rounded here; Int8 repeats that of its row
 
@@ -39,26 +39,54 @@ class PackedWeight:
     struct: WeightStruct
 
 
-def pack_weight(library: Library, weight: PackedLinear) -> PackedWeight:
-    """Repack a legal weight; its own tensors are not needed any more then.
+def pack_weight(library: Library, weight: PackedLinear, room: Room | None = None) -> PackedWeight:
+    """Repack a legal weight, into `room` if given; its own tensors are not needed any more then.
 
     Raises:
         HalfweaveError: its shape is beyond the kernels, or one of its tensors is not legal.
     """
+    kind, group, tensors = _as_stored(weight)
+    packed = _new(library, kind, group, weight.shape, room)
+    stored = [None if tensor is None else tensor.contiguous() for tensor in tensors]
+    pointers = _addresses(packed, stored)
+    library.call("hw_pack", library.pool, packed.struct, *pointers, packed.struct.data)
+    return packed
+
+
+def _as_stored(weight: PackedLinear) -> tuple[int, int, list[Tensor | None]]:
+    """Number of the kind, columns that share a scale, and values, meta and scales."""
     if isinstance(weight, Dense):
-        return _pack_floats(library, weight.kind, weight.shape, weight.weight, None)
+        kind = _float_kind(weight.kind, weight.weight.dtype)
+        return kind, _ANY_GROUP, [weight.weight, None, None]
     if isinstance(weight, Sparse24):
-        return _pack_floats(library, weight.kind, weight.shape, weight.values, weight.meta)
+        kind = _float_kind(weight.kind, weight.values.dtype)
+        return kind, _ANY_GROUP, [weight.values, weight.meta, None]
     if isinstance(weight, Int8):
-        groups = group_count(weight.shape[1], _ROUNDED_GROUP)
-        tensors = (weight.values, None, weight.scale.expand(len(weight.scale), groups))
-        return _pack(library, _CODES[Int8.kind], _ROUNDED_GROUP, weight.shape, tensors)
+        scale = weight.scale.expand(-1, group_count(weight.shape[1], _ROUNDED_GROUP))
+        return _CODES[Int8.kind], _ROUNDED_GROUP, [weight.values, None, scale]
     meta = weight.meta if isinstance(weight, Sparse24Int4) else None
-    stored = (weight.values, meta, weight.scale)
-    return _pack(library, _CODES[weight.kind], weight.group, weight.shape, stored)
+    return _CODES[weight.kind], weight.group, [weight.values, meta, weight.scale]
 
 
-def round_weight(library: Library, weight: Tensor, bits: int) -> PackedWeight:
+def _addresses(packed: PackedWeight, stored: list[Tensor | None]) -> list[int | None]:
+    """Where values, meta and scales are, if they are what the weight's shape asks for."""
+    (rows, columns), struct = packed.shape, packed.struct
+    values = stored[0]
+    assert values is not None
+    wanted = (
+        ("values", _STORED.get(struct.kind, values.dtype), *values.shape),
+        ("meta", torch.uint8, rows, group_count(columns, 8)),
+        ("scale", torch.float16, rows, group_count(columns, struct.group)),
+    )
+    return [
+        None if tensor is None else address(tensor, *each)
+        for tensor, each in zip(stored, wanted, strict=True)
+    ]
+
+
+def round_weight(
+    library: Library, weight: Tensor, bits: int, room: Room | None = None
+) -> PackedWeight:
     """A float weight [N, K] in 8 or 4 bits, with a scale for 32 columns of a row.
 
     8 bits: the nearest of 255 levels up to the largest. 4 bits: of some scales the one with the
@@ -69,7 +97,7 @@ def round_weight(library: Library, weight: Tensor, bits: int) -> PackedWeight:
     """
     rows, columns = weight.shape
     kind, from_kind = {8: Int8.kind, 4: Int4.kind}[bits], _float_kind(Dense.kind, weight.dtype)
-    packed = _new(library, _CODES[kind], _ROUNDED_GROUP, (rows, columns))
+    packed = _new(library, _CODES[kind], _ROUNDED_GROUP, (rows, columns), room)
     values = weight.contiguous()
     stored = address(values, "a weight", weight.dtype, rows, columns)
     library.call("hw_round", library.pool, packed.struct, from_kind, stored, packed.struct.data)
@@ -82,40 +110,12 @@ def _float_kind(kind: str, dtype: torch.dtype) -> int:
     return _FLOATS[kind, dtype]
 
 
-def _pack_floats(
-    library: Library, kind: str, shape: tuple[int, int], values: Tensor, meta: Tensor | None
+def _new(
+    library: Library, kind: int, group: int, shape: tuple[int, int], room: Room | None
 ) -> PackedWeight:
-    number = _float_kind(kind, values.dtype)
-    return _pack(library, number, _ANY_GROUP, shape, (values, meta, None))
-
-
-def _pack(
-    library: Library,
-    kind: int,
-    group: int,
-    shape: tuple[int, int],
-    tensors: tuple[Tensor, Tensor | None, Tensor | None],
-) -> PackedWeight:
-    """`tensors` are values, meta and scales, as the checkpoint has them."""
-    packed, (rows, columns) = _new(library, kind, group, shape), shape
-    wanted = (
-        ("values", _STORED.get(kind, tensors[0].dtype), *tensors[0].shape),
-        ("meta", torch.uint8, rows, group_count(columns, 8)),
-        ("scale", torch.float16, rows, group_count(columns, group)),
-    )
-    stored = [None if tensor is None else tensor.contiguous() for tensor in tensors]
-    pointers = [
-        None if tensor is None else address(tensor, *each)
-        for tensor, each in zip(stored, wanted, strict=True)
-    ]
-    library.call("hw_pack", library.pool, packed.struct, *pointers, packed.struct.data)
-    return packed
-
-
-def _new(library: Library, kind: int, group: int, shape: tuple[int, int]) -> PackedWeight:
     """Memory for a weight; what is in it is undefined."""
     size = _size(library, kind, group, shape)
-    data = aligned_bytes(size)
+    data = aligned_bytes(size) if room is None else room.take(size)
     return PackedWeight(shape, data, WeightStruct(kind, group, *shape, data.data_ptr(), size))
 
 
@@ -173,10 +173,3 @@ def linear(library: Library, weight: PackedWeight, x: Tensor, bias: Tensor | Non
             y.data_ptr(),
         )
     return y
-
-
-def aligned_bytes(size: int) -> Tensor:
-    """Uninitialised uint8 [size] that begins on a line of the cache."""
-    buffer = torch.empty(size + _LINE, dtype=torch.uint8)
-    start = -buffer.data_ptr() % _LINE
-    return buffer[start : start + size]
