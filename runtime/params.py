@@ -19,6 +19,7 @@ MAX_LOGPROBS = 20
 MAX_BIASES = 1024
 MAX_BIAS = 100.0
 MAX_PENALTY = 2.0
+MIN_REPETITION = 0.01  # far less would divide a score beyond what a float holds
 GREEDY_BELOW = 1e-5
 _MAX_INT = 2**31 - 1
 
@@ -35,7 +36,7 @@ class SamplingParams:
         top_p: keep the smallest set of tokens with at least this probability, in (0, 1].
         top_k: keep the k most likely tokens; 0 keeps all.
         min_p: drop tokens less likely than min_p times the most likely one, in [0, 1].
-        repetition_penalty: in (0, 2]; scores of tokens seen in prompt or answer are divided by it
+        repetition_penalty: 0.01 to 2; scores of tokens seen in prompt or answer are divided by it
             where positive, and multiplied where negative (Keskar et al., 1909.05858).
         presence_penalty: -2 to 2; taken from the score of each token that the answer has.
         frequency_penalty: -2 to 2; taken once for every time that the answer has it.
@@ -86,12 +87,11 @@ class SamplingParams:
         _check_number("temperature", self.temperature, 0.0, MAX_TEMPERATURE)
         _check_number("top_p", self.top_p, 0.0, 1.0)
         _check_number("min_p", self.min_p, 0.0, 1.0)
-        _check_number("repetition_penalty", self.repetition_penalty, 0.0, 2.0)
+        _check_number("repetition_penalty", self.repetition_penalty, MIN_REPETITION, MAX_PENALTY)
         _check_number("presence_penalty", self.presence_penalty, -MAX_PENALTY, MAX_PENALTY)
         _check_number("frequency_penalty", self.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
-        for name in ("top_p", "repetition_penalty"):
-            if getattr(self, name) == 0:
-                raise RequestError(f"{name} must be above 0", param=name)
+        if self.top_p == 0:
+            raise RequestError("top_p must be above 0", param="top_p")
         for name in ("ignore_eos", "include_stop", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(f"{name} must be true or false", param=name)

@@ -14,6 +14,7 @@ from .tool_protocol import ResponseFormat, ToolBody, ToolChoiceBody, Turn, tool_
 from .tools import MAX_TOOLS, ToolSet, tool_set
 
 _MAX_MESSAGES = 4096
+_MAX_PARTS = 1024
 _MAX_VARIABLES = 16
 
 
@@ -26,7 +27,9 @@ class TextPart(Body):
 
 Content = Annotated[
     Annotated[str, Tag("<one>")]
-    | Annotated[list[TextPart], Field(min_length=1, fail_fast=True), Tag("<list>")],
+    | Annotated[
+        list[TextPart], Field(min_length=1, max_length=_MAX_PARTS, fail_fast=True), Tag("<list>")
+    ],
     Discriminator(one_or_list),
 ]
 

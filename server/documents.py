@@ -18,7 +18,9 @@ GENERATION_ERRORS: dict[int | str, dict[str, Any]] = {
     # Named so that FastAPI does not promise its own shape for 422, which is never sent.
     "4XX": {"model": ErrorAnswer, "description": "Any other mistake of the client."},
 }
-MODEL_ERRORS: dict[int | str, dict[str, Any]] = {404: GENERATION_ERRORS[404]}
+READING_ERRORS: dict[int | str, dict[str, Any]] = {
+    code: GENERATION_ERRORS[code] for code in (404, "4XX")
+}
 
 
 def json_or_stream(model: type[BaseModel]) -> dict[str, Any]:

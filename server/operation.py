@@ -8,6 +8,7 @@ from fastapi import APIRouter
 from starlette.responses import JSONResponse, Response
 
 from .. import __version__
+from .documents import READING_ERRORS
 from .responses import Health, Version
 from .service import Service
 
@@ -31,7 +32,7 @@ def operation_router(service: Service) -> APIRouter:
         state = _state(service)
         return JSONResponse({"status": state}, 200 if state == "ok" else 503)
 
-    @router.get("/version")
+    @router.get("/version", responses=READING_ERRORS)
     async def version() -> Version:
         """Of halfweave."""
         return Version(version=__version__)
@@ -39,7 +40,10 @@ def operation_router(service: Service) -> APIRouter:
     @router.get(
         "/metrics",
         response_class=Response,
-        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+        responses={
+            200: {"content": {"text/plain": {"schema": {"type": "string"}}}},
+            **READING_ERRORS,
+        },
     )
     async def metrics() -> Response:
         """Figures for Prometheus."""

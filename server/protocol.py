@@ -30,6 +30,7 @@ from ..runtime.params import (
     MAX_STOP_STRINGS,
     MAX_STOP_TOKENS,
     MAX_TEMPERATURE,
+    MIN_REPETITION,
     SamplingParams,
 )
 from ..runtime.request import MAX_PRIORITY
@@ -100,8 +101,7 @@ class GenerationBody(Body):
     min_p: float | None = Field(None, ge=0, le=1)
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    # Far less than 0.01 would divide a score beyond what a float holds.
-    repetition_penalty: float | None = Field(None, ge=0.01, le=2)
+    repetition_penalty: float | None = Field(None, ge=MIN_REPETITION, le=MAX_PENALTY)
     logit_bias: dict[BiasedToken, Bias] | None = Field(
         None, max_length=MAX_BIASES, description="By token ids."
     )

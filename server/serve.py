@@ -6,6 +6,7 @@ Knows sockets and signals, not requests.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import math
 import socket
@@ -99,6 +100,10 @@ def serve_all(
             engines.push(engine)
         warm_up(engine)
         served.append(Served(offer.name or model.name, engine))
+    # What was loaded stays. Looking through all of it again and again would stop every thread for
+    # half a second each time.
+    gc.collect()
+    gc.freeze()
     return served
 
 
