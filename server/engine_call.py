@@ -140,11 +140,14 @@ class EngineCall:
         """
         ended = 0
         while ended < self.size:
-            try:
-                index, event = await asyncio.wait_for(self._events.get(), ping_s)
-            except TimeoutError:
-                yield None
-                continue
+            if self._events.empty():
+                try:
+                    index, event = await asyncio.wait_for(self._events.get(), ping_s)
+                except TimeoutError:
+                    yield None
+                    continue
+            else:
+                index, event = self._events.get_nowait()
             if isinstance(event, Failed):
                 raise _failure(event.error)
             if isinstance(event, Finished):
