@@ -82,7 +82,8 @@ test-sanitize: setup
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 HALFWEAVE_KERNELS_FLAGS="$(SANITIZE)" \
 	    HALFWEAVE_KERNELS_UNDER_TEST=$(SANITIZED)/halfweave/kernels/cpu/libhalfweave_cpu.so \
-	    $(BIN)/python -m pytest -s tests/kernels/cpu tests/runtime/test_fused.py
+	    $(BIN)/python -m pytest -s tests/kernels/cpu tests/runtime/test_fused.py \
+	    tests/runtime/test_fused_not_numbers.py
 
 # Every variant of the GPU kernels on every architecture, compiled and, on sm_80, emulated; no GPU.
 test-gpu-static: setup

@@ -1,5 +1,5 @@
-// A few threads that share the work of one caller: they spin for half a millisecond between two
-// pieces of work, because those come microseconds apart, and tokens little more; then they sleep,
+// A few threads that share the work of one caller: they stay awake for half a millisecond after a
+// piece of work, because the next comes microseconds later, and the next token soon; then they sleep,
 // because the machine is not ours.
 #pragma once
 #include <atomic>
