@@ -17,6 +17,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from halfweave.runtime.checkpoint import Checkpoint
 from halfweave.runtime.hardware import this_machine, versions
 from load.page import page
 from load.server_process import server
@@ -42,6 +43,16 @@ def options() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def recipe_of(model: Path) -> str:
+    """How the model came to be, in words; dense where nothing says that it was pruned."""
+    recipe = (Checkpoint.open(model, verify=False).manifest or {}).get("recipe")
+    if not recipe:
+        return "dense"
+    group = f" g{recipe['group']}" if recipe["bits"] == 4 else ""
+    recovered = "" if recipe.get("recover", "none") == "none" else f", {recipe['recover']}"
+    return f"{recipe['method']}, {recipe['pattern']}, {recipe['bits']} bits{group}{recovered}"
+
+
 def measured(asked: argparse.Namespace) -> dict[str, Any]:
     """Everything, as the document that is kept."""
     machine = this_machine()
@@ -55,6 +66,7 @@ def measured(asked: argparse.Namespace) -> dict[str, Any]:
         "hardware": machine.line,
         "versions": versions(),
         "model": asked.model.name,
+        "recipe": recipe_of(asked.model),
         "command": f"python benchmarks/serving.py --model OUT --seconds {asked.seconds:g} "
         f"--clients {asked.clients} --tokens {asked.tokens} --rounds {asked.rounds}",
         "soak": to_json(result),

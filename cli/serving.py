@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..errors import UsageError
 from ..files import find_directory
-from ..runtime.engine import EngineSettings
+from ..runtime.engine_settings import EngineSettings
 from ..server.serve import Offer
 from .flags import Scheduling, Serving
 

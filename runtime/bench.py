@@ -21,7 +21,8 @@ from ..files import sha256_file
 from ..kernels.dispatch import choose
 from ..kernels.formats import Dense
 from .checkpoint import Checkpoint
-from .engine import Engine, EngineSettings
+from .engine import Engine
+from .engine_settings import EngineSettings
 from .eval import EvalResult, evaluate
 from .hardware import Hardware, peak_memory_bytes, this_machine, versions
 from .model import LoadSettings, Model, load_model

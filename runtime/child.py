@@ -1,8 +1,8 @@
-"""A script in a process of its own, for work that has to be ended when it takes too long.
+"""A module in a process of its own, for work that has to be ended when it takes too long.
 
 Neither a thread nor one endless operation inside it can be stopped; a process can. It answers one
-line of JSON with another, is kept for the next one, and replaced after it had to be ended. Which
-limits it works under is the script's to set. Knows nothing of what is asked.
+line of JSON with another (child_side.py), is kept for the next one, and replaced after it had to be
+ended. Knows nothing of what is asked.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import sys
 import threading
 import weakref
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 
@@ -29,11 +28,11 @@ class ChildEnded(Exception):  # noqa: N818 - names what happened, not a fault of
 
 
 class Child:
-    """One script, ready to be asked from any thread."""
+    """One module, ready to be asked from any thread."""
 
-    def __init__(self, script: Path, setup: Mapping[str, Any]) -> None:
-        """`setup` is the first line that the script reads."""
-        self._script, self._setup = script, dict(setup)
+    def __init__(self, module: str, setup: Mapping[str, Any]) -> None:
+        """`module` is one of this package, run as a program; `setup` is the first line it reads."""
+        self._module, self._setup = f"{__package__}.{module}", dict(setup)
         self._lock = threading.Lock()
         self._child: subprocess.Popen[str] | None = None
 
@@ -63,10 +62,10 @@ class Child:
         return reply
 
     def _started(self) -> subprocess.Popen[str]:
-        # -P: the script's own directory must not shadow modules that it imports. A session of its
-        # own: Ctrl-C is for this process to handle; the child ends when its input does.
+        # -P: the working directory must not shadow modules that it imports. A session of its own:
+        # Ctrl-C is for this process to handle; the child ends when its input does.
         child = subprocess.Popen(
-            [sys.executable, "-P", str(self._script)],
+            [sys.executable, "-P", "-m", self._module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -13,15 +13,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 
-from ..errors import CapacityError, EngineDeadError, RequestError, UsageError
-from ..kernels.paging import PAGE_POSITIONS
+from ..errors import CapacityError, EngineDeadError, RequestError
 from .answer import Answer
+from .engine_settings import EngineSettings
 from .memory import MemoryPlan
 from .model import Model
-from .paged import Memory, pages_for
+from .paged import Memory
 from .pages import PagePool
 from .request import Event, Failed, Finished, FinishReason, GenerationRequest, Timings, Usage
 from .scheduler import Scheduler
@@ -31,42 +30,6 @@ from .stats import Counts, EngineStats
 from .step import Stepper
 
 _log = logging.getLogger(__name__)
-_KV_BYTES = 2**30
-
-
-@dataclass(frozen=True)
-class EngineSettings:
-    """How much an engine does at once.
-
-    Attributes:
-        max_running: requests that are carried out side by side.
-        max_waiting: requests that may wait behind them.
-        max_model_len: most tokens of a prompt and its answer; None for what the model has.
-        tokens_per_step: of answers and pieces of prompts together; more is faster with long
-            prompts, fewer keeps the gaps between others' tokens short.
-        kv_bytes: memory for keys and values; None for 1 GiB, or less where that is enough for
-            `max_running` requests, or more where one needs it.
-        share_prefixes: whether what was computed of one prompt is used for others that begin alike.
-        queue_timeout_s: a request that has waited so long fails; None for no limit.
-
-    Raises:
-        UsageError: a number is too small.
-    """
-
-    max_running: int = 32
-    max_waiting: int = 64
-    max_model_len: int | None = None
-    tokens_per_step: int = 256
-    kv_bytes: int | None = None
-    share_prefixes: bool = True
-    queue_timeout_s: float | None = None
-
-    def __post_init__(self) -> None:
-        least = {"max_running": 1, "max_waiting": 0, "max_model_len": 2, "tokens_per_step": 1}
-        for name, low in (*least.items(), ("kv_bytes", 1), ("queue_timeout_s", 0)):
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise UsageError(f"{name} must be at least {low}, given {value}")
 
 
 class EventStream:
@@ -113,8 +76,8 @@ class Engine:
             CapacityError: there is no memory for keys and values.
         """
         self.model, self.settings = model, settings or EngineSettings()
-        self.max_model_len = _max_model_len(model, self.settings)
-        pages = _pages(model, self.settings, self.max_model_len)
+        self.max_model_len = self.settings.context_of(model)
+        pages = self.settings.pages_of(model)
         self.memory_plan = _memory_plan(model, self.settings, pages)
         self.memory_plan.check()
         self._share = self.settings.share_prefixes
@@ -341,28 +304,6 @@ class Engine:
             self._scheduler.running.clear()
         for sequence in left:
             sequence.tell(Failed(EngineDeadError("the engine stopped")))
-
-
-def _max_model_len(model: Model, settings: EngineSettings) -> int:
-    longest, asked = model.max_model_len, settings.max_model_len
-    if asked is not None and asked > longest:
-        raise UsageError(f"a context of {asked} tokens is asked for, and the model has {longest}")
-    return longest if asked is None else asked
-
-
-def _pages(model: Model, settings: EngineSettings, longest: int) -> int:
-    """As many as fit the memory for them, and at least as many as one request may need."""
-    one, each = pages_for(longest), model.decoder.page_bytes
-    if settings.kv_bytes is None:
-        return max(one, min(settings.max_running * one, _KV_BYTES // each))
-    pages = settings.kv_bytes // each
-    if pages < one:
-        raise UsageError(
-            f"keys and values of {longest} tokens take {one * each} bytes, "
-            f"and {settings.kv_bytes} are given",
-            f"a shorter context, of {max(2, pages * PAGE_POSITIONS)} tokens, or more memory",
-        )
-    return pages
 
 
 def _memory_plan(model: Model, settings: EngineSettings, pages: int) -> MemoryPlan:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,8 +21,6 @@ from .paged import Part
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
 Work = Callable[[], Tensor]
-# From work to something that does it again, on the same buffers.
-Record = Callable[[Work], Work]
 
 
 @dataclass(frozen=True)
@@ -71,15 +70,12 @@ class StepGraphs:
         width: int,
         nobody: int,
         device: torch.device,
-        record: Record | None = None,
     ) -> None:
         """`step` gives final hidden states [rows, hidden]; sequences have `width` pages at most.
 
-        `record` is a CUDA graph's on a GPU, and doing the work again elsewhere.
+        Where there is no GPU to record on, the work is done again.
         """
         self._step, self._width, self._nobody, self._device = step, width, nobody, device
-        on_gpu = device.type == "cuda"
-        self._record = record or (recorded if on_gpu else lambda work: work)
         self._recordings: dict[int, tuple[StepBuffers, Work]] = {}
 
     def fits(self, parts: Sequence[Part]) -> bool:
@@ -93,7 +89,9 @@ class StepGraphs:
         size = SIZES[bisect_left(SIZES, len(parts))]
         if size not in self._recordings:
             buffers = StepBuffers.empty(size, self._width, self._nobody, self._device)
-            self._recordings[size] = buffers, self._record(lambda: self._step(buffers))
+            work = partial(self._step, buffers)
+            again = recorded(work) if self._device.type == "cuda" else work
+            self._recordings[size] = buffers, again
         buffers, again = self._recordings[size]
         buffers.fill(parts, self._nobody)
         # A copy: the next replay writes to the same place.

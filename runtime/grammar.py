@@ -14,7 +14,6 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,7 +42,7 @@ _LIMITS: dict[str, Any] = {
 }
 # Half of the smallest that this process' own threads may have, so what fits there fits here.
 _STACK_BYTES = 2**20
-_CHILD = Path(__file__).with_name("grammar_child.py")
+_CHILD = "grammar_child"
 # A space, or a line with its indentation: a model cannot fill its answer with blanks.
 _WHITESPACE = r"[ ]|\n[ \t]{0,20}"
 _MAX_ERROR_CHARS = 300

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import RequestError
-from .engine import Engine, EngineSettings
+from .engine import Engine
+from .engine_settings import EngineSettings
 from .model import Model, load_model
 from .params import SamplingParams
 from .request import (

@@ -81,7 +81,8 @@ class Sampler:
 
     @property
     def _too_early(self) -> bool:
-        return len(self._ends) > 0 and self._written.total() < self._params.min_tokens
+        least = self._params.min_tokens  # asked first: counting takes time
+        return least > 0 and len(self._ends) > 0 and self._written.total() < least
 
     def _changed(self, scores: NDArray[np.float32]) -> NDArray[np.float32]:
         """After biases, penalties, the least length and the constraint; a copy, if any is there."""

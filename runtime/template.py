@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError
@@ -16,7 +15,7 @@ from .child import Child, ChildEnded
 
 TEMPLATE_SECONDS = 5.0  # of processor time, so that a busy machine is no reason to fail
 TEMPLATE_BYTES = 2**29
-_CHILD = Path(__file__).with_name("template_child.py")
+_CHILD = "template_child"
 # What the library's own function for it takes; a template's variables cannot have these names.
 _RESERVED = {
     "conversations",

@@ -1,18 +1,14 @@
-"""The process that renders chat templates: run as a script by template.py, never imported.
+"""The process that renders chat templates: run by template.py, never imported.
 
-Reads lines of JSON from standard input, the first with the template and its limits, each further
-one a conversation; answers each with a line {"text": ...} or {"error": ...}. A template that takes
-too long is ended by the kernel, which holds even inside one endless operation.
+Answers each conversation with {"text": ...} or {"error": ...}.
 """
 
 from __future__ import annotations
 
-import json
-import resource
-import signal
-import sys
-from pathlib import Path
+from functools import partial
 from typing import Any
+
+from .child_side import read_setup, serve
 
 _MAX_TEXT_CHARS = 2**23
 _MAX_ERROR_CHARS = 300
@@ -20,16 +16,10 @@ _MAX_ERROR_CHARS = 300
 
 def main() -> None:
     """Serve until standard input ends."""
-    setup = json.loads(sys.stdin.readline())
+    setup = read_setup()
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    _bound_memory(setup["bytes"])
-    for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_PROF, setup["seconds"])
-        reply = _reply(render_jinja_template, setup, json.loads(line))
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        sys.stdout.write(json.dumps(reply) + "\n")
-        sys.stdout.flush()
+    serve(setup, partial(_reply, render_jinja_template, setup))
 
 
 def _reply(render: Any, setup: dict[str, Any], request: dict[str, Any]) -> dict[str, str]:
@@ -48,14 +38,6 @@ def _reply(render: Any, setup: dict[str, Any], request: dict[str, Any]) -> dict[
     if len(texts[0]) > _MAX_TEXT_CHARS:
         return {"error": f"the rendered text has over {_MAX_TEXT_CHARS} characters"}
     return {"text": texts[0]}
-
-
-def _bound_memory(extra_bytes: int) -> None:
-    """Let the process grow by so much and no more, where the system can tell how large it is."""
-    statm = Path("/proc/self/statm")
-    if statm.exists():
-        now = int(statm.read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (now + extra_bytes, now + extra_bytes))
 
 
 if __name__ == "__main__":

@@ -82,6 +82,7 @@ def _gauges(stats: Mapping[str, EngineStats]) -> Iterator[Metric]:
     for figure, help_text, of in (
         ("num_requests_running", "Requests that are carried out.", lambda s: s.running),
         ("num_requests_waiting", "Requests in the queue.", lambda s: s.waiting),
+        ("kv_pages_used", "Pages of keys and values in use.", lambda s: s.pages_used),
         ("kv_cache_usage_perc", "Part of the pages in use, 0 to 1.", _usage),
         ("gpu_cache_usage_perc", "The same under an older name.", _usage),
     ):

@@ -21,7 +21,7 @@ from .ray_answers import REPLICA
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from ..runtime.engine import EngineSettings
+    from ..runtime.engine_settings import EngineSettings
     from ..runtime.model import LoadSettings
     from .serve import Offer
     from .settings import ServerSettings

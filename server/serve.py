@@ -22,7 +22,8 @@ import uvicorn
 from fastapi import FastAPI
 
 from ..errors import EngineDeadError, HalfweaveError, RequestError, UsageError
-from ..runtime.engine import Engine, EngineSettings
+from ..runtime.engine import Engine
+from ..runtime.engine_settings import EngineSettings
 from ..runtime.model import LoadSettings, load_model
 from ..runtime.params import SamplingParams
 from ..runtime.request import Failed, GenerationRequest

@@ -6,7 +6,7 @@ from typing import Any
 
 _PAGE = """# The server under load
 
-{model} behind `halfweave serve`, clients on the same machine. Made by
+{model} ({recipe}) behind `halfweave serve`, clients on the same machine. Made by
 `{command}` on {date}; {hardware}; halfweave {halfweave}, torch {torch}, python {python}.
 
 ## Clients at once
@@ -34,7 +34,7 @@ error: the queue is finite, and the client comes again.
 | memory, after warm-up and at the end | {rss_start_mib:.0f} and {rss_end_mib:.0f} MiB |
 | file descriptors | {fds_start} and {fds_end} |
 | threads | {threads_start} and {threads_end} |
-| part of the pages still held, in millionths | {blocks_leaked} |
+| pages of keys and values still held | {blocks_leaked} |
 | tokens/s over the whole time | {tokens_per_s:.0f} |
 | first token, p50, first and second half | {ttft_ms_p50_early:.0f} and {ttft_ms_p50_late:.0f} ms |
 | gap between tokens, p50 | {itl_ms_p50:.1f} ms |
@@ -56,7 +56,7 @@ def page(document: dict[str, Any]) -> str:
         for each in document["throughput"]
     ]
     tokens = document["command"].partition("--tokens ")[2].split()[0]
-    about = {key: document[key] for key in ("model", "command", "date", "hardware")}
+    about = {key: document[key] for key in ("model", "recipe", "command", "date", "hardware")}
     return _PAGE.format(
         **about,
         **document["versions"],

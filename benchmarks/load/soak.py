@@ -67,7 +67,7 @@ def soak(model: Path, seconds: float, clients: int, flags: list[str]) -> tuple[S
         wait_until_idle(running)
         after = running.footprint()
         took = time.monotonic() - begun
-        leaked = round(running.figure("kv_cache_usage_perc") * 10**6)
+        leaked = int(running.figure("kv_pages_used"))
         return _result(took, clients, early, late, before, after, leaked), late
 
 

@@ -17,6 +17,7 @@ from load.page import page
 from load.server_process import server
 from load.soak import percentile, soak, to_json
 from load.throughput import full_queue_ms, throughputs
+from serving import recipe_of
 from support.tiny import Tiny, save_tiny
 
 SECONDS = float(os.environ.get("HALFWEAVE_SOAK_SECONDS", "60"))
@@ -53,6 +54,7 @@ def test_throughput_and_a_full_queue_are_measured(model: Path) -> None:
         assert len(times) == 5
         document = {
             "model": "tiny",
+            "recipe": recipe_of(model),
             "date": "today",
             "hardware": "this",
             "command": "serving.py --tokens 8 --rounds 2",
@@ -62,7 +64,8 @@ def test_throughput_and_a_full_queue_are_measured(model: Path) -> None:
             "queue_full_ms_p50": 1.0,
             "queue_full_ms_p99": 2.0,
         }
-        assert "| 2 |" in page(json.loads(json.dumps(document)))
+        text = page(json.loads(json.dumps(document)))
+        assert "| 2 |" in text and "tiny (dense)" in text
 
 
 # ---- the clients themselves, against a server that does what the test says

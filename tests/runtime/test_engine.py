@@ -14,7 +14,8 @@ import pytest
 import torch
 from halfweave.errors import CapacityError, EngineDeadError, HalfweaveError, RequestError
 from halfweave.runtime.decoder import Decoder
-from halfweave.runtime.engine import Engine, EngineSettings
+from halfweave.runtime.engine import Engine
+from halfweave.runtime.engine_settings import EngineSettings
 from halfweave.runtime.model import Model, load_model
 from halfweave.runtime.paged import Part
 from halfweave.runtime.params import SamplingParams

@@ -14,28 +14,31 @@ import pytest
 from halfweave.errors import HalfweaveError, RequestError
 from halfweave.runtime import grammar
 from halfweave.runtime.grammar import (
-    INVALID_SCHEMA,
     AnswerConstraint,
     CallForm,
-    Grammar,
     GrammarCompiler,
 )
-from halfweave.runtime.params import SamplingParams
 from halfweave.runtime.request import Constraint
-from halfweave.runtime.sampler import Sampler
 from halfweave.runtime.tokenizer import Tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
-from support.tiny import EOS, SPECIAL_TOKENS, VOCABULARY, edit_json, save_tokenizer
+from support.grammars import (
+    END,
+    FORMS,
+    MODEL_ROWS,
+    accepts,
+    allowed,
+    answer,
+    refused,
+    write,
+)
+from support.tiny import EOS, edit_json, save_tokenizer
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
 Json = dict[str, Any]
-MODEL_ROWS = VOCABULARY
-LONGEST = 600
-END = SPECIAL_TOKENS.index(EOS)
 
 
 @pytest.fixture(scope="module")
@@ -46,62 +49,6 @@ def tokenizer(tiny_model: Path) -> Tokenizer:
 @pytest.fixture(scope="module")
 def compiler(tokenizer: Tokenizer) -> GrammarCompiler:
     return GrammarCompiler(tokenizer)
-
-
-def answer(tokenizer: Tokenizer, form: Grammar, seed: int, longest: int = LONGEST) -> str | None:
-    """What a model that likes to end, and else writes anything, answers; None if it does not end.
-
-    What closes a string or a list becomes likelier with every token, so that most answers end.
-    """
-    random, ids = np.random.default_rng(seed), []
-    closing = tokenizer.encode('"]}', special=False)
-    sampler = Sampler(SamplingParams(seed=seed), (), tokenizer.eos_ids, form.constraint())
-    while len(ids) < longest:
-        scores = random.standard_normal(MODEL_ROWS).astype(np.float32) * 3
-        scores[closing] += len(ids) / 20
-        scores[sorted(tokenizer.eos_ids)] += 3
-        token = sampler.choose(scores)
-        if token in tokenizer.eos_ids:
-            return tokenizer.decode(ids)
-        ids.append(token)
-    return None
-
-
-def allowed(constraint: Constraint) -> set[int]:
-    scores = np.zeros(MODEL_ROWS, np.float32)
-    constraint.forbid(scores)
-    return set(np.flatnonzero(np.isfinite(scores)).tolist())
-
-
-def write(tokenizer: Tokenizer, constraint: Constraint, text: str) -> None:
-    """Take a text that the form allows, token by token, as the form would have it cut."""
-    while text:
-        fitting = [
-            (len(piece), token)
-            for token in allowed(constraint) - tokenizer.eos_ids
-            if text.startswith(piece := tokenizer.decode([token])) and piece
-        ]
-        assert fitting, f"not allowed: {text!r}"
-        length, token = max(fitting)
-        constraint.take(token)
-        text = text[length:]
-
-
-def accepts(tokenizer: Tokenizer, form: Grammar, text: str) -> bool:
-    constraint = form.constraint()
-    try:
-        write(tokenizer, constraint, text)
-    except AssertionError:
-        return False
-    return END in allowed(constraint)
-
-
-def refused(make: Callable[[], object], param: str = "response_format") -> str:
-    with pytest.raises(RequestError) as caught:
-        make()
-    assert (caught.value.param, caught.value.code) == (param, INVALID_SCHEMA)
-    assert len(caught.value.message) < 400
-    return caught.value.message
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -450,70 +397,6 @@ def test_threads_share_one_compiler(tokenizer: Tokenizer, compiler: GrammarCompi
     for thread in threads:
         thread.join()
     assert not wrong
-
-
-FORMS = [
-    CallForm("<call>one(", {"type": "object", "additionalProperties": False}, ")</call>"),
-    CallForm("<call>two(", {"type": "integer"}, ")</call>"),
-]
-
-
-@pytest.mark.parametrize(
-    ("text", "one", "several"),
-    [
-        ("<call>one({})</call>", True, True),
-        ("<call>two(17)</call>", True, True),
-        ("<call>two(1)</call>\n<call>one({})</call>\n<call>two(2)</call>", False, True),
-        ("<call>two(1)</call><call>two(1)</call>", False, False),
-        ("<call>two({})</call>", False, False),
-        ("<call>three(1)</call>", False, False),
-        ("hello <call>two(1)</call>", False, False),
-        ("", False, False),
-    ],
-)
-def test_a_call_must_be_made(
-    tokenizer: Tokenizer, compiler: GrammarCompiler, text: str, one: bool, several: bool
-) -> None:
-    assert accepts(tokenizer, compiler.tool_calls(FORMS), text) == one
-    assert accepts(tokenizer, compiler.tool_calls(FORMS, several=True), text) == several
-
-
-@pytest.mark.parametrize(
-    ("text", "one", "several"),
-    [
-        ("", True, True),
-        ("no call, but <cal", True, True),
-        ("well:\n<call>two(17)</call>", True, True),
-        ("a <call>two(1)</call> b\n<call>one({})</call> c", False, True),
-        ("<call>three(1)</call>", False, False),
-        ("<call>", False, False),
-        ("a <call>two(1", False, False),
-    ],
-)
-def test_a_call_may_be_made_in_a_text(
-    tokenizer: Tokenizer, compiler: GrammarCompiler, text: str, one: bool, several: bool
-) -> None:
-    assert accepts(tokenizer, compiler.tool_calls(FORMS, "<call>"), text) == one
-    assert accepts(tokenizer, compiler.tool_calls(FORMS, "<call>", True), text) == several
-
-
-def test_a_hostile_schema_of_a_tool_is_refused(compiler: GrammarCompiler) -> None:
-    """Row 39."""
-    refused(lambda: compiler.tool_calls([CallForm("a", {"$ref": "http://x"}, "b")]), "tools")
-    large = [CallForm(f"{n}", {"description": "x" * 60_000}, "") for n in range(5)]
-    refused(lambda: compiler.tool_calls(large), "tools")
-
-
-def test_references_of_one_tool_do_not_reach_another(
-    tokenizer: Tokenizer, compiler: GrammarCompiler
-) -> None:
-    forms = [
-        CallForm(f"{name}:", {"$ref": "#/$defs/x", "$defs": {"x": {"const": value}}}, ";")
-        for name, value in (("a", 1), ("b", 2))
-    ]
-    form = compiler.tool_calls(forms)
-    assert accepts(tokenizer, form, "a:1;") and accepts(tokenizer, form, "b:2;")
-    assert not accepts(tokenizer, form, "a:2;")
 
 
 def spaced_backend(kind: str) -> Backend:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from halfweave.runtime.engine import EngineSettings
+from halfweave.runtime.engine_settings import EngineSettings
 from halfweave.runtime.model import Model, load_model
 from halfweave.server.settings import ServerSettings
 from support.http_server import Live, idle, live_server, wait_until

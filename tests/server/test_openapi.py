@@ -10,7 +10,8 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-from halfweave.runtime.engine import Engine, EngineSettings
+from halfweave.runtime.engine import Engine
+from halfweave.runtime.engine_settings import EngineSettings
 from halfweave.runtime.model import Model
 from halfweave.server.app import create_app
 from halfweave.server.errors import UNSUPPORTED

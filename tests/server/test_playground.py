@@ -5,55 +5,43 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from halfweave.runtime.model import Model, load_model
+from halfweave.runtime.model import Model
 from halfweave.server.settings import ServerSettings
-from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Route, expect
+from support.browser import (
+    CHAT,
+    COMPLETIONS,
+    answered,
+    answers,
+    chromium,
+    endless,
+    figure,
+    finished,
+    model_of,
+    opened,
+    piece,
+    recorded,
+    say,
+    sent,
+    settings,
+    write,
+    written,
+)
 from support.http_server import Live, idle, live_server, wait_until
-from support.tiny import Tiny, pack_directory, save_tiny
 
-CHROMIUM = shutil.which("chromium-headless-shell") or shutil.which("chromium")
 HOSTILE = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
-CHAT, COMPLETIONS = "**/v1/chat/completions", "**/v1/**completions"
-PATIENCE_MS = 30_000
 WIDE, NARROW = (1280, 820), (360, 740)
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    if CHROMIUM is None and os.environ.get("CI") != "true":
-        pytest.skip("no Chromium here; Debian's package is chromium-headless-shell")
-    expect.set_options(timeout=PATIENCE_MS)
-    # For this module only: its event loop would be in the way of other tests' asyncio.run.
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM)
-        yield browser
-        browser.close()
-
-
-@contextmanager
-def opened(browser: Browser, url: str, **options: Any) -> Iterator[Page]:
-    """A page in a fresh profile, which must never complain nor ask another host."""
-    complaints: list[str] = []
-    requests: list[str] = []
-    with browser.new_context(**options) as context:
-        page = context.new_page()
-        page.set_default_timeout(PATIENCE_MS)
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("console", lambda message: complaints.append(message.text))
-        page.on("request", lambda request: requests.append(request.url))
-        page.goto(url)
-        yield page
-        assert page.title() == "halfweave playground"
-    # Chromium's own line about a status that a test provoked is no complaint of the page's.
-    assert not [text for text in complaints if "Failed to load resource" not in text]
-    assert not [asked for asked in requests if not asked.startswith((url, "data:"))]
+    with chromium() as running:
+        yield running
 
 
 @pytest.fixture
@@ -74,103 +62,12 @@ def lasting(browser: Browser, slow: Live) -> Iterator[Page]:
 
 
 @pytest.fixture(scope="module")
-def two_models(long_model: Model, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    """A server of a dense model and of the same in its 2:4 form, which can be made to last."""
-    folder = tmp_path_factory.mktemp("two")
-    dense = save_tiny(folder / "dense", Tiny(positions=8192))
-    sparse = load_model(pack_directory(dense, folder / "sparse", "sparse24"))
-    with live_server(long_model, name="dense", beside=sparse) as running:
-        yield running
-
-
-@pytest.fixture
-def pair(browser: Browser, two_models: Live) -> Iterator[Page]:
-    """The page of two models, side by side."""
-    with opened(browser, two_models.url) as page:
-        page.get_by_label("Side by side").check()
-        yield page
-    wait_until(lambda: idle(two_models))
-
-
-@pytest.fixture(scope="module")
 def artefacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where pictures go; HALFWEAVE_TEST_ARTEFACTS names a place that outlives the run."""
     named = os.environ.get("HALFWEAVE_TEST_ARTEFACTS")
     folder = Path(named) if named else tmp_path_factory.mktemp("artefacts")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-def sent(route: Route) -> dict[str, Any]:
-    """The JSON that the page posted."""
-    document: dict[str, Any] = route.request.post_data_json
-    return document
-
-
-def endless(route: Route) -> str:
-    """The document that the page posted, changed to go on after the model's own end."""
-    return json.dumps({**sent(route), "max_tokens": 8000, "ignore_eos": True})
-
-
-def recorded(page: Page) -> list[dict[str, Any]]:
-    """The list to which every document that the page will post is added."""
-    documents: list[dict[str, Any]] = []
-
-    def record(route: Route) -> None:
-        documents.append(sent(route))
-        route.fallback()
-
-    page.route(COMPLETIONS, record)
-    return documents
-
-
-def answered(*events: str) -> Callable[[Route], None]:
-    """Answers a request with these events' data."""
-    body = "".join(f"data: {event}\n\n" for event in events)
-    return lambda route: route.fulfill(content_type="text/event-stream", body=body)
-
-
-def piece(text: str) -> str:
-    return json.dumps({"choices": [{"index": 0, "delta": {"content": text}}]})
-
-
-def model_of(page: Page | Locator) -> Locator:
-    return page.get_by_label("Model", exact=True)
-
-
-def answers(page: Page | Locator) -> Locator:
-    """The texts that models wrote in the mode that is shown."""
-    return page.locator(".answer").filter(visible=True)
-
-
-def settings(page: Page, **fields: str) -> None:
-    """Fill in fields, each named by the id that its label is for."""
-    for name, value in fields.items():
-        page.locator(f"#{name}").fill(value)
-
-
-def write(page: Page, text: str) -> None:
-    page.locator("#prompt").fill(text)
-
-
-def say(page: Page, text: str) -> None:
-    """Send a text, and wait for the end of the answer."""
-    write(page, text)
-    page.get_by_role("button", name="Send").click()
-    finished(page)
-
-
-def finished(page: Page) -> None:
-    expect(page.get_by_role("button", name="Send")).to_be_enabled()
-
-
-def written(page: Page | Locator) -> Locator:
-    """Where the tokens of the answer are counted."""
-    return page.locator("[data-figure=written]")
-
-
-def figure(page: Page | Locator, name: str) -> str:
-    return page.locator(f"[data-figure={name}]").inner_text()
 
 
 # ---- the file and its headers
@@ -534,73 +431,12 @@ def test_events_are_read_wherever_the_network_cuts_them(page: Page, end: str) ->
         assert page.evaluate(READ, [sent, size]) == ["zwölf 🧵", "one\n two"]
 
 
-# ---- two models
+# ---- for everyone
 
 
 def test_one_model_is_not_compared(page: Page) -> None:
     expect(page.get_by_label("Side by side")).to_be_hidden()
     expect(page.get_by_role("region")).to_have_count(1)
-
-
-def test_two_models_answer_side_by_side(pair: Page) -> None:
-    dense, sparse = pair.get_by_role("region").all()
-    expect(model_of(dense)).to_have_value("dense")
-    expect(model_of(sparse)).to_have_value("sparse")
-    documents = recorded(pair)
-    settings(pair, temperature="0", max_tokens="12")
-    say(pair, "What is kept?")
-    for column in (dense, sparse):
-        assert re.fullmatch(r"\d+ ms", figure(column, "ttft"))
-        assert re.fullmatch(r"\d+\.\d", figure(column, "rate"))
-    assert answers(dense).text_content() != answers(sparse).text_content()
-    say(pair, "And now?")
-    asked = {document["model"]: document["messages"] for document in documents[2:]}
-    for column, name in ((dense, "dense"), (sparse, "sparse")):
-        said = answers(column).first.text_content()
-        assert asked[name][1] == {"role": "assistant", "content": said}
-
-
-def test_both_stream_at_once_and_stop_together(pair: Page, two_models: Live) -> None:
-    pair.route(CHAT, lambda route: route.continue_(post_data=endless(route)))
-    write(pair, "Both")
-    pair.keyboard.press("Control+Enter")
-    for column in pair.get_by_role("region").all():
-        expect(written(column)).to_have_text(re.compile(r"\d"))
-    assert two_models.activity.in_flight == 2
-    pair.keyboard.press("Escape")
-    wait_until(lambda: idle(two_models), seconds=5)
-    finished(pair)
-    expect(pair.get_by_text("Stopped.")).to_have_count(2)
-
-
-def test_one_models_refusal_leaves_the_other_its_answer(pair: Page) -> None:
-    def refuse_one(route: Route) -> None:
-        if sent(route)["model"] == "dense":
-            route.fulfill(status=503, json={"error": {"message": "not today"}})
-        else:
-            route.fallback()
-
-    pair.route(CHAT, refuse_one)
-    settings(pair, max_tokens="4")
-    say(pair, "Hi")
-    first, second = pair.get_by_role("region").all()
-    expect(first.locator(".problem")).to_have_text("not today")
-    expect(second.locator(".problem")).to_have_count(0)
-    assert re.fullmatch(r"\d+", figure(second, "written"))
-    assert pair.locator("#prompt").input_value() == ""
-
-
-def test_turning_the_comparison_on_and_off_begins_anew_and_keeps_the_first(pair: Page) -> None:
-    settings(pair, max_tokens="4")
-    say(pair, "Hi")
-    pair.get_by_label("Side by side").uncheck()
-    expect(answers(pair)).to_have_count(1)
-    pair.get_by_label("Side by side").check()
-    expect(pair.get_by_role("region")).to_have_count(2)
-    expect(answers(pair)).to_have_count(0)
-
-
-# ---- for everyone
 
 
 def test_every_field_has_a_label_and_answers_are_announced(page: Page) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 from halfweave.errors import EngineDeadError
-from halfweave.runtime.engine import EngineSettings
+from halfweave.runtime.engine_settings import EngineSettings
 from halfweave.runtime.model import LoadSettings, Model
 from halfweave.server.ray_answers import proxy_middlewares
 from halfweave.server.ray_replica import Plan, Replica

@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 from halfweave.errors import UsageError
-from halfweave.runtime.engine import EngineSettings
+from halfweave.runtime.engine_settings import EngineSettings
 from halfweave.runtime.model import Model
 from halfweave.runtime.stats import EngineStats
 from halfweave.server.serve import open_socket

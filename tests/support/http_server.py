@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPResponse
 from typing import Any
 
-from halfweave.runtime.engine import Engine, EngineSettings
+from halfweave.runtime.engine import Engine
+from halfweave.runtime.engine_settings import EngineSettings
 from halfweave.runtime.model import Model
 from halfweave.server.app import create_app
 from halfweave.server.serve import Server, open_socket
