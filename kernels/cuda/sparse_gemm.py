@@ -36,10 +36,10 @@ _DEQUANT_OPERANDS = gl.constexpr(DEQUANT_OPERANDS)
 
 
 @gluon.jit
-def _multiply(a, b, meta, sums, kind: gl.constexpr, selector: gl.constexpr):
+def _multiply(a, b, meta, sums, V: gl.constexpr, selector: gl.constexpr):
     """Every warp's tiles of A times its tiles of B, added to `sums`."""
     return gl.inline_asm_elementwise(
-        mma_text(kind, selector),
+        mma_text(V.kind, selector),
         _MMA_OPERANDS,
         [a, b, meta, sums],
         dtype=gl.float32,
@@ -147,8 +147,8 @@ def _add_floats(weights, b0, b1, meta, sums, V: gl.constexpr):
     a0, a1 = gl.split(gl.permute(split, [1, 0, 3, 4, 5, 2]))
     a0 = gl.convert_layout(a0.reshape(shape), layout, assert_trivial=True)
     a1 = gl.convert_layout(a1.reshape(shape), layout, assert_trivial=True)
-    sums = _multiply(a0, b0, meta, sums, V.kind, 0)
-    return _multiply(a1, b1, meta, sums, V.kind, 1)
+    sums = _multiply(a0, b0, meta, sums, V, 0)
+    return _multiply(a1, b1, meta, sums, V, 1)
 
 
 @gluon.jit
@@ -166,16 +166,16 @@ def _add_codes(words, scales, b0, b1, meta, sums, V: gl.constexpr):
     a0 = _halves(c0, s0, V)
     a1 = _halves(c1, s1, V)
     if not V.scale_sums:
-        sums = _multiply(a0, b0, meta, sums, V.kind, 0)
-        return _multiply(a1, b1, meta, sums, V.kind, 1)
+        sums = _multiply(a0, b0, meta, sums, V, 0)
+        return _multiply(a1, b1, meta, sums, V, 1)
     sums_shape: gl.constexpr = [V.WK, V.BN // 16, V.BM // 8, 32, 4]
     zeros = gl.zeros(sums_shape, gl.float32, layout)
-    part = _multiply(a0, b0, meta, zeros, V.kind, 0)
+    part = _multiply(a0, b0, meta, zeros, V, 0)
     if V.group == 32:
         sums = sums + part * _scales_of_sums(s0, V)
-        part = _multiply(a1, b1, meta, zeros, V.kind, 1)
+        part = _multiply(a1, b1, meta, zeros, V, 1)
     else:
-        part = _multiply(a1, b1, meta, part, V.kind, 1)
+        part = _multiply(a1, b1, meta, part, V, 1)
     return sums + part * _scales_of_sums(s1, V)
 
 
