@@ -21,7 +21,6 @@ from ..kernels.cuda.steps import Pages, attend_newest, gated, normed, remember
 from ..kernels.dispatch import LinearFunction, on_gpu
 from ..kernels.formats import Dense, Int4, Int8, PackedLinear, Sparse24, Sparse24Int4
 from ..kernels.paging import PAGE_POSITIONS
-from .checkpoint import Checkpoint
 from .gpu_graphs import StepBuffers, StepGraphs
 from .loading import Loader
 from .paged import PagedDecoder, Part, pages_for, positions, token_ids
@@ -80,31 +79,24 @@ class _Batch:
 class GpuDecoder(PagedDecoder):
     """As `Decoder`, by the kernels of halfweave.kernels.cuda."""
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        spec: DecoderSpec,
-        dtype: torch.dtype,
-        device: torch.device,
-        kv_bits: int = 16,
-    ) -> None:
-        """Read and repack every weight; `dtype` float16 or bfloat16.
+    def __init__(self, loader: Loader, kv_bits: int = 16) -> None:
+        """Read and repack every weight; the loader's dtype is float16 or bfloat16.
 
         Raises:
             UnsupportedModel: the model has parts that these kernels lack.
             CheckpointError: a tensor is missing, illegal, or does not fit the config.
         """
+        spec = loader.spec
         _check(spec)
-        self.spec, self._dtype, self.device = spec, dtype, device
-        self._stored = dtype if kv_bits == 16 else torch.int8
-        loader = Loader(checkpoint, spec, dtype, device)
+        self.spec, self._dtype, self.device = spec, loader.dtype, loader.device
+        self._stored = self._dtype if kv_bits == 16 else torch.int8
         self._embedding = loader.embedding()
         self._blocks = [_block(loader, layer) for layer in range(spec.layers)]
         self._gain = loader.norm(spec.names.norm).gain
         head = Dense(self._embedding) if spec.tied else loader.end(spec.names.head)
         self._head = _bound(head, None, loader)
         assert isinstance(spec.positions, RopeSpec)
-        self._frequencies = inverse_frequencies(spec.positions, spec.head_dim).to(device)
+        self._frequencies = inverse_frequencies(spec.positions, spec.head_dim).to(self.device)
 
     @property
     def page_bytes(self) -> int:

@@ -14,6 +14,7 @@ from .checkpoint import Checkpoint
 from .decoder import Decoder
 from .families import decoder_spec
 from .fused import FusedBits, FusedDecoder
+from .loading import Loader
 from .paged import PagedDecoder
 from .spec import DecoderSpec
 from .threads import in_passing_thread
@@ -126,7 +127,7 @@ def _gpu_decoder(
     stored = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype"))
     compute = torch.float16 if stored == "float16" else torch.bfloat16
     try:
-        return GpuDecoder(checkpoint, spec, compute, device, kv_bits)
+        return GpuDecoder(Loader(checkpoint, spec, compute, device), kv_bits)
     except UnsupportedModel:
         return Decoder(checkpoint, spec, compute, device, exact=False)
 

@@ -59,14 +59,15 @@ class SparseLinear:
         device: torch.device,
         dtype: torch.dtype,
     ) -> SparseLinear:
-        """Repack a weight; float values become `dtype`."""
-        if isinstance(weight, Sparse24):
-            packed = from_sparse24(Sparse24(weight.values.to(dtype), weight.meta))
+        """Repack a weight, on the device; float values become `dtype`."""
+        there = weight.to(device)
+        if isinstance(there, Sparse24):
+            packed = from_sparse24(Sparse24(there.values.to(dtype), there.meta))
         else:
-            packed = from_sparse24_int4(weight)
+            packed = from_sparse24_int4(there)
         rows = -(-packed.shape[0] // ROWS_MULTIPLE) * ROWS_MULTIPLE
         offset = None if bias is None else functional.pad(bias, (0, rows - len(bias)))
-        return cls(packed.to(device), offset, rows)
+        return cls(packed, offset, rows)
 
     def __call__(self, x: Tensor) -> Tensor:
         """y [..., N] for x [..., K]."""

@@ -63,7 +63,7 @@ def _stored(out, scales, at_head, first, second, half, at, inside, coded: tl.con
     tl.store(out + start + half + at, second.to(out.dtype.element_ty), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most_pages"])
 def rope_and_remember(
     qkv,
     positions,

@@ -50,7 +50,7 @@ def _spread(first, second, meta):
     return tl.interleave(tl.interleave(d0, d2), tl.interleave(d1, d3))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def expand_gemm(
     x,
     values,

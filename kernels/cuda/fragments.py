@@ -119,7 +119,8 @@ def pack_meta(indices: Tensor) -> Tensor:
     """Kept positions uint8 [N, K/4, 2] of whole blocks to int32 [N/64, K/64, 32, 4]."""
     rows, fours = indices.shape[:2]
     nibble = (indices[..., 0] | indices[..., 1] << 2).to(torch.int32).view(rows, fours // 4, 4)
-    halves = (nibble << 4 * torch.arange(4, dtype=torch.int32)).sum(-1, dtype=torch.int32)
+    shifts = 4 * torch.arange(4, dtype=torch.int32, device=indices.device)
+    halves = (nibble << shifts).sum(-1, dtype=torch.int32)
     # block, tile, row half, g, block of columns, t = (step, half of its columns)
     halves = halves.view(rows // 64, 4, 2, 8, fours // 16, 4)
     words = halves[:, :, 0] | halves[:, :, 1] << 16
@@ -129,8 +130,8 @@ def pack_meta(indices: Tensor) -> Tensor:
 def pack_codes(codes: Tensor) -> Tensor:
     """Codes + 8, uint8 [N, K/2] of whole blocks, to int32 [N/64, K/64, 2, 32, 4]."""
     fragments = _to_fragments(codes).to(torch.int32)
-    shifted = fragments << torch.tensor(_CODE_SHIFTS, dtype=torch.int32)
-    words = shifted.sum(-1, dtype=torch.int32)  # no two share a bit
+    shifts = torch.tensor(_CODE_SHIFTS, dtype=torch.int32, device=codes.device)
+    words = (fragments << shifts).sum(-1, dtype=torch.int32)  # no two share a bit
     return words.transpose(3, 4).contiguous()
 
 
@@ -191,7 +192,8 @@ def _padded(values: Tensor, indices: Tensor, fill: int = 0) -> tuple[Tensor, Ten
     """Values [N, K/2] and positions [N, K/4, 2] of whole blocks, and of pairs of blocks of K."""
     rows = -(-values.shape[0] // BLOCK_ROWS) * BLOCK_ROWS
     columns = -(-2 * values.shape[1] // WHOLE_COLUMNS) * WHOLE_COLUMNS
-    positions = torch.tensor(_PADDING, dtype=torch.uint8).expand(rows, columns // 4, 2).clone()
+    kept = torch.tensor(_PADDING, dtype=torch.uint8, device=indices.device)
+    positions = kept.expand(rows, columns // 4, 2).clone()
     positions[: indices.shape[0], : indices.shape[1]] = indices
     return _filled(values, rows, columns // 2, fill), positions
 

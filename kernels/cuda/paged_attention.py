@@ -20,7 +20,7 @@ def _page(pages, scales, slot, kv_heads, head, d, dim, coded: tl.constexpr):
     return found
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most_pages"])
 def attend(
     q,
     keys,
@@ -78,7 +78,7 @@ def attend(
     tl.store(sums + part * 32 + 16 + g, weights)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def join(
     partial,
     sums,

@@ -234,7 +234,8 @@ def _copy_tokens(shared, x, offsets, there, k, left, step, V: gl.constexpr):
     _copy(shared, x + step * (32 * V.WK) + offsets, there)
 
 
-@gluon.jit
+# Without this, batches of 1 and of multiples of 16 would each be compiled for once more.
+@gluon.jit(do_not_specialize=["M", "KB", "T"])
 def sparse_gemm(x, w, e, s, bias, residual, y, M, N, K, KB, T, V: gl.constexpr):
     """y [M, N] = x [M, K] W^T (+ bias [N]) (+ residual [M, N]).
 

@@ -15,6 +15,7 @@ from halfweave.runtime.checkpoint import Checkpoint
 from halfweave.runtime.engine import Engine
 from halfweave.runtime.families import decoder_spec
 from halfweave.runtime.gpu_decoder import GpuDecoder
+from halfweave.runtime.loading import Loader
 from halfweave.runtime.model import load_model
 from halfweave.runtime.paged import Part
 from halfweave.runtime.params import SamplingParams
@@ -28,7 +29,8 @@ NEW = 12
 
 def gpu_decoder(path: Path, kv_bits: int = 16) -> GpuDecoder:
     checkpoint = Checkpoint.open(path)
-    return GpuDecoder(checkpoint, decoder_spec(checkpoint.config), torch.float16, DEVICE, kv_bits)
+    loader = Loader(checkpoint, decoder_spec(checkpoint.config), torch.float16, DEVICE)
+    return GpuDecoder(loader, kv_bits)
 
 
 def greedy(decoder: object, count: int = NEW) -> list[int]:

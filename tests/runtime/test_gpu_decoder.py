@@ -10,6 +10,7 @@ from halfweave.errors import UnsupportedModel
 from halfweave.runtime.checkpoint import Checkpoint
 from halfweave.runtime.families import decoder_spec
 from halfweave.runtime.gpu_decoder import GpuDecoder
+from halfweave.runtime.loading import Loader
 from support.interpreted import run_interpreted
 from support.tiny import FAMILIES, save_tiny
 
@@ -29,4 +30,4 @@ def test_a_model_with_other_parts_is_refused_by_their_names(
     checkpoint = Checkpoint.open(model)
     spec = decoder_spec(checkpoint.config)
     with pytest.raises(UnsupportedModel, match=lacking):
-        GpuDecoder(checkpoint, spec, torch.float16, torch.device("cpu"))
+        GpuDecoder(Loader(checkpoint, spec, torch.float16, torch.device("cpu")))
