@@ -259,8 +259,8 @@ def tiles(choices: Sequence[GpuChoice]) -> list[Row]:
             f"{each.count} x {each.shape[0]}x{each.shape[1]}",
             each.format + (f" g{each.group}" if each.group else ""),
             str(each.tokens),
-            "x".join(map(str, each.tile)),
-            str(each.warps),
+            "x".join(map(str, each.tile)) if each.tile else "dense",
+            str(each.warps or "-"),
             str(each.splits),
             f"{each.roof_us:.2f}",
         )

@@ -21,6 +21,7 @@ class GpuChoice:
     """One shape and format of `count` linears with so many tokens.
 
     `roof_us` is the least time that the card's memory and tensor cores allow, not a measured one.
+    No tile: the weight is written out as a dense matrix for the product.
     """
 
     format: str
@@ -28,7 +29,7 @@ class GpuChoice:
     group: int
     count: int
     tokens: int
-    tile: tuple[int, int, int]  # rows of W, tokens, columns
+    tile: tuple[int, int, int] | None  # rows of W, tokens, columns
     warps: int
     splits: int
     roof_us: float
@@ -66,8 +67,8 @@ def _choice(
         group=group,
         count=count,
         tokens=tokens,
-        tile=(tile.BN, tile.BM, 64 * tile.WK),
-        warps=tile.warps,
+        tile=None if tile is None else (tile.BN, tile.BM, 64 * tile.WK),
+        warps=0 if tile is None else tile.warps,
         splits=chosen.splits,
         roof_us=sparse_roof(product, card).us,
     )

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..errors import UnsupportedModel
+from ..kernels.cuda.binding import parts_of
 from ..kernels.cuda.steps import Pages, attend_newest, gated, normed, remember
 from ..kernels.dispatch import LinearFunction, on_gpu
 from ..kernels.formats import Dense, Int4, Int8, PackedLinear, Sparse24, Sparse24Int4
@@ -135,13 +136,12 @@ class GpuDecoder(PagedDecoder):
         eps = self.spec.norm.eps
         x, delta = self._embedding[ids], None
         for block, pages in zip(self._blocks, memory.layers, strict=True):
-            qkv = block.qkv(normed(x, delta, block.attention_gain, eps))
-            q = remember(
-                qkv, batch.positions, batch.table, self._frequencies, pages, self.spec.heads
-            )
-            delta = block.o(self._attended(q, pages, batch))
-            both = block.up(normed(x, delta, block.mlp_gain, eps))
-            delta = block.down(gated(both))
+            qkv = parts_of(block.qkv, normed(x, delta, block.attention_gain, eps))
+            q = x.new_empty(len(x), self.spec.heads, self.spec.head_dim)
+            remember(qkv, batch.positions, batch.table, self._frequencies, pages, q)
+            delta = parts_of(block.o, self._attended(q, pages, batch))
+            both = parts_of(block.up, normed(x, delta, block.mlp_gain, eps))
+            delta = parts_of(block.down, gated(both, self._dtype))
         return normed(x, delta, self._gain, eps)
 
     @torch.inference_mode()

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,42 +23,40 @@ SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 Work = Callable[[], Tensor]
 
 
-@dataclass(frozen=True)
 class StepBuffers:
-    """The newest token of each sequence, on the device.
+    """The newest token of each sequence, on the device, and the same as it was put there last.
 
     `ids` and `positions` are int32 [rows]; `table` int32 [rows, most pages] lists each sequence's
-    pages; `lengths` int32 [rows] counts its positions, the new one included.
+    pages; `lengths` int32 [rows] counts its positions, the new one included. All are pieces of one
+    tensor, so that one copy fills them.
     """
 
-    ids: Tensor
-    positions: Tensor
-    table: Tensor
-    lengths: Tensor
-
-    @classmethod
-    def empty(cls, rows: int, width: int, nobody: int, device: torch.device) -> StepBuffers:
+    def __init__(self, rows: int, width: int, nobody: int, device: torch.device) -> None:
         """Rows that belong to nobody, whose page is number `nobody`."""
-        ids, positions, lengths = (
-            torch.full((rows,), value, dtype=torch.int32, device=device) for value in (0, 0, 1)
-        )
-        table = torch.full((rows, width), nobody, dtype=torch.int32, device=device)
-        return cls(ids, positions, table, lengths)
+        self._host = np.zeros(rows * (3 + width), np.int32)
+        self._newest = self._host[: 3 * rows].reshape(3, rows)
+        self._pages = self._host[3 * rows :].reshape(rows, width)
+        self._known: list[list[int]] = [[] for _ in range(rows)]
+        self._nobody = nobody
+        self._device = torch.empty(rows * (3 + width), dtype=torch.int32, device=device)
+        self.ids, self.positions, self.lengths = self._device[: 3 * rows].view(3, rows)
+        self.table = self._device[3 * rows :].view(rows, width)
+        self.fill(())
 
-    def fill(self, parts: Sequence[Part], nobody: int) -> None:
-        """Put these tokens into the first rows; the rest belongs to nobody again."""
-        width, rest = self.table.shape[1], len(self.ids) - len(parts)
-        rows = []
-        for part in parts:
-            spare = (width - len(part.pages)) * [nobody]
-            rows.append([part.tokens[0], part.start, part.end, *part.pages, *spare])
-        rows += rest * [[0, 0, 1, *width * [nobody]]]
-        host = torch.tensor(rows, dtype=torch.int32)  # one copy to the device for all of them
-        there = host.to(self.ids.device, non_blocking=True)
-        self.ids.copy_(there[:, 0])
-        self.positions.copy_(there[:, 1])
-        self.lengths.copy_(there[:, 2])
-        self.table.copy_(there[:, 3:])
+    def fill(self, parts: Sequence[Part]) -> None:
+        """Put these tokens into the first rows; the rest belongs to nobody again.
+
+        Pages behind a sequence's own are not read, whatever stands there.
+        """
+        for row, part in enumerate(parts):
+            self._newest[:, row] = part.tokens[0], part.start, part.end
+            if self._known[row] != part.pages:
+                self._known[row] = list(part.pages)
+                self._pages[row, : len(part.pages)] = part.pages
+        for row in range(len(parts), len(self._known)):
+            self._newest[:, row] = 0, 0, 1
+            self._pages[row, 0], self._known[row] = self._nobody, []
+        self._device.copy_(torch.from_numpy(self._host))
 
 
 class StepGraphs:
@@ -88,12 +86,12 @@ class StepGraphs:
         """Final hidden states [parts, hidden]."""
         size = SIZES[bisect_left(SIZES, len(parts))]
         if size not in self._recordings:
-            buffers = StepBuffers.empty(size, self._width, self._nobody, self._device)
+            buffers = StepBuffers(size, self._width, self._nobody, self._device)
             work = partial(self._step, buffers)
             again = recorded(work) if self._device.type == "cuda" else work
             self._recordings[size] = buffers, again
         buffers, again = self._recordings[size]
-        buffers.fill(parts, self._nobody)
+        buffers.fill(parts)
         # A copy: the next replay writes to the same place.
         return again()[: len(parts)].clone()
 

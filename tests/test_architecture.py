@@ -68,9 +68,11 @@ def absolute_imports(path: Path) -> Iterator[str]:
 
 
 def _named(node: ast.AST) -> str:
-    """The last part of the name that a node mentions."""
+    """The last part of the name that a node mentions or calls."""
     if isinstance(node, ast.Name):
         return node.id
+    if isinstance(node, ast.Call):
+        return _named(node.func)
     return node.attr if isinstance(node, ast.Attribute) else ""
 
 

@@ -16,11 +16,11 @@ from .linear import (
     COLUMNS_MULTIPLE,
     KINDS,
     ROWS_MULTIPLE,
-    expanded_linear,
-    int4_linear,
     limits_of,
     sparse_linear,
+    sparse_parts,
 )
+from .plain_linear import expanded_linear, int4_linear
 
 LinearFunction = Callable[[Tensor], Tensor]
 
@@ -83,7 +83,20 @@ class SparseLinear:
             self.rows,
             self.weight.group,
         )
-        return y if rows == self.rows else y[..., :rows]
+        return y if rows == self.rows else y[..., :rows].contiguous()
+
+    def parts(self, x: Tensor) -> Tensor:
+        """The same [M, N] of x [M, K], or fp32 parts of it [splits, M, N] to be added up."""
+        rows, columns = self.weight.shape
+        if self.bias is not None or rows != self.rows or columns % COLUMNS_MULTIPLE:
+            return self(x)
+        weight = self.weight
+        return sparse_parts(x, weight.values, weight.meta, weight.scales, rows, weight.group)
+
+
+def parts_of(linear: LinearFunction, x: Tensor) -> Tensor:
+    """What a linear gives, unless the next kernel may add parts of it, which are faster to have."""
+    return linear.parts(x) if isinstance(linear, SparseLinear) and x.is_cuda else linear(x)
 
 
 def _bind_expanded(

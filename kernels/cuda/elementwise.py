@@ -1,5 +1,9 @@
 """What a decoder does between its linears: norms, turns, the cache, gates; plain Triton.
 
+A linear whose K was parted leaves fp32 parts behind each other, and the next kernel adds them, in
+one order: that saves a kernel, which takes longer to start than parts to add. `splits` says how
+many there are, 1 where the linear gave its result.
+
 Keys and values of all sequences stand in pages of PAGE_POSITIONS that any sequence may own:
 [pages, PAGE_POSITIONS, kv_heads, dim], 16-bit, or int8 with scales fp32 [pages, PAGE_POSITIONS,
 kv_heads].
@@ -11,17 +15,28 @@ import triton.language as tl
 
 
 @triton.jit
-def rms_norm(x, delta, gain, y, size, eps, B: tl.constexpr, adds: tl.constexpr):
-    """y = x / rms(x) * gain (Zhang and Sennrich, 1910.07467); with `adds`, x += delta before.
+def _summed(parts, inside, apart, splits: tl.constexpr):
+    """fp32 sums of what stands at pointers `parts` and so many elements apart behind them."""
+    total = tl.load(parts, inside, other=0.0).to(tl.float32)
+    for split in tl.static_range(1, splits):
+        total += tl.load(parts + split * apart, inside, other=0.0).to(tl.float32)
+    return total
 
-    Rows of `size` <= B; one program a row. x is changed in place.
+
+@triton.jit
+def rms_norm(x, delta, gain, y, size, eps, B: tl.constexpr, splits: tl.constexpr):
+    """y = x / rms(x) * gain (Zhang and Sennrich, 1910.07467), after x += delta.
+
+    Rows of `size` <= B; one program a row. x is changed in place. delta [splits, M, size]; there
+    is none where `splits` is 0.
     """
     at = tl.arange(0, B)
     inside = at < size
     row = tl.program_id(0).to(tl.int64) * size
     value = tl.load(x + row + at, inside, other=0.0).to(tl.float32)
-    if adds:
-        value += tl.load(delta + row + at, inside, other=0.0).to(tl.float32)
+    if splits:
+        apart = tl.num_programs(0).to(tl.int64) * size
+        value += _summed(delta + row + at, inside, apart, splits)
         rounded = value.to(x.dtype.element_ty)
         tl.store(x + row + at, rounded, inside)
         value = rounded.to(tl.float32)  # what is written is what the next norm reads
@@ -31,21 +46,24 @@ def rms_norm(x, delta, gain, y, size, eps, B: tl.constexpr, adds: tl.constexpr):
 
 
 @triton.jit
-def gate(up, y, size, B: tl.constexpr):
-    """y [M, size] = silu(g) u for rows `up` [M, 2 size] of g, then u; grid M, ceil(size / B)."""
+def gate(up, y, size, B: tl.constexpr, splits: tl.constexpr):
+    """y [M, size] = silu(g) u for rows of g, then u, `up` [splits, M, 2 size].
+
+    Grid: M, ceil(size / B).
+    """
     at = tl.program_id(1) * B + tl.arange(0, B)
     inside = at < size
     row = tl.program_id(0).to(tl.int64) * size
-    g = tl.load(up + 2 * row + at, inside, other=0.0).to(tl.float32)
-    u = tl.load(up + 2 * row + size + at, inside, other=0.0).to(tl.float32)
+    apart = tl.num_programs(0).to(tl.int64) * 2 * size
+    g = _summed(up + 2 * row + at, inside, apart, splits)
+    u = _summed(up + 2 * row + size + at, inside, apart, splits)
     tl.store(y + row + at, (g / (1 + tl.exp(-g)) * u).to(y.dtype.element_ty), inside)
 
 
 @triton.jit
-def _turned(x, start, cosine, sine, half, at, inside):
-    """Dimensions `at` and `at` + half of a head, turned by the token's angles (2104.09864)."""
-    first = tl.load(x + start + at, inside, other=0.0).to(tl.float32)
-    second = tl.load(x + start + half + at, inside, other=0.0).to(tl.float32)
+def _turned(first, second, angle):
+    """Both halves of a head, turned by the token's angles (2104.09864)."""
+    cosine, sine = tl.cos(angle), tl.sin(angle)
     return first * cosine - second * sine, second * cosine + first * sine
 
 
@@ -81,24 +99,27 @@ def rope_and_remember(
     B: tl.constexpr,
     page: tl.constexpr,
     coded: tl.constexpr,
+    splits: tl.constexpr,
 ):
     """Turn the queries and keys of each token, and put keys and values into its sequence's pages.
 
-    Grid: tokens, heads + 2 kv_heads. qkv [tokens, (heads + 2 kv_heads) 2 half] are one linear's
-    rows; q [tokens, heads, 2 half] gets the queries. Token t is at positions[t] of the sequence
-    whose pages are tables[t, :most_pages]. `half` <= B is half a head; frequencies fp32 [half].
+    Grid: tokens, heads + 2 kv_heads. qkv [splits, tokens, (heads + 2 kv_heads) 2 half] are one
+    linear's rows; q [tokens, heads, 2 half] gets the queries. Token t is at positions[t] of the
+    sequence whose pages are tables[t, :most_pages]. `half` <= B is half a head; frequencies fp32
+    [half].
     """
     token, head = tl.program_id(0), tl.program_id(1)
     at = tl.arange(0, B)
     inside = at < half
     position = tl.load(positions + token)
-    angle = position.to(tl.float32) * tl.load(frequencies + at, inside, other=0.0)
-    start = (token.to(tl.int64) * (heads + 2 * kv_heads) + head) * 2 * half
+    every = heads + 2 * kv_heads
+    start = qkv + (token.to(tl.int64) * every + head) * 2 * half + at
+    apart = tl.num_programs(0).to(tl.int64) * every * 2 * half
+    first = _summed(start, inside, apart, splits)
+    second = _summed(start + half, inside, apart, splits)
     if head < heads + kv_heads:
-        first, second = _turned(qkv, start, tl.cos(angle), tl.sin(angle), half, at, inside)
-    else:
-        first = tl.load(qkv + start + at, inside, other=0.0).to(tl.float32)
-        second = tl.load(qkv + start + half + at, inside, other=0.0).to(tl.float32)
+        angle = position.to(tl.float32) * tl.load(frequencies + at, inside, other=0.0)
+        first, second = _turned(first, second, angle)
     if head < heads:
         own = q + (token.to(tl.int64) * heads + head) * 2 * half
         tl.store(own + at, first.to(q.dtype.element_ty), inside)

@@ -11,12 +11,12 @@ import triton.language as tl
 
 
 @triton.jit
-def _page(pages, scales, slot, kv_heads, head, d, dim, coded: tl.constexpr):
-    """Keys or values [page, D] of one head in fp32, or as they are stored."""
-    where = slot * kv_heads + head
-    found = tl.load(pages + where[:, None] * dim + d[None, :], (d < dim)[None, :], other=0)
+def _floats(stored, scales, where, inside, d, dim, coded: tl.constexpr):
+    """Keys or values [B, D] of some rows in fp32, or as they are stored; 0 where not `inside`."""
+    there = inside[:, None] & (d < dim)[None, :]
+    found = tl.load(stored + where[:, None] * dim + d[None, :], there, other=0)
     if coded:
-        found = found.to(tl.float32) * tl.load(scales + where)[:, None]
+        found = found.to(tl.float32) * tl.load(scales + where, inside, other=0.0)[:, None]
     return found
 
 
@@ -35,40 +35,45 @@ def attend(
     kv_heads,
     dim,
     most_pages,
-    pages_each,
+    each,
     G: tl.constexpr,
     D: tl.constexpr,
+    B: tl.constexpr,
     page: tl.constexpr,
     coded: tl.constexpr,
 ):
     """A part of the softmax of every sequence, pair of keys and values, and split.
 
-    Grid: sequences, kv_heads, splits of `pages_each` pages. q [sequences, kv_heads G, dim] with
-    dim <= D. partial fp32 [sequences, kv_heads, splits, 16, D] are unnormalised sums; sums fp32
-    [sequences, kv_heads, splits, 2, 16] the greatest scores, to the base 2, and the sums of the
-    weights.
+    Grid: sequences, kv_heads, splits of `each` positions, a multiple of the B that are looked at
+    together, which are whole pages. q [sequences, kv_heads G, dim] with dim <= D. partial fp32 [sequences,
+    kv_heads, splits, 16, D] are unnormalised sums; sums fp32 [sequences, kv_heads, splits, 2, 16]
+    the greatest scores, to the base 2, and the sums of the weights. Splits behind a sequence's end
+    write nothing.
     """
     sequence, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + sequence)
-    g, d, t = tl.arange(0, 16), tl.arange(0, D), tl.arange(0, page)
+    if split * each >= length:
+        return
+    g, d, t = tl.arange(0, 16), tl.arange(0, D), tl.arange(0, B)
     row = (sequence.to(tl.int64) * kv_heads + head) * G
     asked = (g < G)[:, None] & (d < dim)[None, :]
     query = tl.load(q + (row + g)[:, None] * dim + d[None, :], asked, other=0.0)
     most = tl.full((16,), -1e30, tl.float32)
     weights = tl.zeros((16,), tl.float32)
     mixed = tl.zeros((16, D), tl.float32)
-    begin = split * pages_each
-    end = tl.minimum(begin + pages_each, (length + page - 1) // page)
-    for at in range(begin, end):
-        number = tl.load(tables + sequence.to(tl.int64) * most_pages + at).to(tl.int64)
-        slot = number * page + t
-        key = _page(keys, key_scales, slot, kv_heads, head, d, dim, coded).to(query.dtype)
+    table = tables + sequence.to(tl.int64) * most_pages
+    for start in range(split * each, tl.minimum(split * each + each, length), B):
+        at = start + t
+        inside = at < length
+        number = tl.load(table + at // page, inside, other=0).to(tl.int64)
+        where = (number * page + at % page) * kv_heads + head
+        key = _floats(keys, key_scales, where, inside, d, dim, coded).to(query.dtype)
+        value = _floats(values, value_scales, where, inside, d, dim, coded).to(query.dtype)
         scores = tl.dot(query, tl.trans(key)) * factor
-        scores = tl.where((at * page + t < length)[None, :], scores, -1e30)
+        scores = tl.where(inside[None, :], scores, -1e30)
         higher = tl.maximum(most, tl.max(scores, 1))
         kept = tl.exp2(most - higher)
         share = tl.exp2(scores - higher[:, None])
-        value = _page(values, value_scales, slot, kv_heads, head, d, dim, coded).to(query.dtype)
         weights = weights * kept + tl.sum(share, 1)
         mixed = tl.dot(share.to(query.dtype), value, mixed * kept[:, None])
         most = higher
@@ -82,29 +87,29 @@ def attend(
 def join(
     partial,
     sums,
+    lengths,
     y,
     kv_heads,
     dim,
     splits,
+    each,
     G: tl.constexpr,
     D: tl.constexpr,
+    S: tl.constexpr,
 ):
-    """y [sequences, kv_heads G, dim] from the parts of `attend`; grid sequences, kv_heads."""
-    sequence, head = tl.program_id(0), tl.program_id(1)
-    g, d = tl.arange(0, 16), tl.arange(0, D)
-    most = tl.full((16,), -1e30, tl.float32)
-    weights = tl.zeros((16,), tl.float32)
-    mixed = tl.zeros((16, D), tl.float32)
-    first = (sequence.to(tl.int64) * kv_heads + head) * splits
-    for split in range(0, splits):
-        own = tl.load(sums + (first + split) * 32 + g)
-        higher = tl.maximum(most, own)
-        kept, added = tl.exp2(most - higher), tl.exp2(own - higher)
-        weights = weights * kept + tl.load(sums + (first + split) * 32 + 16 + g) * added
-        part = tl.load(partial + (first + split) * 16 * D + g[:, None] * D + d[None, :])
-        mixed = mixed * kept[:, None] + part * added[:, None]
-        most = higher
-    row = (sequence.to(tl.int64) * kv_heads + head) * G
-    asked = (g < G)[:, None] & (d < dim)[None, :]
-    where = y + (row + g)[:, None] * dim + d[None, :]
-    tl.store(where, (mixed / weights[:, None]).to(y.dtype.element_ty), asked)
+    """y [sequences, kv_heads G, dim] from the parts of `attend`, of which there are `splits` <= S.
+
+    Grid: sequences, kv_heads G, one program for each query head.
+    """
+    sequence, row = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    head, g = row // G, row % G
+    s, d = tl.arange(0, S), tl.arange(0, D)
+    there = s * each < tl.load(lengths + sequence)
+    part = (sequence * kv_heads + head) * splits + s
+    most = tl.load(sums + part * 32 + g, there, other=-1e30)
+    factor = tl.exp2(most - tl.max(most, 0))
+    weights = tl.sum(tl.load(sums + part * 32 + 16 + g, there, other=0.0) * factor, 0)
+    where = partial + (part * 16 + g)[:, None] * D + d[None, :]
+    mixed = tl.sum(tl.load(where, there[:, None], other=0.0) * factor[:, None], 0)
+    out = y + (sequence * kv_heads * G + row) * dim + d
+    tl.store(out, (mixed / weights).to(y.dtype.element_ty), d < dim)

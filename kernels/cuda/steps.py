@@ -15,10 +15,15 @@ from torch import Tensor
 from ..paging import PAGE_POSITIONS
 from .elementwise import gate, rms_norm, rope_and_remember
 from .paged_attention import attend, join
+from .reduce import add_parts
 
 _ROWS = 16  # query heads of a pair of keys and values are filled up to these
-_PAGES_OF_A_SPLIT = 16  # 256 positions: fewer do not pay for being put together again
+_TOGETHER = 64  # positions that a program looks at together
+_LONG_SPLIT = 256  # positions of a split where there are enough programs without
+_MOST_SPLITS = 64  # which are put together in registers
+_ENOUGH = 128  # programs
 _GATED = 1024
+_RESULTS = 1024  # of a program that adds parts
 
 
 @dataclass(frozen=True)
@@ -83,39 +88,47 @@ def _floats(stored: Tensor, scales: Tensor | None, used: Tensor, dtype: torch.dt
 
 
 def normed(x: Tensor, delta: Tensor | None, gain: Tensor, eps: float) -> Tensor:
-    """RMSNorm of x [tokens, size], to which `delta` is added first, in place."""
+    """RMSNorm of x [tokens, size], to which `delta`, or its parts, is added first, in place."""
     y = torch.empty_like(x)
     size = x.shape[1]
     width = triton.next_power_of_2(size)
-    given = x if delta is None else delta
-    rms_norm[(len(x),)](x, given, gain, y, size, eps, B=width, adds=delta is not None)
+    given = x if delta is None else delta.contiguous()
+    splits = 0 if delta is None else splits_of(delta)
+    warps = min(16, max(1, width // 512))
+    rms_norm[(len(x),)](x, given, gain, y, size, eps, B=width, splits=splits, num_warps=warps)
     return y
 
 
-def gated(both: Tensor) -> Tensor:
-    """silu(g) u for rows [g, u]: [tokens, size] of [tokens, 2 size]."""
-    size = both.shape[1] // 2
-    y = both.new_empty(len(both), size)
-    gate[(len(both), triton.cdiv(size, _GATED))](both, y, size, B=_GATED)
+def gated(both: Tensor, dtype: torch.dtype) -> Tensor:
+    """silu(g) u for rows [g, u]: [tokens, size] of [tokens, 2 size], or of parts of it."""
+    tokens, size = both.shape[-2], both.shape[-1] // 2
+    y = both.new_empty(tokens, size, dtype=dtype)
+    grid = tokens, triton.cdiv(size, _GATED)
+    gate[grid](both.contiguous(), y, size, B=_GATED, splits=splits_of(both))
     return y
+
+
+def splits_of(result: Tensor) -> int:
+    """Parts that a linear's result [M, N] or [splits, M, N] is to be added up from."""
+    return len(result) if result.dim() == 3 else 1
 
 
 def remember(
-    qkv: Tensor, positions: Tensor, table: Tensor, frequencies: Tensor, pages: Pages, heads: int
-) -> Tensor:
-    """Turned queries [tokens, heads, dim]; turned keys, and values, go into `pages`.
+    qkv: Tensor, positions: Tensor, table: Tensor, frequencies: Tensor, pages: Pages, q: Tensor
+) -> None:
+    """Turned queries go into `q` [tokens, heads, dim]; turned keys, and values, into `pages`.
 
     Args:
-        qkv: [tokens, (heads + 2 kv_heads) dim].
+        qkv: [tokens, (heads + 2 kv_heads) dim], or parts of it.
         positions: int32 [tokens].
         table: int32 [tokens, most pages], the pages of each token's sequence.
         frequencies: fp32 [dim / 2].
     """
-    kv_heads, dim = pages.keys.shape[2:]
-    q = qkv.new_empty(len(qkv), heads, dim)
+    tokens, heads, dim = q.shape
+    kv_heads = pages.keys.shape[2]
     none = frequencies  # stands where nothing is read
-    rope_and_remember[(len(qkv), heads + 2 * kv_heads)](
-        qkv,
+    rope_and_remember[(tokens, heads + 2 * kv_heads)](
+        qkv.contiguous(),
         positions,
         table,
         frequencies,
@@ -131,8 +144,9 @@ def remember(
         B=triton.next_power_of_2(dim // 2),
         page=PAGE_POSITIONS,
         coded=pages.coded,
+        splits=splits_of(qkv),
+        num_warps=1,
     )
-    return q
 
 
 def attend_newest(q: Tensor, pages: Pages, table: Tensor, lengths: Tensor, longest: int) -> Tensor:
@@ -146,7 +160,8 @@ def attend_newest(q: Tensor, pages: Pages, table: Tensor, lengths: Tensor, longe
     sequences, heads, dim = q.shape
     kv_heads, width = pages.keys.shape[2], max(16, triton.next_power_of_2(dim))
     shared = heads // kv_heads
-    splits = max(1, triton.cdiv(triton.cdiv(longest, PAGE_POSITIONS), _PAGES_OF_A_SPLIT))
+    each = _split_positions(sequences * kv_heads, longest)
+    splits = triton.cdiv(longest, each)
     partial = q.new_empty(sequences, kv_heads, splits, _ROWS, width, dtype=torch.float32)
     sums = q.new_empty(sequences, kv_heads, splits, 2, _ROWS, dtype=torch.float32)
     y = torch.empty_like(q)
@@ -165,11 +180,38 @@ def attend_newest(q: Tensor, pages: Pages, table: Tensor, lengths: Tensor, longe
         kv_heads,
         dim,
         table.shape[1],
-        _PAGES_OF_A_SPLIT,
+        each,
         G=shared,
         D=width,
+        B=_TOGETHER,
         page=PAGE_POSITIONS,
         coded=pages.coded,
     )
-    join[(sequences, kv_heads)](partial, sums, y, kv_heads, dim, splits, G=shared, D=width)
+    most = triton.next_power_of_2(splits)
+    join[(sequences, heads)](
+        partial, sums, lengths, y, kv_heads, dim, splits, each, G=shared, D=width, S=most
+    )
     return y
+
+
+def _split_positions(programs: int, longest: int) -> int:
+    """Positions of a split: short ones where there would be few programs, but not too many."""
+    least = _LONG_SPLIT if programs >= _ENOUGH else _TOGETHER
+    together = triton.cdiv(triton.cdiv(longest, _MOST_SPLITS), _TOGETHER) * _TOGETHER
+    return int(max(least, together))
+
+
+def add_up(parts: Tensor, bias: Tensor | None, residual: Tensor | None, y: Tensor) -> None:
+    """Write the sum of parts fp32 [splits, M, N], and of what there is beside them, to y [M, N]."""
+    add_parts[(triton.cdiv(y.numel(), _RESULTS),)](
+        parts,
+        y if bias is None else bias,
+        y if residual is None else residual,
+        y,
+        y.shape[1],
+        y.numel(),
+        splits=len(parts),
+        B=_RESULTS,
+        biased=bias is not None,
+        added=residual is not None,
+    )

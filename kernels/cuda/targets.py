@@ -15,13 +15,18 @@ _SYSTEM_SHARED = 1024  # bytes of each program that are not its own
 
 @dataclass(frozen=True)
 class Architecture:
-    """Limits of one multiprocessor: shared bytes of a program and in all, and what fits at once."""
+    """Limits of one multiprocessor: shared bytes of a program and in all, and what fits at once.
+
+    `wide_products`: dense products have instructions of four warps (wgmma), which are faster than
+    those of one, sparse or not.
+    """
 
     shared_per_program: int
     shared: int
     warps: int
     programs: int
     registers: int = 65536
+    wide_products: bool = False
 
     def resident(self, registers: int, shared_bytes: int, warps: int) -> int:
         """Programs that fit at the same time, each thread having so many registers."""
@@ -40,7 +45,7 @@ ARCHITECTURES: Mapping[int, Architecture] = {
     80: Architecture(166912, 167936, 64, 32),
     86: Architecture(101376, 102400, 48, 16),
     89: Architecture(101376, 102400, 48, 24),
-    90: Architecture(232448, 233472, 64, 32),
+    90: Architecture(232448, 233472, 64, 32, wide_products=True),
 }
 
 
@@ -60,4 +65,5 @@ CARDS: Mapping[str, Card] = {
     "RTX 3090": Card(86, 82, 936, 71),
     "RTX 4090": Card(89, 128, 1008, 165),
     "H100 SXM": Card(90, 132, 3350, 989),
+    "H200": Card(90, 132, 4800, 989),
 }

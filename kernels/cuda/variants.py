@@ -1,20 +1,24 @@
 """Which tiles the sparse product comes in, and which of them a shape gets. Knows numbers only.
 
-The rule is a static one: fewest tokens that hold the batch, a tile of rows that divides them, and
-splits of K until every multiprocessor has two programs. What a GPU measures is to overrule it.
+The rule is what a sweep over tiles and splits on an H200 came to (docs/gpu.md): warps along K where
+K has room for them; splits of K until there are programs enough to keep memory busy, of which codes
+need several times those that floats do, since half of their time is not loading; and for prompts
+two tiles. Other architectures get the same tiles, with fewer steps in shared memory where that is
+smaller; nothing was measured there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product as product_of
 
 from .targets import Architecture
 
 _HALF_BYTES = 2
-_PROGRAMS_WANTED = 2  # for every multiprocessor
-_LEAST_STEPS = 8  # of a split: fewer do not pay for filling the pipeline
-_MOST_SPLITS = 16
+_MOST_SPLITS = 8
+_MOST_CODED, _MOST_FLOATS = 256, 640  # tokens, where dense products have faster instructions
+_DEEP_COLUMNS = 256  # of a step of tiles with four warps along K
 
 
 @dataclass(frozen=True)
@@ -50,18 +54,18 @@ class Tile:
         return max(self.stages * (tokens + weights + metadata), parts)
 
 
-# In the order in which `choose` tries them.
-_DECODE = (
+_DEEP = (
+    Tile(64, 8, 1, 4, 1, 4, registers=128),
+    Tile(64, 16, 1, 4, 1, 4, registers=168),
+    Tile(64, 32, 1, 4, 1, 4),
+)
+_SHALLOW = (  # for K that is no multiple of 256
     Tile(64, 8, 1, 2, 1, 4, registers=128),
     Tile(64, 16, 1, 2, 1, 4, registers=168),
     Tile(64, 32, 1, 2, 1, 4),
 )
-_PREFILL = (
-    Tile(128, 64, 2, 1, 1, 4),
-    Tile(256, 128, 4, 1, 2, 3),
-    Tile(128, 128, 2, 1, 2, 3),
-)
-TILES = (*_DECODE, *_PREFILL)
+_NARROW, _WIDE = Tile(128, 64, 2, 2, 1, 3), Tile(256, 64, 4, 1, 1, 4)
+TILES = (*_DEEP, *_SHALLOW, _NARROW, _WIDE)
 
 
 @dataclass(frozen=True)
@@ -138,41 +142,56 @@ class Product:
 
 @dataclass(frozen=True)
 class Choice:
-    """A tile, and among how many programs K is parted."""
+    """A tile, and among how many programs K is parted.
 
-    tile: Tile
+    No tile: the weight is written out as a dense matrix and multiplied by torch.
+    """
+
+    tile: Tile | None
     splits: int
 
 
 def choose(product: Product, arch: Architecture, multiprocessors: int) -> Choice:
     """The tile of a product on a GPU of so many multiprocessors."""
-    tile = next(
-        (tile for tile in _DECODE if product.M <= tile.BM),
-        None,
-    ) or _prefill_tile(product, arch)
-    if tile.BM >= 64:
-        return Choice(tile, 1)
+    most = _MOST_CODED if product.group else _MOST_FLOATS
+    if arch.wide_products and most < product.M:
+        return Choice(None, 1)
+    tile = _decode_tile(product) if product.M <= 32 else _prefill_tile(product, multiprocessors)
     programs = -(-product.N // tile.BN) * -(-product.M // tile.BM)
     steps, splits = -(-product.K // (64 * tile.WK)), 1
-    while (
-        programs * splits < _PROGRAMS_WANTED * multiprocessors
-        and steps // (2 * splits) >= _LEAST_STEPS
-        and splits < _MOST_SPLITS
-    ):
+    wanted = _programs_wanted(tile, product.group) * multiprocessors
+    while 2 * splits * programs <= wanted and 4 * splits <= steps and splits < _MOST_SPLITS:
         splits *= 2
-    return Choice(tile, splits)
+    return Choice(_fitting(tile, product.group, arch), splits)
 
 
-def _prefill_tile(product: Product, arch: Architecture) -> Tile:
-    """The smallest batch that holds the tokens, then the widest tile of rows that divides N."""
-    fitting = [
-        tile for tile in _PREFILL if tile.shared_bytes(product.group) <= arch.shared_per_program
-    ]
-    enough = [tile for tile in fitting if min(product.M, 128) <= tile.BM]
-    least = min(tile.BM for tile in enough)
-    same = [tile for tile in enough if least == tile.BM]
-    dividing = [tile for tile in same if product.N % tile.BN == 0]
-    return (dividing or same[-1:])[0]
+def _decode_tile(product: Product) -> Tile:
+    """The fewest tokens that hold the batch. Many sums and codes leave no registers for more."""
+    crowded = product.group and product.M > 16
+    deep = -(-product.K // 128) * 128 % _DEEP_COLUMNS == 0 and not crowded
+    return next(tile for tile in (_DEEP if deep else _SHALLOW) if product.M <= tile.BM)
+
+
+def _prefill_tile(product: Product, multiprocessors: int) -> Tile:
+    """The wide one where it gives every multiprocessor something to do."""
+    programs = -(-product.N // _WIDE.BN) * -(-product.M // _WIDE.BM)
+    return _WIDE if programs >= multiprocessors and product.N % _WIDE.BN == 0 else _NARROW
+
+
+def _programs_wanted(tile: Tile, group: int) -> float:
+    """For every multiprocessor, at most."""
+    if tile.BM >= 64:
+        return 1.5
+    if group:
+        return 3 if tile.BM == 16 else 4
+    return 1.2
+
+
+def _fitting(tile: Tile, group: int, arch: Architecture) -> Tile:
+    """The tile with as many steps in shared memory as there is room for."""
+    while tile.shared_bytes(group) > arch.shared_per_program:
+        tile = replace(tile, stages=tile.stages - 1)
+    return tile
 
 
 def all_variants(arch: Architecture) -> Iterator[Variant]:
@@ -180,11 +199,10 @@ def all_variants(arch: Architecture) -> Iterator[Variant]:
 
     That is columns of tokens that are missing and, where K is not parted, a bias and a residual.
     """
-    for tile in TILES:
-        for kind in ("f16", "bf16"):
-            for group in (0, 128, 64, 32):
-                if tile.shared_bytes(group) > arch.shared_per_program:
-                    continue
-                for splits in (False, True) if tile in _DECODE else (False,):
-                    yield Variant(tile, kind, group, whole_k=True, splits=splits)
-                    yield Variant(tile, kind, group, False, splits, not splits, not splits)
+    for tile, kind, group in product_of(TILES, ("f16", "bf16"), (0, 128, 64, 32)):
+        if tile == _DEEP[2] and group:
+            continue
+        fitting = _fitting(tile, group, arch)
+        for splits in (False, True) if tile != _WIDE else (False,):
+            yield Variant(fitting, kind, group, whole_k=True, splits=splits)
+            yield Variant(fitting, kind, group, False, splits, not splits, not splits)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from halfweave.files import sha256_file, write_json
-from halfweave.kernels.formats import Dense, PackedLinear, Sparse24, Sparse24Int4
+from halfweave.kernels.formats import Dense, Int4, Int8, PackedLinear, Sparse24, Sparse24Int4
 from halfweave.kernels.groups import expand_groups, group_count
 from halfweave.kernels.schema import LinearFormat, QuantizationConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -191,14 +191,19 @@ def _trained() -> str:
 def _packed(weight: torch.Tensor, kind: str, group: int) -> PackedLinear:
     if kind == "dense":
         return Dense(weight)
+    if kind == "int8":
+        return Int8.from_dense(weight)
     keep = _largest_two_of_four(weight)
     if kind == "sparse24":
         return Sparse24.from_dense((weight * keep).to(torch.bfloat16))
     padded = torch.nn.functional.pad(weight * keep, (0, -weight.shape[1] % group))
     groups = padded.view(len(weight), group_count(weight.shape[1], group), group)
     scale = (groups.abs().amax(dim=-1) / 7).clamp_min(1e-4).half()
-    codes = torch.round(weight / expand_groups(scale.float(), group, weight.shape[1]))
-    return Sparse24Int4.from_codes(codes.clamp(-8, 7), keep, scale, group)
+    codes = torch.round(weight / expand_groups(scale.float(), group, weight.shape[1])).clamp(-8, 7)
+    if kind == "int4":
+        return Int4.from_codes(codes, scale, group)
+    assert kind == "sparse24_int4"
+    return Sparse24Int4.from_codes(codes, keep, scale, group)
 
 
 def _largest_two_of_four(weight: torch.Tensor) -> torch.Tensor:

@@ -11,8 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+import triton.language as tl
+from halfweave.kernels.cuda.dense import dense_of_fragments, dense_of_int4
 from halfweave.kernels.cuda.elementwise import gate, rms_norm, rope_and_remember
 from halfweave.kernels.cuda.expand_gemm import expand_gemm
+from halfweave.kernels.cuda.fragments import from_sparse24, from_sparse24_int4
 from halfweave.kernels.cuda.int4_gemm import int4_gemm
 from halfweave.kernels.cuda.paged_attention import attend, join
 from halfweave.kernels.cuda.reduce import add_parts
@@ -24,6 +27,10 @@ from torch import Tensor
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TILE = {"BN": 64, "BM": 16, "BK": 128}
 NONE = torch.zeros(16, device=DEVICE)
+
+
+# The interpreter cuts bf16 off where a GPU rounds.
+ROUNDED = [torch.float16, torch.bfloat16] if DEVICE == "cuda" else [torch.float16]
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float16) -> Tensor:
@@ -84,11 +91,37 @@ def test_expanded_products(M: int, N: int, K: int, group: int) -> None:
 def test_dense_4_bit_products(M: int, N: int, K: int, group: int) -> None:
     codes = torch.randint(-8, 8, (N, K), generator=torch.Generator().manual_seed(3))
     stored = Int4.from_codes(codes, torch.rand(N, -(-K // group)).half(), group)
-    x = random(M, K)
-    y = torch.empty(M, N, dtype=x.dtype, device=DEVICE)
+    x, wanted = random(M, K), stored.unpack().to(DEVICE).T
     values, scales = stored.values.to(DEVICE), stored.scale.to(DEVICE)
-    int4_gemm[grid(M, N)](x, values, scales, NONE, y, M, N, K, **TILE, group=group, biased=False)
-    close(y, x.float() @ stored.unpack().to(DEVICE).T)
+    flags = {"BN": 64, "BM": 16, "group": group, "kind": tl.float16}
+    for splits in (1, 2):
+        y = torch.empty(splits, M, N, dtype=torch.float32, device=DEVICE)
+        each = -(-scales.shape[1] // splits)
+        int4_gemm[(*grid(M, N), splits)](
+            x.view(torch.int32), values, scales, NONE, y, M, N, K, each, **flags, biased=False
+        )
+        close(y.sum(0), x.float() @ wanted)
+
+
+@pytest.mark.parametrize("dtype", ROUNDED)
+@pytest.mark.parametrize("group", [0, 128, 64, 32])
+@pytest.mark.parametrize(("N", "K"), [(64, 128), (50, 100), (200, 576)])
+def test_weights_are_written_out_as_they_are_unpacked(
+    N: int, K: int, group: int, dtype: torch.dtype
+) -> None:
+    weight, keep = pruned(N, K)
+    if group:
+        codes, scale = torch.randint(-8, 8, (N, K)), torch.rand(N, -(-K // group)).half()
+        stored: Any = Sparse24Int4.from_codes(codes, keep, scale, group)
+        packed = from_sparse24_int4(stored).to(DEVICE)
+        dense = Int4.from_codes(codes, scale, group)
+        found = dense_of_int4(dense.values.to(DEVICE), dense.scale.to(DEVICE), group, dtype)
+        assert torch.equal(found.cpu(), dense.unpack(dtype))
+    else:
+        stored = Sparse24.from_dense((weight * keep).to(dtype))
+        packed = from_sparse24(stored).to(DEVICE)
+    found = dense_of_fragments(packed.values, packed.meta, packed.scales, (N, K), group, dtype)
+    assert torch.equal(found.cpu(), stored.unpack(dtype))
 
 
 @pytest.mark.parametrize("splits", [2, 8])
@@ -106,20 +139,24 @@ def test_norms_add_what_a_block_gave_and_keep_the_sum() -> None:
     x, delta, gain = random(4, 100), random(4, 100, seed=1), random(100)
     total = (x.float() + delta.float()).half()
     y = torch.empty_like(x)
-    kept = x.clone()
-    rms_norm[(4,)](x, delta, gain, y, 100, 1e-5, B=128, adds=True)
+    kept, parts = x.clone(), random(3, 4, 100, dtype=torch.float32, seed=2)
+    rms_norm[(4,)](x, delta, gain, y, 100, 1e-5, B=128, splits=1)
     assert torch.equal(x, total)
     close(y, torch.nn.functional.rms_norm(total.float(), (100,), gain.float(), 1e-5))
-    rms_norm[(4,)](kept, delta, gain, y, 100, 1e-5, B=128, adds=False)
+    rms_norm[(4,)](kept, delta, gain, y, 100, 1e-5, B=128, splits=0)
     close(y, torch.nn.functional.rms_norm(kept.float(), (100,), gain.float(), 1e-5))
+    total = (kept.float() + parts.sum(0)).half()
+    rms_norm[(4,)](kept, parts, gain, y, 100, 1e-5, B=128, splits=3)
+    close(kept, total)
+    close(y, torch.nn.functional.rms_norm(total.float(), (100,), gain.float(), 1e-5))
 
 
 def test_gates_are_silu_times_the_other_half() -> None:
-    both = random(3, 2 * 200)
-    y = torch.empty(3, 200, dtype=torch.float16, device=DEVICE)
-    gate[(3, 2)](both, y, 200, B=128)
-    g, u = both.float().split(200, 1)
-    close(y, torch.nn.functional.silu(g) * u)
+    for parts in (random(1, 3, 2 * 200), random(4, 3, 2 * 200, dtype=torch.float32)):
+        y = torch.empty(3, 200, dtype=torch.float16, device=DEVICE)
+        gate[(3, 2)](parts, y, 200, B=128, splits=len(parts))
+        g, u = parts.float().sum(0).split(200, 1)
+        close(y, torch.nn.functional.silu(g) * u)
 
 
 HEADS, KV, DIM, MOST_PAGES = 6, 2, 48, 8
@@ -137,8 +174,8 @@ def remembered(stored: Tensor, scales: Tensor, coded: bool) -> Tensor:
     return stored.float() * scales[..., None] if coded else stored.float()
 
 
-@pytest.mark.parametrize("coded", [False, True])
-def test_a_sequence_of_tokens_is_remembered_and_attended_to(coded: bool) -> None:
+@pytest.mark.parametrize(("coded", "parted"), [(False, False), (True, False), (False, True)])
+def test_a_sequence_of_tokens_is_remembered_and_attended_to(coded: bool, parted: bool) -> None:
     """Three sequences of different lengths through both kernels, against plain attention."""
     lengths = [7, 64, 113]
     keys, values, key_scales, value_scales = pages(coded)
@@ -150,8 +187,10 @@ def test_a_sequence_of_tokens_is_remembered_and_attended_to(coded: bool) -> None
     owners = torch.cat([tables[i].repeat(length, 1) for i, length in enumerate(lengths)])
     qkv = torch.cat(rows)
     q = torch.empty(len(qkv), HEADS, DIM, dtype=torch.float16, device=DEVICE)
+    half = qkv.float() / 2
+    parts = torch.stack((half, half)) if parted else qkv
     rope_and_remember[(len(qkv), HEADS + 2 * KV)](
-        qkv,
+        parts,
         positions.to(DEVICE),
         owners.to(DEVICE).contiguous(),
         frequencies.to(DEVICE),
@@ -167,14 +206,16 @@ def test_a_sequence_of_tokens_is_remembered_and_attended_to(coded: bool) -> None
         B=32,
         page=PAGE_POSITIONS,
         coded=coded,
+        splits=2 if parted else 1,
     )
     last = torch.tensor(lengths).cumsum(0) - 1
     newest = q[last.to(DEVICE)].contiguous()
-    splits = 3
-    partial = torch.empty(3, KV, splits, 16, 64, device=DEVICE)
-    sums = torch.empty(3, KV, splits, 2, 16, device=DEVICE)
+    splits, each = 2, 64  # positions; behind the end of two sequences nothing is written
+    partial = torch.full((3, KV, splits, 16, 64), float("nan"), device=DEVICE)
+    sums = torch.full((3, KV, splits, 2, 16), float("nan"), device=DEVICE)
     y = torch.empty(3, HEADS, DIM, dtype=torch.float16, device=DEVICE)
     factor = math.log2(math.e) / math.sqrt(DIM)
+    counts = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
     attend[(3, KV, splits)](
         newest,
         keys,
@@ -182,20 +223,21 @@ def test_a_sequence_of_tokens_is_remembered_and_attended_to(coded: bool) -> None
         key_scales,
         value_scales,
         tables.to(DEVICE),
-        torch.tensor(lengths, dtype=torch.int32, device=DEVICE),
+        counts,
         partial,
         sums,
         factor,
         KV,
         DIM,
         MOST_PAGES,
-        3,
+        each,
         G=HEADS // KV,
         D=64,
+        B=32,
         page=PAGE_POSITIONS,
         coded=coded,
     )
-    join[(3, KV)](partial, sums, y, KV, DIM, splits, G=HEADS // KV, D=64)
+    join[(3, HEADS)](partial, sums, counts, y, KV, DIM, splits, each, G=HEADS // KV, D=64, S=2)
     for index, length in enumerate(lengths):
         expected = plain_attention(rows[index].float(), frequencies.to(DEVICE))
         close(y[index], expected, bound=2e-2 if coded else 4e-3)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from halfweave.kernels.cuda.binding import SparseLinear, bind, has_kernel
 from halfweave.kernels.cuda.fragments import from_sparse24
-from halfweave.kernels.cuda.linear import int4_linear, sparse_linear
+from halfweave.kernels.cuda.linear import sparse_linear
+from halfweave.kernels.cuda.plain_linear import int4_linear
 from halfweave.kernels.dispatch import choose
 from halfweave.kernels.formats import Dense, Int4, Int8, Sparse24, Sparse24Int4
 from halfweave.kernels.reference import linear
@@ -42,6 +43,9 @@ def test_a_bound_weight_of_any_shape_gives_what_the_oracle_gives(
     y = bind(weight, bias, CPU, dtype)(x)
     wanted = linear(x, weight, bias)
     assert (y.dtype, y.shape) == (dtype, (2, 3, rows))
+    assert (
+        y.is_contiguous()
+    )  # what the next kernel takes for granted, also where rows are filled up
     assert float((y.float() - wanted).norm() / wanted.norm()) < 1e-2
 
 

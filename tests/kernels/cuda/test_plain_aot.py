@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import triton.language as tl
 from halfweave.kernels.cuda.aot import Signature, compile_kernel
 from halfweave.kernels.cuda.elementwise import gate, rms_norm, rope_and_remember
+from halfweave.kernels.cuda.expand import expand_fragments, expand_int4
 from halfweave.kernels.cuda.expand_gemm import expand_gemm
 from halfweave.kernels.cuda.int4_gemm import int4_gemm
 from halfweave.kernels.cuda.paged_attention import attend, join
@@ -24,6 +26,7 @@ ALL = bool(os.environ.get("HALFWEAVE_GPU_STATIC"))
 TILE = {"BN": 64, "BM": 16, "BK": 128}
 GEMM = dict.fromkeys("MNK", "i32")
 HALVES = dict.fromkeys(("x", "bias", "y"), "*fp16")
+GATE = {"up": "*fp32", "y": "*fp16", "size": "i32"}
 
 
 def signature(types: dict[str, str], constants: dict[str, Any], *sizes: str) -> Signature:
@@ -46,15 +49,23 @@ def pages(coded: bool) -> dict[str, str]:
 def attending(coded: bool) -> Signature:
     types = {"q": "*fp16", **pages(coded), "tables": "*i32", "lengths": "*i32"}
     types |= {"partial": "*fp32", "sums": "*fp32", "factor": "fp32"}
-    types |= dict.fromkeys(("kv_heads", "dim", "most_pages", "pages_each"), "i32")
-    return signature(types, {"G": 3, "D": 64, "page": PAGE_POSITIONS, "coded": coded}, "dim")
+    types |= dict.fromkeys(("kv_heads", "dim", "most_pages", "each"), "i32")
+    known = {"G": 3, "D": 64, "B": 32, "page": PAGE_POSITIONS, "coded": coded}
+    return signature(types, known, "dim", "each")
 
 
 def remembering(coded: bool) -> Signature:
     types = {"qkv": "*fp16", "positions": "*i32", "tables": "*i32", "frequencies": "*fp32"}
     types |= {"q": "*fp16", **pages(coded)}
     types |= dict.fromkeys(("heads", "kv_heads", "half", "most_pages"), "i32")
-    return signature(types, {"B": 32, "page": PAGE_POSITIONS, "coded": coded}, "half")
+    known = {"B": 32, "page": PAGE_POSITIONS, "coded": coded, "splits": 2}
+    return signature(types, known, "half")
+
+
+def expanding(group: int) -> Signature:
+    types = dict.fromkeys(("values", "meta", "scales"), "*i32") | {"dense": "*i64"}
+    types |= dict.fromkeys(("N", "K", "blocks"), "i32")
+    return signature(types, {"group": group, "kind": tl.bfloat16}, "N", "K")
 
 
 KERNELS: dict[str, tuple[Any, Signature]] = {
@@ -62,8 +73,8 @@ KERNELS: dict[str, tuple[Any, Signature]] = {
     "int4_gemm": (
         int4_gemm,
         signature(
-            {**HALVES, "values": "*u8", "scale": "*fp16", **GEMM},
-            {**TILE, "group": 64, "biased": False},
+            {**HALVES, "x": "*i32", "values": "*u8", "scale": "*fp16", **GEMM, "T": "i32"},
+            {"BN": 64, "BM": 16, "group": 64, "kind": tl.float16, "biased": False},
             "N",
             "K",
         ),
@@ -85,11 +96,20 @@ KERNELS: dict[str, tuple[Any, Signature]] = {
         rms_norm,
         signature(
             {**dict.fromkeys(("x", "delta", "gain", "y"), "*fp16"), "size": "i32", "eps": "fp32"},
-            {"B": 1024, "adds": True},
+            {"B": 1024, "splits": 2},
             "size",
         ),
     ),
-    "gate": (gate, signature({"up": "*fp16", "y": "*fp16", "size": "i32"}, {"B": 1024}, "size")),
+    "gate": (gate, signature(GATE, {"B": 1024, "splits": 4}, "size")),
+    **{f"expand_fragments g{group}": (expand_fragments, expanding(group)) for group in (0, 64)},
+    "expand_int4": (
+        expand_int4,
+        signature(
+            {"values": "*u8", "scale": "*fp16", "dense": "*i32", "K": "i32"},
+            {"B": 1024, "group": 64, "kind": tl.bfloat16},
+            "K",
+        ),
+    ),
     **{f"attend coded {coded}": (attend, attending(coded)) for coded in (False, True)},
     **{f"remember coded {c}": (rope_and_remember, remembering(c)) for c in (False, True)},
     "join": (
@@ -97,11 +117,12 @@ KERNELS: dict[str, tuple[Any, Signature]] = {
         signature(
             {
                 **dict.fromkeys(("partial", "sums"), "*fp32"),
-                "y": "*fp16",
-                **dict.fromkeys(("kv_heads", "dim", "splits"), "i32"),
+                **{"lengths": "*i32", "y": "*fp16"},
+                **dict.fromkeys(("kv_heads", "dim", "splits", "each"), "i32"),
             },
-            {"G": 3, "D": 64},
+            {"G": 3, "D": 64, "S": 64},
             "dim",
+            "each",
         ),
     ),
 }
@@ -155,7 +176,7 @@ def test_the_compiled_attention_gives_what_torch_gives() -> None:
     known = [put(each.numpy()) for each in (q, keys, values)]
     none = put(np.zeros(4, np.float32))
     tail = [put(each) for each in (tables.numpy(), np.array(lengths, np.int32))]
-    sizes = [factor, kv_heads, dim, most, 2]
+    sizes = [factor, kv_heads, dim, most, 32]
     emulator.run((2, kv_heads, 2), [*known, none, none, *tail, partial, sums, *sizes])
     parts = torch.from_numpy(emulator.memory.get(partial))
     most_and_weights = torch.from_numpy(emulator.memory.get(sums))

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import triton
-from halfweave.kernels.cuda.variants import TILES
+from halfweave.kernels.cuda.variants import TILES, Tile
 from ptx.numbers import PTXError
 from support.emulated import BOUNDS, Case, built, error_of, far_error
 
-T8, T16, T32, T64, T256, T128 = TILES
+D8, D16, D32, T8, T16, T32, NARROW, WIDE = TILES
 # Of `make test`; `make test-gpu-static` takes all of them on every architecture.
 CASES = [
     Case(T8, 5, 128, 512),
@@ -22,8 +22,14 @@ CASES = [
     Case(T8, 3, 80, 1152, group=64, splits=2),
     Case(T16, 13, 64, 512, group=128, bias=True),
     Case(T32, 40, 64, 256, group=32),
-    Case(T64, 64, 192, 384, group=64),
-    Case(T128, 130, 128, 192, "bf16", 128, residual=True),
+    Case(D8, 5, 128, 768),
+    Case(D8, 8, 64, 1000, group=64),
+    Case(D8, 1, 80, 1536, "bf16", 128, splits=2),
+    Case(D16, 13, 64, 512, group=32, bias=True),
+    Case(D32, 32, 64, 512, "bf16", residual=True),
+    Case(NARROW, 64, 192, 384, group=64),
+    Case(NARROW, 70, 128, 512, splits=2),
+    Case(WIDE, 130, 256, 192, "bf16", 128, residual=True),
 ]
 
 
@@ -34,8 +40,9 @@ def test_results_are_those_of_the_oracle(case: Case) -> None:
 
 @pytest.mark.parametrize("steps", range(1, 10))
 @pytest.mark.parametrize("group", [0, 64])
-def test_any_number_of_steps_fits_the_stages(steps: int, group: int) -> None:
-    assert error_of(Case(T8, 8, 64, 128 * steps, group=group)) < BOUNDS["f16"]
+@pytest.mark.parametrize("tile", [T8, D8], ids=["two along K", "four along K"])
+def test_any_number_of_steps_fits_the_stages(tile: Tile, steps: int, group: int) -> None:
+    assert error_of(Case(tile, 8, 64, 64 * tile.WK * steps, group=group)) < BOUNDS["f16"]
 
 
 def test_parts_of_a_split_sum_are_exact_in_fp32() -> None:
@@ -96,7 +103,9 @@ def caught(case: Case, mutate: Callable[[str], str]) -> bool:
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_broken_program_is_seen(name: str) -> None:
-    case = Case(T64, 64, 128, 256, group=64) if "scale" in name else Case(T8, 8, 64, 640, group=64)
+    case = Case(T8, 8, 64, 640, group=64)
+    if "scale" in name:
+        case = Case(NARROW, 64, 128, 256, group=64)
     assert caught(case, MUTANTS[name])
 
 
