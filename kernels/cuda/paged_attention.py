@@ -45,10 +45,10 @@ def attend(
     """A part of the softmax of every sequence, pair of keys and values, and split.
 
     Grid: sequences, kv_heads, splits of `each` positions, a multiple of the B that are looked at
-    together, which are whole pages. q [sequences, kv_heads G, dim] with dim <= D. partial fp32 [sequences,
-    kv_heads, splits, 16, D] are unnormalised sums; sums fp32 [sequences, kv_heads, splits, 2, 16]
-    the greatest scores, to the base 2, and the sums of the weights. Splits behind a sequence's end
-    write nothing.
+    together, which are whole pages. q [sequences, kv_heads G, dim] with dim <= D. partial fp32
+    [sequences, kv_heads, splits, 16, D] are unnormalised sums; sums fp32 [sequences, kv_heads,
+    splits, 2, 16] the greatest scores, to the base 2, and the sums of the weights. Splits behind a
+    sequence's end write nothing.
     """
     sequence, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + sequence)
