@@ -2,9 +2,10 @@
 
     python benchmarks/gpu_kernels.py --results docs/results
 
-Interleaved: in every round each product is timed once in each format, by CUDA events around some
-calls in a CUDA graph, weights out of the cache. Writes gpu_measured.json: medians and spread,
-microseconds, with the card and the versions. Says so and stops where there is no GPU.
+A product is timed by CUDA events around a CUDA graph that multiplies by copies of the weight in
+turn, so many that the cache does not hold them, or as many as a model has blocks. Interleaved: in
+every round each format is replayed once. Writes gpu_measured.json: medians and spread in
+microseconds, with the card and the versions.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from typing import Any
 import torch
 import triton
 from halfweave.kernels.cuda.binding import bind
-from halfweave.kernels.formats import Int4, Sparse24, Sparse24Int4
+from halfweave.kernels.formats import Int4, PackedLinear, Sparse24, Sparse24Int4
 from torch import Tensor
 from torch.nn import functional
 
-DEVICE, DTYPE = torch.device("cuda"), torch.float16
+DEVICE, DTYPE, GROUP = torch.device("cuda"), torch.bfloat16, 64
 SHAPES = (
     (6144, 4096),
     (4096, 4096),
@@ -34,81 +35,95 @@ SHAPES = (
     (960, 576),
     (576, 1536),
 )
-TOKENS = (1, 8, 16, 32, 64, 128, 512)
-ROUNDS, CALLS = 7, 20
-_CACHE_BYTES = 256 * 2**20  # more than any card's second-level cache
+TOKENS = (1, 8, 16, 32, 64, 128, 256, 512)
+ROUNDS = 7
+_BYTES_READ = 256 * 2**20  # several times any card's second-level cache
+_MOST_COPIES = 32
 Product = Callable[[Tensor], Tensor]
 
 
-def products(rows: int, columns: int) -> dict[str, Product]:
-    """The formats of one random weight, by name."""
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(rows, columns, generator=generator) * 0.02
-    keep = torch.zeros(rows, columns // 4, 4, dtype=torch.bool)
-    keep.scatter_(2, weight.abs().view(rows, columns // 4, 4).topk(2).indices, True)
-    keep = keep.view(rows, columns)
-    codes = torch.randint(-8, 8, weight.shape, generator=generator)
-    scale = torch.full((rows, columns // 64), 0.004, dtype=torch.float16)
-    dense = weight.to(DEVICE, DTYPE)
-    sparse = Sparse24.from_dense((weight * keep).half())
-    joint = Sparse24Int4.from_codes(codes, keep, scale, 64)
+def products(rows: int, columns: int) -> dict[str, list[Product]]:
+    """Copies of one random weight in every format, by name, with the bytes of each."""
+    torch.manual_seed(0)
+    weight = torch.randn(rows, columns, device=DEVICE) * 0.02
+    fours = weight.view(rows, columns // 4, 4)
+    keep = torch.zeros_like(fours, dtype=torch.bool)
+    keep = keep.scatter_(2, fours.abs().topk(2).indices, True).view(rows, columns)
+    codes = torch.randint(-8, 8, weight.shape, device=DEVICE)
+    scale = torch.full((rows, columns // GROUP), 0.004, dtype=torch.float16, device=DEVICE)
+    dense = (weight * keep).to(DTYPE)
+    packed: dict[str, PackedLinear] = {
+        "sparse24": Sparse24.from_dense(dense),
+        "int4": Int4.from_codes(codes, scale, GROUP),
+        "sparse24_int4": Sparse24Int4.from_codes(codes, keep, scale, GROUP),
+    }
     return {
-        # Also what a 2:4 weight costs that is expanded once, when it is loaded.
-        "dense": lambda x: functional.linear(x, dense),
-        **_of_torch(dense * keep.to(DEVICE)),
-        "sparse24": bind(sparse, None, DEVICE, DTYPE),
-        "sparse24_int4": bind(joint, None, DEVICE, DTYPE),
-        "int4": bind(Int4.from_codes(codes, scale, 64), None, DEVICE, DTYPE),
+        "dense": copied(dense.nbytes, lambda: _dense(dense.clone())),
+        **_of_torch(dense),
+        # Binding repacks a weight, which copies it.
+        **{
+            name: copied(each.nbytes, lambda each=each: bind(each, None, DEVICE, DTYPE))
+            for name, each in packed.items()
+        },
     }
 
 
-def _of_torch(weight: Tensor) -> dict[str, Product]:
+def copied(size: int, make: Callable[[], Product]) -> list[Product]:
+    """So many copies that they do not stay in the cache."""
+    return [make() for _ in range(min(_MOST_COPIES, _BYTES_READ // size + 1))]
+
+
+def _dense(weight: Tensor) -> Product:
+    return lambda x: functional.linear(x, weight)
+
+
+def _of_torch(weight: Tensor) -> dict[str, list[Product]]:
     """torch's own 2:4 product (cuSPARSELt or CUTLASS); nothing where this build has none."""
     try:
-        sparse = torch.sparse.to_sparse_semi_structured(weight)
-        functional.linear(weight.new_zeros(8, weight.shape[1]), sparse)
+        made = copied(
+            weight.nbytes * 9 // 16,
+            lambda: _dense(torch.sparse.to_sparse_semi_structured(weight.clone())),
+        )
+        made[0](weight.new_zeros(8, weight.shape[1]))
     except (RuntimeError, NotImplementedError) as error:
         print(f"torch's own 2:4 product is left out: {error}", file=sys.stderr)
         return {}
-    return {"torch sparse24": lambda x: functional.linear(x, sparse)}
+    return {"torch sparse24": made}
 
 
-def seconds(product: Product, x: Tensor) -> float:
-    """Of one call, from a graph of some; between them the cache is filled with other bytes."""
-    other = torch.empty(_CACHE_BYTES, dtype=torch.uint8, device=DEVICE)
-    product(x)
-    graph, filling = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+def recorded(copies: list[Product], x: Tensor) -> torch.cuda.CUDAGraph:
+    """A graph of one product by each copy."""
+    copies[0](x)  # compiled before the capture
+    graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(CALLS):
-            other.zero_()
+        for product in copies:
             product(x)
-    with torch.cuda.graph(filling):
-        for _ in range(CALLS):
-            other.zero_()
-    return max(_replayed(graph) - _replayed(filling), 0.0) / CALLS
+    return graph
 
 
-def _replayed(graph: torch.cuda.CUDAGraph) -> float:
+def microseconds(graph: torch.cuda.CUDAGraph, count: int) -> float:
+    """Of one of the `count` products of a graph."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    graph.replay()
     torch.cuda.synchronize()
     start.record()
     graph.replay()
     end.record()
     torch.cuda.synchronize()
-    return start.elapsed_time(end) / 1e3
+    return 1e3 * start.elapsed_time(end) / count
 
 
 def measure(rows: int, columns: int) -> list[dict[str, Any]]:
     """All formats and batches of one shape."""
-    found = []
-    every = products(rows, columns)
+    found, every = [], products(rows, columns)
     for tokens in TOKENS:
         x = torch.randn(tokens, columns, dtype=DTYPE, device=DEVICE)
+        graphs = {name: recorded(copies, x) for name, copies in every.items()}
         times: dict[str, list[float]] = {name: [] for name in every}
-        for _ in range(ROUNDS):
-            for name, product in every.items():
-                times[name].append(1e6 * seconds(product, x))
+        for lap in range(ROUNDS + 1):
+            for name, graph in graphs.items():
+                took = microseconds(graph, len(every[name]))
+                if lap:  # the first one warms up
+                    times[name].append(took)
         for name, own in times.items():
             found.append(
                 {
@@ -119,7 +134,7 @@ def measure(rows: int, columns: int) -> list[dict[str, Any]]:
                     "us": median(own),
                     "least_us": min(own),
                     "greatest_us": max(own),
-                    "to_dense": median(times["dense"]) / median(own) if median(own) else None,
+                    "to_dense": median(times["dense"]) / median(own),
                 }
             )
     return found
@@ -140,8 +155,11 @@ def main() -> None:
         print(f"{shape[0]} x {shape[1]}", file=sys.stderr, flush=True)
     document = {
         "date": str(date.today()),
+        "command": "python benchmarks/gpu_kernels.py",
         "card": torch.cuda.get_device_name(),
         "versions": {"torch": torch.__version__, "triton": triton.__version__},
+        "dtype": str(DTYPE).removeprefix("torch."),
+        "group": GROUP,
         "rows": rows,
     }
     path = options.results / "gpu_measured.json"

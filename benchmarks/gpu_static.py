@@ -57,7 +57,8 @@ def build_one(item: tuple[Variant, int]) -> Figures:
             N=tile.BN,
             K=max(384, 320 * tile.WK) - (0 if variant.whole_k else 48),
             kind=variant.kind,
-            group=variant.group,
+            group=variant.scaled_columns,
+            dense=variant.dense,
             splits=2 if variant.splits else 1,
             bias=variant.bias,
             residual=variant.residual,
@@ -70,10 +71,7 @@ def plant(name: str) -> bool:
     """Whether the tests see a mutant."""
     import test_sparse_gemm as tests
 
-    case = tests.Case(tests.T8, 8, 64, 640, group=64)
-    if "scale" in name:
-        case = tests.Case(tests.T64, 64, 128, 256, group=64)
-    return tests.caught(case, tests.MUTANTS[name])
+    return tests.caught(tests.case_of(name), tests.MUTANTS[name])
 
 
 def mutants(pool: ProcessPoolExecutor) -> Figures:

@@ -96,13 +96,14 @@ def _variants(variants: Sequence[Figures]) -> str:
     rows = []
     for each in (v for v in variants if v["arch"] == 80):
         stored = f"int4 g{each['group']}, " if each["group"] else ""
+        pattern = "" if each["format"] == "int4" else "2:4 "
         rows.append(
             (
                 "x".join(map(str, each["tile"]))
                 + (" split" if each["split"] else "")
                 + ("" if each["whole_k"] else " ragged"),
                 each["warps"],
-                f"2:4 {stored}{each['dtype']}",
+                f"{pattern}{stored}{each['dtype']}",
                 each["registers"],
                 f"{each['smem_bytes'] / 1024:.0f}",
                 f"{each['hmma_sp_per_tile']:g}",

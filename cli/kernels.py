@@ -13,6 +13,7 @@ from .flags import Flag, Output, verb
 
 if TYPE_CHECKING:
     from ..kernels.cuda.build import Row
+    from ..kernels.cuda.variants import Variant
 
 kernels_app = Typer(name="kernels", help="Work on the kernels themselves.", no_args_is_help=True)
 
@@ -69,9 +70,9 @@ def to_json(row: Row) -> dict[str, Any]:
     variant, made = row.variant, row.compiled
     return {
         "kernel": made.name,
-        "format": "sparse24_int4" if variant.group else "sparse24",
+        "format": _format(variant),
         "dtype": variant.kind,
-        "group": variant.group,
+        "group": variant.scaled_columns,
         "tile": [variant.BN, variant.BM, 64 * variant.WK],
         "split": variant.splits,
         "whole_k": variant.whole_k,
@@ -85,6 +86,12 @@ def to_json(row: Row) -> dict[str, Any]:
         "instructions_per_tile": row.instructions_per_step,
         "resident_programs": row.resident,
     }
+
+
+def _format(variant: Variant) -> str:
+    if variant.dense:
+        return "int4"
+    return "sparse24_int4" if variant.group else "sparse24"
 
 
 def _architectures(text: str) -> list[int]:
@@ -117,14 +124,16 @@ def _save(row: Row, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     tile = f"{variant.BN}x{variant.BM}x{64 * variant.WK}"
     split = ("-split" if variant.splits else "") + ("" if variant.whole_k else "-ragged")
-    stem = f"{made.name}-{variant.kind}-g{variant.group}-{tile}{split}.sm_{made.arch}"
+    stored = f"{_format(variant)}-g{variant.scaled_columns}"
+    stem = f"{made.name}-{variant.kind}-{stored}-{tile}{split}.sm_{made.arch}"
     (directory / f"{stem}.cubin").write_bytes(made.cubin)
     (directory / f"{stem}.ptx").write_text(made.ptx)
 
 
 def _cells(row: Row) -> tuple[str, ...]:
     variant, made = row.variant, row.compiled
-    stored = f"{variant.kind} int4 g{variant.group}" if variant.group else variant.kind
+    stored = f"{variant.kind} {_format(variant)}"
+    stored += f" g{variant.scaled_columns}" if variant.group else ""
     return (
         f"{variant.BN}x{variant.BM}x{64 * variant.WK}"
         + (" split" if variant.splits else "")

@@ -196,11 +196,14 @@ class GpuDecoder(PagedDecoder):
     def _attended_long(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """The newest tokens of one sequence to all of it: as q [tokens, heads, dim]."""
         count, end = len(q), len(keys)
-        at = torch.arange(end, device=self.device)
-        seen = at <= at[end - count :, None]
+        seen = None
+        if count < end:
+            at = torch.arange(end, device=self.device)
+            seen = at <= at[end - count :, None]
         q, keys, values = (each.transpose(0, 1)[None] for each in (q, keys, values))
+        # Faster where torch knows that a token sees those before it, which it takes no mask for.
         mixed = functional.scaled_dot_product_attention(
-            q, keys, values, attn_mask=seen, enable_gqa=True
+            q, keys, values, attn_mask=seen, is_causal=seen is None, enable_gqa=True
         )
         return mixed[0].transpose(0, 1)
 

@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..formats import Int4, PackedLinear, Sparse24, Sparse24Int4
-from .fragments import FragmentWeight, from_sparse24, from_sparse24_int4
+from .fragments import FragmentWeight, from_int4, from_sparse24, from_sparse24_int4
 from .linear import (
     COLUMNS_MULTIPLE,
     KINDS,
     ROWS_MULTIPLE,
     limits_of,
-    sparse_linear,
-    sparse_parts,
+    multiply,
+    multiply_in_parts,
 )
 from .plain_linear import expanded_linear, int4_linear
 
@@ -35,17 +35,17 @@ def bind(
 ) -> LinearFunction:
     """A function from x [..., K] to [..., N], both of `dtype` (one of KINDS) on `device`."""
     offset = None if bias is None else bias.to(device, dtype)
+    assert isinstance(weight, Sparse24 | Sparse24Int4 | Int4)
+    if _has_sparse_cores(device) and (device.type == "cuda" or not isinstance(weight, Int4)):
+        return SparseLinear.of(weight, offset, device, dtype)
     if isinstance(weight, Int4):
         return _bind_int4(weight, offset, device)
-    assert isinstance(weight, Sparse24 | Sparse24Int4)
-    if not _has_sparse_cores(device):
-        return _bind_expanded(weight, offset, device, dtype)
-    return SparseLinear.of(weight, offset, device, dtype)
+    return _bind_expanded(weight, offset, device, dtype)
 
 
 @dataclass(frozen=True)
 class SparseLinear:
-    """A 2:4 weight on sparse tensor cores; rows and columns are filled up to whole vectors."""
+    """A weight on sparse tensor cores; rows and columns are filled up to whole vectors."""
 
     weight: FragmentWeight
     bias: Tensor | None  # [rows]
@@ -54,7 +54,7 @@ class SparseLinear:
     @classmethod
     def of(
         cls,
-        weight: Sparse24 | Sparse24Int4,
+        weight: Sparse24 | Sparse24Int4 | Int4,
         bias: Tensor | None,
         device: torch.device,
         dtype: torch.dtype,
@@ -64,7 +64,7 @@ class SparseLinear:
         if isinstance(there, Sparse24):
             packed = from_sparse24(Sparse24(there.values.to(dtype), there.meta))
         else:
-            packed = from_sparse24_int4(there)
+            packed = from_int4(there) if isinstance(there, Int4) else from_sparse24_int4(there)
         rows = -(-packed.shape[0] // ROWS_MULTIPLE) * ROWS_MULTIPLE
         offset = None if bias is None else functional.pad(bias, (0, rows - len(bias)))
         return cls(packed, offset, rows)
@@ -73,16 +73,8 @@ class SparseLinear:
         """y [..., N] for x [..., K]."""
         rows, columns = self.weight.shape
         missing = -columns % COLUMNS_MULTIPLE
-        y: Tensor = sparse_linear(
-            functional.pad(x, (0, missing)) if missing else x,
-            self.weight.values,
-            self.weight.meta,
-            self.weight.scales,
-            self.bias,
-            None,
-            self.rows,
-            self.weight.group,
-        )
+        inputs = functional.pad(x, (0, missing)) if missing else x
+        y = multiply(inputs, self.weight, self.rows, self.bias)
         return y if rows == self.rows else y[..., :rows].contiguous()
 
     def parts(self, x: Tensor) -> Tensor:
@@ -90,8 +82,7 @@ class SparseLinear:
         rows, columns = self.weight.shape
         if self.bias is not None or rows != self.rows or columns % COLUMNS_MULTIPLE:
             return self(x)
-        weight = self.weight
-        return sparse_parts(x, weight.values, weight.meta, weight.scales, rows, weight.group)
+        return multiply_in_parts(x, self.weight, rows)
 
 
 def parts_of(linear: LinearFunction, x: Tensor) -> Tensor:

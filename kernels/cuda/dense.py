@@ -8,33 +8,29 @@ import triton.language as tl
 from torch import Tensor
 
 from .expand import expand_fragments, expand_int4
+from .fragments import FragmentWeight
 
 _KINDS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 _PAIRS = 1024  # of a program
 
 
 def dense_of_fragments(
-    values: Tensor,
-    meta: Tensor,
-    scales: Tensor | None,
-    shape: tuple[int, int],
-    group: int,
-    dtype: torch.dtype,
+    weight: FragmentWeight, rows: int, columns: int, dtype: torch.dtype
 ) -> Tensor:
-    """The first `shape` = [N, K] of a weight in fragment order (fragments.py), K in fours."""
-    rows, columns = shape
-    dense = values.new_empty(rows, columns, dtype=dtype)
-    blocks = meta.shape[1]
-    expand_fragments[(triton.cdiv(rows, 64), blocks)](
-        values,
-        meta,
-        meta if scales is None else scales,
+    """The first [rows, columns] of a weight in fragment order; columns are whole fours."""
+    dense = weight.values.new_empty(rows, columns, dtype=dtype)
+    blocks = weight.blocks[1]
+    expand_fragments[(triton.cdiv(rows, 64), blocks // 2 if weight.dense else blocks)](
+        weight.values,
+        weight.meta,
+        weight.meta if weight.scales is None else weight.scales,
         dense.view(torch.int64),
         rows,
         columns,
         blocks,
-        group=group,
+        group=weight.group,
         kind=_KINDS[dtype],
+        both=weight.dense,
     )
     return dense
 

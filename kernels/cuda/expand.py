@@ -8,8 +8,6 @@ less than multiplying slower. Plain Triton; the result is thrown away after the 
 import triton
 import triton.language as tl
 
-BLOCK = 1024  # groups of four columns of a block of 64 rows and 64 columns
-
 
 @triton.jit
 def _bits(values, kind: tl.constexpr):
@@ -18,37 +16,66 @@ def _bits(values, kind: tl.constexpr):
 
 
 @triton.jit
+def _code(words, scale, kind: tl.constexpr):
+    """Of codes + 8 in the lower four bits."""
+    return _bits(((words & 15) - 8).to(tl.float32) * scale, kind)
+
+
+@triton.jit
+def _pair(words, scale, kind: tl.constexpr):
+    """Two codes 16 bits apart as the lower and the upper half of 32 bits."""
+    return _code(words, scale, kind) | (_code(words >> 16, scale, kind) << 16)
+
+
+@triton.jit
 def expand_fragments(
-    values, meta, scales, dense, N, K, blocks, group: tl.constexpr, kind: tl.constexpr
+    values,
+    meta,
+    scales,
+    dense,
+    N,
+    K,
+    blocks,
+    group: tl.constexpr,
+    kind: tl.constexpr,
+    both: tl.constexpr,
 ):
     """dense [N, K] of `kind`, written as int64 [N, K/4], of a weight in fragment order.
 
-    Grid: blocks of 64 rows, `blocks` blocks of 64 columns. values, meta and scales are a
-    FragmentWeight's; where `group` is 0 values are pairs of `kind`. A lane has of rows g and g + 8
-    (`h`) the kept values of groups t and 4 + t (`q`) of every step `s`; see fragments.py.
+    Grid: blocks of 64 rows, blocks of 64 columns, of which the weight has `blocks`, and twice as
+    many as the matrix where it is dense (`both`). values, meta and scales are a FragmentWeight's;
+    where `group` is 0 values are pairs of `kind`. A lane has of rows g and g + 8 (`h`) the kept
+    values of groups t and 4 + t (`q`) of every step `s`; see fragments.py.
     """
-    block = tl.program_id(0).to(tl.int64) * blocks + tl.program_id(1)
-    e = tl.arange(0, 1024)
+    column = tl.program_id(1) * 2 if both else tl.program_id(1)
+    block = tl.program_id(0).to(tl.int64) * blocks + column
+    e = tl.arange(0, 1024)  # fours of columns
     row, four = e // 16, e % 16
     i, h, g = row // 16, row // 8 % 2, row % 8
     s, q, t = four // 8, four // 4 % 2, four % 4
     lane = 4 * g + t
-    words = tl.load(meta + block * 128 + (4 * g + 2 * s + q) * 4 + i)
-    positions = (words >> (16 * h + 4 * t)) & 15
     if group:
-        codes = tl.load(values + block * 256 + (s * 32 + lane) * 4 + i) >> (4 * (2 * q + h))
-        which = (tl.program_id(1) * 64 + 4 * four) // group
-        groups = blocks * 64 // group
-        pair = tl.load(scales + (tl.program_id(0).to(tl.int64) * groups + which) * 32 + g * 4 + i)
-        scale = ((pair >> (16 * h)) & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
-        first = _bits(((codes & 15) - 8).to(tl.float32) * scale.to(tl.float32), kind)
-        second = _bits((((codes >> 16) & 15) - 8).to(tl.float32) * scale.to(tl.float32), kind)
+        which = (column * 64 + 4 * four) // group
+        first_scale = tl.program_id(0).to(tl.int64) * (blocks * 64 // group)
+        halves = tl.load(scales + (first_scale + which) * 32 + g * 4 + i) >> (16 * h)
+        scale = (halves & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        at = block * 256 + (s * 32 + lane) * 4 + i
+        kept = _pair(tl.load(values + at) >> (4 * (2 * q + h)), scale, kind)
+        if both:
+            others = _pair(tl.load(values + at + 256) >> (4 * (2 * q + h)), scale, kind)
     else:
-        both = tl.load(values + block * 1024 + ((s * 4 + i) * 32 + lane) * 4 + 2 * q + h)
-        first, second = both.to(tl.int64) & 0xFFFF, (both.to(tl.int64) >> 16) & 0xFFFF
-    where = (first << (16 * (positions & 3))) | (second << (16 * (positions >> 2)))
+        at = block * 1024 + ((s * 4 + i) * 32 + lane) * 4 + 2 * q + h
+        kept = tl.load(values + at).to(tl.int64)
+    if both:
+        four_values = kept | (others << 32)
+    else:
+        words = tl.load(meta + block * 128 + (4 * g + 2 * s + q) * 4 + i)
+        positions = (words >> (16 * h + 4 * t)) & 15
+        first, second = kept & 0xFFFF, (kept >> 16) & 0xFFFF
+        four_values = (first << (16 * (positions & 3))) | (second << (16 * (positions >> 2)))
     n, k = tl.program_id(0) * 64 + row, tl.program_id(1) * 16 + four
-    tl.store(dense + n.to(tl.int64) * (K // 4) + k, where, (n < N) & (k < K // 4))
+    inside = (n < N) & (k < K // 4)
+    tl.store(dense + n.to(tl.int64) * (K // 4) + k, four_values, inside)
 
 
 @triton.jit

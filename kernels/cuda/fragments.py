@@ -23,6 +23,10 @@ What lies behind each other is what one lane reads at once, 16 bytes, and then t
     meta    int32 [N/64, K/64, lane, i]
     scales  int32 [N/64, groups, g, i]             fp16: row g, and row g + 8 in the upper half
 
+A dense weight of codes is two 2:4 ones: the first pair of every four columns, and the second. Their
+blocks take turns along K, which is twice as long, and both are multiplied by the same tokens. Which
+columns are kept is known, so that there are no words for it.
+
 Codes stand in that order so that one mask takes out a pair of them for a register. (PTX ISA,
 "Matrix fragments for sparse mma.m16n8k32". A test shows that torch's CUTLASS converter makes the
 same words of metadata.)
@@ -37,7 +41,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from .. import nibbles
-from ..formats import Sparse24, Sparse24Int4
+from ..formats import Int4, Sparse24, Sparse24Int4
+from ..groups import expand_groups
 
 BLOCK_ROWS, BLOCK_COLUMNS = 64, 64
 # Two warps share a step of K, so columns are filled up to pairs of blocks.
@@ -57,6 +62,8 @@ class FragmentWeight:
         scales: int32, pairs of fp16; None where values are floats.
         group: columns that share a scale; 0 where values are floats.
         dtype: of stored floats, float16 or bfloat16; None where values are codes.
+        dense: two 2:4 weights whose blocks take turns; `meta` is empty then, and a group counts
+            columns of both.
     """
 
     shape: tuple[int, int]
@@ -65,6 +72,7 @@ class FragmentWeight:
     scales: Tensor | None
     group: int
     dtype: torch.dtype | None
+    dense: bool = False
 
     @property
     def blocks(self) -> tuple[int, int]:
@@ -115,6 +123,28 @@ def from_sparse24_int4(weight: Sparse24Int4) -> FragmentWeight:
     )
 
 
+def from_int4(weight: Int4) -> FragmentWeight:
+    """Of a dense weight of codes, one scale per row and `group` columns."""
+    rows, columns = weight.shape
+    filled = -(-columns // BLOCK_COLUMNS) * BLOCK_COLUMNS
+    codes = _filled(nibbles.unpack_nibbles(weight.values), rows, filled, 8)
+    pairs = codes.view(rows, filled // 64, 16, 2, 2).transpose(2, 3).reshape(rows, filled)
+    padded = _filled(pairs, -(-rows // BLOCK_ROWS) * BLOCK_ROWS, filled, 8)
+    # Both pairs have the scale of their columns: of 32, or of 64.
+    each = min(weight.group, BLOCK_COLUMNS)
+    scales = expand_groups(weight.scale, weight.group // each, filled // each)
+    if each < BLOCK_COLUMNS:
+        halves = scales.view(rows, filled // 64, 1, 2).expand(-1, -1, 2, -1)
+        scales = halves.reshape(rows, filled // 16)
+    scales = _filled(scales, padded.shape[0], scales.shape[1], 0)
+    blocks = padded.shape[0] // BLOCK_ROWS, filled // BLOCK_COLUMNS * 2
+    none = weight.values.new_empty(*blocks, 0, dtype=torch.int32)
+    group = WHOLE_COLUMNS if each == BLOCK_COLUMNS else each
+    return FragmentWeight(
+        weight.shape, pack_codes(padded), none, pack_scales(scales), group, None, dense=True
+    )
+
+
 def pack_meta(indices: Tensor) -> Tensor:
     """Kept positions uint8 [N, K/4, 2] of whole blocks to int32 [N/64, K/64, 32, 4]."""
     rows, fours = indices.shape[:2]
@@ -144,31 +174,38 @@ def pack_scales(scales: Tensor) -> Tensor:
     return words.permute(0, 3, 2, 1).contiguous()
 
 
-def unpack(
-    values: Tensor, meta: Tensor, scales: Tensor | None, group: int, dtype: torch.dtype
-) -> Tensor:
+def unpack(weight: FragmentWeight, dtype: torch.dtype) -> Tensor:
     """The dense weight of whole blocks, [64 blocks of rows, 64 blocks of columns], in `dtype`.
 
     What the kernel multiplies by, for machines without it: floats are of `dtype`, codes are scaled
-    in fp32 and rounded once.
+    in fp32 and rounded once. A dense one has half of the columns.
     """
+    rows, columns = 64 * weight.blocks[0], 64 * weight.blocks[1]
+    values = weight.values
+    if weight.scales is None:
+        fragments = values.view(dtype).view(*values.shape[:-1], 8)
+        return nibbles.scatter_kept(_from_fragments(fragments), _positions(weight.meta))
+    shifts = torch.tensor(_CODE_SHIFTS, device=values.device)
+    codes = _from_fragments((values.transpose(3, 4)[..., None] >> shifts & 15) - 8).float()
+    words = weight.scales.permute(0, 3, 2, 1)  # block of rows, tile, g, group
+    both = torch.stack((words & 0xFFFF, words >> 16 & 0xFFFF), 2)
+    floats = both.to(torch.int16).view(torch.float16).reshape(rows, -1).float()
+    kept = codes * floats.repeat_interleave(weight.group // 2, 1)
+    if weight.dense:
+        pairs = kept.view(rows, columns // 128, 2, 16, 2).transpose(2, 3)
+        return pairs.reshape(rows, columns // 2).to(dtype)
+    return nibbles.scatter_kept(kept, _positions(weight.meta)).to(dtype)
+
+
+def _positions(meta: Tensor) -> Tensor:
+    """Undo `pack_meta`."""
     rows, columns = 64 * meta.shape[0], 64 * meta.shape[1]
     halves = meta.transpose(2, 3).reshape(-1, columns // 64, 4, 8, 4).permute(0, 2, 3, 1, 4)
     # block of rows, tile, g, block of columns, t; the halves of a word are of rows g and g + 8
     both = torch.stack((halves & 0xFFFF, halves >> 16 & 0xFFFF), 2)
     nibbles_ = both[..., None] >> 4 * torch.arange(4, device=meta.device) & 15
     pairs = nibbles_.reshape(rows, columns // 4)
-    indices = torch.stack((pairs & 3, pairs >> 2), -1)
-    if scales is None:
-        fragments = values.view(dtype).view(*values.shape[:-1], 8)
-        return nibbles.scatter_kept(_from_fragments(fragments), indices)
-    shifts = torch.tensor(_CODE_SHIFTS, device=values.device)
-    codes = (values.transpose(3, 4)[..., None] >> shifts & 15) - 8
-    dense = nibbles.scatter_kept(_from_fragments(codes).float(), indices)
-    words = scales.permute(0, 3, 2, 1)  # block of rows, tile, g, group
-    both = torch.stack((words & 0xFFFF, words >> 16 & 0xFFFF), 2)
-    floats = both.to(torch.int16).view(torch.float16).reshape(rows, -1).float()
-    return (dense * floats.repeat_interleave(group, 1)).to(dtype)
+    return torch.stack((pairs & 3, pairs >> 2), -1)
 
 
 def _from_fragments(fragments: Tensor) -> Tensor:

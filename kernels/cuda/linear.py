@@ -1,6 +1,6 @@
-"""2:4 linears on sparse tensor cores, as an operator of torch, so that torch.compile takes it.
+"""Linears on sparse tensor cores, and as an operator of torch, so that torch.compile takes them.
 
-It computes on CPU tensors too, slowly: by the dense matrix that it stands for.
+They are computed on CPU tensors too, slowly: by the dense matrix that the weight stands for.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .dense import dense_of_fragments
-from .fragments import WHOLE_COLUMNS, unpack
+from .fragments import WHOLE_COLUMNS, FragmentWeight, unpack
 from .sparse_gemm import sparse_gemm
 from .steps import add_up
 from .targets import ARCHITECTURES, Architecture
@@ -33,6 +33,45 @@ def limits_of(device: int) -> tuple[Architecture, int] | None:
     return None if known is None else (known, properties.multi_processor_count)
 
 
+def multiply(
+    x: Tensor,
+    weight: FragmentWeight,
+    rows: int,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """y [..., rows] = x [..., K] W^T (+ bias) (+ residual).
+
+    K and `rows` are multiples of 16; x, bias, residual and float weights have one dtype of KINDS.
+    """
+    if not x.is_cuda:
+        return _on_cpu(x, weight, rows, bias, residual)
+    inputs = x.reshape(-1, x.shape[-1]).contiguous()
+    chosen = _chosen(inputs, weight, rows)
+    if chosen.tile is None:
+        y = functional.linear(x, dense_of_fragments(weight, rows, x.shape[-1], x.dtype), bias)
+        return y if residual is None else y + residual
+    fused = chosen.splits == 1  # else bias and residual are added with the parts
+    added = (bias, residual) if fused else (None, None)
+    y = inputs.new_empty(len(inputs), rows)
+    parts = y if fused else _room(inputs, rows, chosen.splits)
+    _launch(inputs, weight, added, parts, chosen)
+    if not fused:
+        add_up(parts, bias, residual, y)
+    return y.view(*x.shape[:-1], rows)
+
+
+def multiply_in_parts(x: Tensor, weight: FragmentWeight, rows: int) -> Tensor:
+    """As `multiply`, of x [M, K], but where K is parted the parts fp32 [splits, M, rows]."""
+    inputs = x.contiguous()
+    chosen = _chosen(inputs, weight, rows)
+    if chosen.splits == 1:
+        return multiply(inputs, weight, rows)
+    parts = _room(inputs, rows, chosen.splits)
+    _launch(inputs, weight, (None, None), parts, chosen)
+    return parts
+
+
 @torch.library.custom_op("halfweave::sparse_linear", mutates_args=())
 def sparse_linear(
     x: Tensor,
@@ -44,46 +83,33 @@ def sparse_linear(
     rows: int,
     group: int,
 ) -> Tensor:
-    """y [..., rows] = x [..., K] W^T (+ bias) (+ residual), W in fragment order (fragments.py).
-
-    K and `rows` are multiples of 16; x, bias, residual and float weights have one dtype of KINDS.
-    """
-    inputs = x.reshape(-1, x.shape[-1]).contiguous()
-    chosen = _chosen(inputs, rows, group)
-    if chosen.tile is None:
-        dense = dense_of_fragments(values, meta, scales, (rows, x.shape[-1]), group, x.dtype)
-        y = functional.linear(x, dense, bias)
-        return y if residual is None else y + residual
-    fused = chosen.splits == 1  # else bias and residual are added with the parts
-    added = (bias, residual) if fused else (None, None)
-    y = inputs.new_empty(len(inputs), rows)
-    parts = y if fused else _room(inputs, rows, chosen.splits)
-    _launch(inputs, (values, meta, scales), added, parts, group, chosen)
-    if not fused:
-        add_up(parts, bias, residual, y)
-    return y.view(*x.shape[:-1], rows)
+    """`multiply` by a 2:4 weight in fragment order (fragments.py)."""
+    dtype = None if group else x.dtype
+    weight = FragmentWeight((rows, x.shape[-1]), values, meta, scales, group, dtype)
+    return multiply(x, weight, rows, bias, residual)
 
 
-def sparse_parts(
-    x: Tensor, values: Tensor, meta: Tensor, scales: Tensor | None, rows: int, group: int
+@sparse_linear.register_fake
+def _(x, values, meta, scales, bias, residual, rows, group):  # type: ignore[no-untyped-def]
+    return x.new_empty(*x.shape[:-1], rows)
+
+
+def _on_cpu(
+    x: Tensor, weight: FragmentWeight, rows: int, bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:
-    """As `sparse_linear`, of x [M, K], but where K is parted the parts fp32 [splits, M, rows]."""
-    inputs = x.contiguous()
-    chosen = _chosen(inputs, rows, group)
-    if chosen.splits == 1:
-        whole: Tensor = sparse_linear(inputs, values, meta, scales, None, None, rows, group)
-        return whole
-    y = _room(inputs, rows, chosen.splits)
-    _launch(inputs, (values, meta, scales), (None, None), y, group, chosen)
-    return y
+    dense = unpack(weight, x.dtype)[:rows, : x.shape[-1]]
+    y = x.float() @ dense.float().T
+    y = y if bias is None else y + bias.float()
+    return (y if residual is None else y + residual.float()).to(x.dtype)
 
 
-def _chosen(inputs: Tensor, rows: int, group: int) -> Choice:
+def _chosen(inputs: Tensor, weight: FragmentWeight, rows: int) -> Choice:
     found = limits_of(inputs.device.index)
     if found is None:
         raise NotImplementedError("this GPU has no sparse tensor cores that are known here")
-    M, K = inputs.shape
-    return choose(Product(M, rows, K, KINDS[inputs.dtype], group), *found)
+    (M, K), kind = inputs.shape, KINDS[inputs.dtype]
+    columns = 2 * K if weight.dense else K
+    return choose(Product(M, rows, columns, kind, weight.group, weight.dense), *found)
 
 
 def _room(inputs: Tensor, rows: int, splits: int) -> Tensor:
@@ -92,33 +118,31 @@ def _room(inputs: Tensor, rows: int, splits: int) -> Tensor:
 
 def _launch(
     inputs: Tensor,
-    weight: tuple[Tensor, Tensor, Tensor | None],
+    weight: FragmentWeight,
     added: tuple[Tensor | None, Tensor | None],
     y: Tensor,
-    group: int,
     chosen: Choice,
 ) -> None:
     """Compute y [M, rows], or its parts [splits, M, rows]; `added` are bias and residual."""
-    (values, meta, scales), (bias, residual) = weight, added
-    M, K = inputs.shape
-    tile, rows = chosen.tile, y.shape[-1]
+    (M, K), rows, tile, (bias, residual) = inputs.shape, y.shape[-1], chosen.tile, added
     assert tile is not None
     variant = Variant(
         tile,
         KINDS[inputs.dtype],
-        group,
-        whole_k=K % WHOLE_COLUMNS == 0,
+        weight.group,
+        whole_k=(2 * K if weight.dense else K) % WHOLE_COLUMNS == 0,
         splits=chosen.splits > 1,
         bias=bias is not None,
         residual=residual is not None,
+        dense=weight.dense,
     )
-    blocks = meta.shape[1]
+    blocks = weight.blocks[1]
     grid = (triton.cdiv(rows, tile.BN), triton.cdiv(M, tile.BM), chosen.splits)
     sparse_gemm[grid](
         inputs.view(torch.int32),
-        values,
-        meta,
-        meta if scales is None else scales,
+        weight.values,
+        weight.meta,
+        weight.meta if weight.scales is None else weight.scales,
         y if bias is None else bias,
         y if residual is None else residual,
         y,
@@ -131,25 +155,3 @@ def _launch(
         num_warps=tile.warps,
         maxnreg=tile.registers,
     )
-
-
-@sparse_linear.register_kernel("cpu")
-def _sparse_linear_on_cpu(
-    x: Tensor,
-    values: Tensor,
-    meta: Tensor,
-    scales: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    rows: int,
-    group: int,
-) -> Tensor:
-    dense = unpack(values, meta, scales, group, x.dtype)[:rows, : x.shape[-1]]
-    y = x.float() @ dense.float().T
-    y = y if bias is None else y + bias.float()
-    return (y if residual is None else y + residual.float()).to(x.dtype)
-
-
-@sparse_linear.register_fake
-def _(x, values, meta, scales, bias, residual, rows, group):  # type: ignore[no-untyped-def]
-    return x.new_empty(*x.shape[:-1], rows)

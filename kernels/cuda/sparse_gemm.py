@@ -139,6 +139,16 @@ def _metadata(shared, V: gl.constexpr):
 
 
 @gluon.jit
+def _known_metadata(V: gl.constexpr):
+    """The same of a dense weight: blocks keep the first and the second pair by turns."""
+    layout: gl.constexpr = fragments(V.WN, V.WK, V.WM)
+    L2: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, gl.SliceLayout(4, layout)))
+    k = gl.arange(0, V.WK, gl.SliceLayout(1, L2))
+    words = gl.where(k % 2 == 0, 0x44444444, -0x11111112)
+    return words[:, None][:, :, None][:, :, :, None][:, :, :, :, None]
+
+
+@gluon.jit
 def _add_floats(weights, b0, b1, meta, sums, V: gl.constexpr):
     """One step of weights that are floats."""
     layout: gl.constexpr = fragments(V.WN, V.WK, V.WM)
@@ -221,6 +231,8 @@ def _token_offsets(M, K, V: gl.constexpr):
     layout: gl.constexpr = contiguous([V.BM, 32 * V.WK], V.WN * V.WK * V.WM)
     m = gl.arange(0, V.BM, gl.SliceLayout(1, layout))
     k = gl.arange(0, 32 * V.WK, gl.SliceLayout(0, layout))
+    if V.dense:
+        k = k // 64 * 32 + k % 32  # two blocks of the weight have the same columns
     there = gl.program_id(1) * V.BM + m < M
     offset = gl.where(there, m, 0)[:, None] * (K // 2) + k[None, :]
     return offset, there[:, None] & (k >= 0)[None, :], k
@@ -230,8 +242,17 @@ def _token_offsets(M, K, V: gl.constexpr):
 def _copy_tokens(shared, x, offsets, there, k, left, step, V: gl.constexpr):
     """Start copying a step's tokens; `left` words of a row are behind the program's first step."""
     if not V.whole_k:
-        there = there & (k < left - step * (32 * V.WK))[None, :]
-    _copy(shared, x + step * (32 * V.WK) + offsets, there)
+        there = there & (k < left - step * V.step_words)[None, :]
+    _copy(shared, x + step * V.step_words + offsets, there)
+
+
+@gluon.jit
+def _copy_weights(ws, es, w, e, step, V: gl.constexpr):
+    """Start copying a step's weights and, where they are not known, their metadata."""
+    pieces: gl.constexpr = 2 if V.group else 8
+    _copy(ws, w + step * (V.WK * 128 * pieces))
+    if not V.dense:
+        _copy(es, e + step * (V.WK * 128))
 
 
 # Without this, batches of 1 and of multiples of 16 would each be compiled for once more.
@@ -242,6 +263,7 @@ def sparse_gemm(x, w, e, s, bias, residual, y, M, N, K, KB, T, V: gl.constexpr):
     Grid: ceil(N / BN), ceil(M / BM), splits. x is read as pairs of halves; w, e and s are a
     FragmentWeight's values, meta and scales; KB its blocks of columns; T the steps of a split, the
     last of which may have fewer. With several splits y is fp32 [splits, M, N], one part for each.
+    K counts columns of x; a dense weight has blocks for twice as many.
     """
     pieces: gl.constexpr = 2 if V.group else 8
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [4, 3, 2, 1, 0])
@@ -249,7 +271,9 @@ def sparse_gemm(x, w, e, s, bias, residual, y, M, N, K, KB, T, V: gl.constexpr):
     S: gl.constexpr = V.stages
     xs = gl.allocate_shared_memory(gl.int32, [S, V.BM, 32 * V.WK], swizzled)
     ws = gl.allocate_shared_memory(gl.int32, [S, V.BN // 64, V.WK, pieces, 32, 4], plain)
-    es = gl.allocate_shared_memory(gl.int32, [S, V.BN // 64, V.WK, 1, 32, 4], plain)
+    es = ws
+    if not V.dense:
+        es = gl.allocate_shared_memory(gl.int32, [S, V.BN // 64, V.WK, 1, 32, 4], plain)
     first = gl.program_id(2) * T
     steps = gl.minimum(KB // V.WK - first, T)
     block = gl.program_id(0) * (V.BN // 64)
@@ -257,10 +281,10 @@ def sparse_gemm(x, w, e, s, bias, residual, y, M, N, K, KB, T, V: gl.constexpr):
     xo, there, k = _token_offsets(M, K, V)
     wo = _block_offsets(last, KB * (128 * pieces), V, pieces)
     eo = _block_offsets(last, KB * 128, V, 1)
-    x += (gl.program_id(1) * V.BM).to(gl.int64) * (K // 2) + first * (32 * V.WK)
+    x += (gl.program_id(1) * V.BM).to(gl.int64) * (K // 2) + first * V.step_words
     w += (block.to(gl.int64) * KB + first * V.WK) * (128 * pieces)
     e += (block.to(gl.int64) * KB + first * V.WK) * 128
-    left = K // 2 - first * (32 * V.WK)
+    left = K // 2 - first * V.step_words
     if V.group:
         groups = KB * 64 // V.group
         s += (block.to(gl.int64) * groups + first * V.WK * 64 // V.group) * 32
@@ -268,8 +292,7 @@ def sparse_gemm(x, w, e, s, bias, residual, y, M, N, K, KB, T, V: gl.constexpr):
     for stage in gl.static_range(S - 1):
         if stage < steps:
             _copy_tokens(xs.index(stage), x, xo, there, k, left, stage, V)
-            _copy(ws.index(stage), w + stage * (V.WK * 128 * pieces) + wo)
-            _copy(es.index(stage), e + stage * (V.WK * 128) + eo)
+            _copy_weights(ws.index(stage), es.index(stage), w + wo, e + eo, stage, V)
         async_copy.commit_group()
     shape: gl.constexpr = [V.WK, V.BN // 16, V.BM // 8, 32, 4]
     sums = gl.zeros(shape, gl.float32, fragments(V.WN, V.WK, V.WM))
@@ -281,12 +304,11 @@ def sparse_gemm(x, w, e, s, bias, residual, y, M, N, K, KB, T, V: gl.constexpr):
                 to: gl.constexpr = (stage + S - 1) % S
                 ahead = step + S - 1
                 _copy_tokens(xs.index(to), x, xo, there, k, left, ahead, V)
-                _copy(ws.index(to), w + ahead * (V.WK * 128 * pieces) + wo)
-                _copy(es.index(to), e + ahead * (V.WK * 128) + eo)
+                _copy_weights(ws.index(to), es.index(to), w + wo, e + eo, ahead, V)
             async_copy.commit_group()
             if step < steps:
                 b0, b1 = _tokens(xs.index(stage), V)
-                meta = _metadata(es.index(stage), V)
+                meta = _known_metadata(V) if V.dense else _metadata(es.index(stage), V)
                 weights = ws.index(stage).load(weight_blocks(V.BN // 64, pieces, V.WN, V.WK, V.WM))
                 if V.group:
                     scales = s + step * (V.WK * 64) // V.group * 32 + so

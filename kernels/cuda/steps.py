@@ -94,7 +94,7 @@ def normed(x: Tensor, delta: Tensor | None, gain: Tensor, eps: float) -> Tensor:
     width = triton.next_power_of_2(size)
     given = x if delta is None else delta.contiguous()
     splits = 0 if delta is None else splits_of(delta)
-    warps = min(16, max(1, width // 512))
+    warps = min(16, max(1, width // 256))
     rms_norm[(len(x),)](x, given, gain, y, size, eps, B=width, splits=splits, num_warps=warps)
     return y
 

@@ -9,6 +9,7 @@ smaller; nothing was measured there.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product as product_of
@@ -17,7 +18,8 @@ from .targets import Architecture
 
 _HALF_BYTES = 2
 _MOST_SPLITS = 8
-_MOST_CODED, _MOST_FLOATS = 256, 640  # tokens, where dense products have faster instructions
+# Tokens, where dense products have faster instructions; and for dense weights everywhere.
+_MOST_CODED, _MOST_FLOATS, _MOST_DENSE = 256, 640, 64
 _DEEP_COLUMNS = 256  # of a step of tiles with four warps along K
 
 
@@ -43,13 +45,13 @@ class Tile:
         """Warps of a program."""
         return self.WN * self.WK * self.WM
 
-    def shared_bytes(self, group: int) -> int:
+    def shared_bytes(self, group: int, dense: bool = False) -> int:
         """Shared memory of a program: its stages, or the parts of its warps along K."""
         columns = 64 * self.WK
         tokens = _HALF_BYTES * self.BM * columns
         kept = self.BN * columns // 2
         weights = kept // 2 if group else kept * _HALF_BYTES
-        metadata = self.BN * columns // 8
+        metadata = 0 if dense else self.BN * columns // 8
         parts = 4 * self.WK * self.BM * self.BN if self.WK > 1 else 0
         return max(self.stages * (tokens + weights + metadata), parts)
 
@@ -78,6 +80,7 @@ class Variant:
         whole_k: K is a multiple of 128, so that no columns of tokens are missing.
         splits: whether K is parted among programs, whose fp32 parts are added by another kernel.
         bias, residual: what is added to the result before it is rounded.
+        dense: the weight is two 2:4 ones (fragments.py); K is that of both.
     """
 
     tile: Tile
@@ -87,6 +90,7 @@ class Variant:
     splits: bool
     bias: bool = False
     residual: bool = False
+    dense: bool = False
 
     @property
     def BN(self) -> int:  # noqa: N802
@@ -124,6 +128,16 @@ class Variant:
         return self.BM < 64
 
     @property
+    def scaled_columns(self) -> int:
+        """Columns of x that share a scale: 64 serve for 128 too where the weight is dense."""
+        return 64 if self.dense and self.group > 64 else self.group
+
+    @property
+    def step_words(self) -> int:
+        """Pairs of columns of a token in a step."""
+        return 16 * self.WK if self.dense else 32 * self.WK
+
+    @property
     def stored(self) -> int:
         """Neighbouring results of a lane: 16 bytes."""
         return 4 if self.splits else 8
@@ -131,13 +145,17 @@ class Variant:
 
 @dataclass(frozen=True)
 class Product:
-    """A product to be computed: x [M, K] and a weight [N, K]; see Variant for the rest."""
+    """A product to be computed: x [M, K] and a weight [N, K]; see Variant for the rest.
+
+    Where it is `dense`, K is that of the two 2:4 weights, twice that of x.
+    """
 
     M: int
     N: int
     K: int
     kind: str
     group: int
+    dense: bool = False
 
 
 @dataclass(frozen=True)
@@ -153,8 +171,7 @@ class Choice:
 
 def choose(product: Product, arch: Architecture, multiprocessors: int) -> Choice:
     """The tile of a product on a GPU of so many multiprocessors."""
-    most = _MOST_CODED if product.group else _MOST_FLOATS
-    if arch.wide_products and most < product.M:
+    if _most_tokens(product, arch) < product.M:
         return Choice(None, 1)
     tile = _decode_tile(product) if product.M <= 32 else _prefill_tile(product, multiprocessors)
     programs = -(-product.N // tile.BN) * -(-product.M // tile.BM)
@@ -162,7 +179,16 @@ def choose(product: Product, arch: Architecture, multiprocessors: int) -> Choice
     wanted = _programs_wanted(tile, product.group) * multiprocessors
     while 2 * splits * programs <= wanted and 4 * splits <= steps and splits < _MOST_SPLITS:
         splits *= 2
-    return Choice(_fitting(tile, product.group, arch), splits)
+    return Choice(_fitting(tile, product.group, product.dense, arch), splits)
+
+
+def _most_tokens(product: Product, arch: Architecture) -> float:
+    """From more on it is faster to write the weight out as a dense matrix."""
+    if product.dense:
+        return _MOST_DENSE
+    if not arch.wide_products:
+        return math.inf
+    return _MOST_CODED if product.group else _MOST_FLOATS
 
 
 def _decode_tile(product: Product) -> Tile:
@@ -175,21 +201,20 @@ def _decode_tile(product: Product) -> Tile:
 def _prefill_tile(product: Product, multiprocessors: int) -> Tile:
     """The wide one where it gives every multiprocessor something to do."""
     programs = -(-product.N // _WIDE.BN) * -(-product.M // _WIDE.BM)
-    return _WIDE if programs >= multiprocessors and product.N % _WIDE.BN == 0 else _NARROW
+    enough = programs >= multiprocessors and product.N % _WIDE.BN == 0
+    return _WIDE if enough and not product.dense else _NARROW
 
 
 def _programs_wanted(tile: Tile, group: int) -> float:
     """For every multiprocessor, at most."""
-    if tile.BM >= 64:
+    if tile.BM >= 64 or not group:
         return 1.5
-    if group:
-        return 3 if tile.BM == 16 else 4
-    return 1.2
+    return 3 if tile.BM == 16 else 4
 
 
-def _fitting(tile: Tile, group: int, arch: Architecture) -> Tile:
+def _fitting(tile: Tile, group: int, dense: bool, arch: Architecture) -> Tile:
     """The tile with as many steps in shared memory as there is room for."""
-    while tile.shared_bytes(group) > arch.shared_per_program:
+    while tile.shared_bytes(group, dense) > arch.shared_per_program:
         tile = replace(tile, stages=tile.stages - 1)
     return tile
 
@@ -199,10 +224,11 @@ def all_variants(arch: Architecture) -> Iterator[Variant]:
 
     That is columns of tokens that are missing and, where K is not parted, a bias and a residual.
     """
-    for tile, kind, group in product_of(TILES, ("f16", "bf16"), (0, 128, 64, 32)):
-        if tile == _DEEP[2] and group:
+    formats = ((0, False), (128, False), (64, False), (32, False), (128, True), (32, True))
+    for tile, kind, (group, dense) in product_of(TILES, ("f16", "bf16"), formats):
+        if (tile == _DEEP[2] and group) or (tile == _WIDE and dense):
             continue
-        fitting = _fitting(tile, group, arch)
+        fitting = _fitting(tile, group, dense, arch)
         for splits in (False, True) if tile != _WIDE else (False,):
-            yield Variant(fitting, kind, group, whole_k=True, splits=splits)
-            yield Variant(fitting, kind, group, False, splits, not splits, not splits)
+            yield Variant(fitting, kind, group, True, splits, dense=dense)
+            yield Variant(fitting, kind, group, False, splits, not splits, not splits, dense)

@@ -55,10 +55,11 @@ def test_products_of_any_shape_are_those_of_the_oracle(
 
 
 @pytest.mark.parametrize("group", [128, 64, 32])
-def test_dense_4_bit_products_are_those_of_the_oracle(group: int) -> None:
-    codes = torch.randint(-8, 8, (200, 320), generator=torch.Generator().manual_seed(0))
-    weight = Int4.from_codes(codes, torch.rand(200, -(-320 // group)).half(), group)
-    for tokens in (1, 17, 200):
+@pytest.mark.parametrize(("rows", "columns"), [(200, 320), (50, 98), *SHAPES])
+def test_dense_4_bit_products_are_those_of_the_oracle(rows: int, columns: int, group: int) -> None:
+    codes = torch.randint(-8, 8, (rows, columns), generator=torch.Generator().manual_seed(0))
+    weight = Int4.from_codes(codes, torch.rand(rows, -(-columns // group)).half(), group)
+    for tokens in (1, 17, 64, 200):
         assert error(weight, tokens, "bf16") < BOUNDS["bf16"]
 
 

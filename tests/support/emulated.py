@@ -9,9 +9,14 @@ from functools import cache
 import numpy as np
 import torch
 from halfweave.kernels.cuda.build import Row, build
-from halfweave.kernels.cuda.fragments import FragmentWeight, from_sparse24, from_sparse24_int4
+from halfweave.kernels.cuda.fragments import (
+    FragmentWeight,
+    from_int4,
+    from_sparse24,
+    from_sparse24_int4,
+)
 from halfweave.kernels.cuda.variants import Tile, Variant
-from halfweave.kernels.formats import Sparse24, Sparse24Int4
+from halfweave.kernels.formats import Int4, Sparse24, Sparse24Int4
 from ptx.emulator import Emulator
 from ptx.numbers import Array
 from torch import Tensor
@@ -34,19 +39,39 @@ class Case:
     splits: int = 1
     bias: bool = False
     residual: bool = False
+    dense: bool = False
     arch: int = 80
 
     @property
     def variant(self) -> Variant:
-        whole = self.K % 128 == 0
+        whole = self.K % (64 if self.dense else 128) == 0
+        group = max(self.group, 32) if self.group < 64 else 128
         return Variant(
-            self.tile, self.kind, self.group, whole, self.splits > 1, self.bias, self.residual
+            self.tile,
+            self.kind,
+            group if self.dense else self.group,
+            whole,
+            self.splits > 1,
+            self.bias,
+            self.residual,
+            self.dense,
         )
 
 
 @cache
 def built(variant: Variant, arch: int) -> Row:
     return build(variant, arch)
+
+
+def weight_of(case: Case) -> Sparse24 | Sparse24Int4 | Int4:
+    """Random, and dense where the case is."""
+    if not case.dense:
+        return sparse_weight(case)
+    generator = torch.Generator().manual_seed(case.N + case.K + case.group)
+    codes = torch.randint(-8, 8, (case.N, case.K), generator=generator)
+    groups = -(-case.K // case.group)
+    scale = (torch.rand(case.N, groups, generator=generator) * 0.1 + 0.05).half()
+    return Int4.from_codes(codes, scale, case.group)
 
 
 def sparse_weight(case: Case) -> Sparse24 | Sparse24Int4:
@@ -64,7 +89,9 @@ def sparse_weight(case: Case) -> Sparse24 | Sparse24Int4:
     return Sparse24Int4.from_codes(codes, keep, scale, case.group)
 
 
-def fragment_weight(weight: Sparse24 | Sparse24Int4) -> FragmentWeight:
+def fragment_weight(weight: Sparse24 | Sparse24Int4 | Int4) -> FragmentWeight:
+    if isinstance(weight, Int4):
+        return from_int4(weight)
     return from_sparse24(weight) if isinstance(weight, Sparse24) else from_sparse24_int4(weight)
 
 
@@ -82,7 +109,7 @@ def error_of(
     x = torch.randn(case.M, case.K, generator=generator).to(dtype)
     bias = torch.randn(case.N, generator=generator).to(dtype)
     residual = torch.randn(case.M, case.N, generator=generator).to(dtype)
-    stored = sparse_weight(case)
+    stored = weight_of(case)
     expected = x.float() @ stored.unpack().T
     expected += bias.float() if case.bias else 0
     expected += residual.float() if case.residual else 0

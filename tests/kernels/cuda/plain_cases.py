@@ -15,7 +15,7 @@ import triton.language as tl
 from halfweave.kernels.cuda.dense import dense_of_fragments, dense_of_int4
 from halfweave.kernels.cuda.elementwise import gate, rms_norm, rope_and_remember
 from halfweave.kernels.cuda.expand_gemm import expand_gemm
-from halfweave.kernels.cuda.fragments import from_sparse24, from_sparse24_int4
+from halfweave.kernels.cuda.fragments import from_int4, from_sparse24, from_sparse24_int4
 from halfweave.kernels.cuda.int4_gemm import int4_gemm
 from halfweave.kernels.cuda.paged_attention import attend, join
 from halfweave.kernels.cuda.reduce import add_parts
@@ -113,14 +113,16 @@ def test_weights_are_written_out_as_they_are_unpacked(
     if group:
         codes, scale = torch.randint(-8, 8, (N, K)), torch.rand(N, -(-K // group)).half()
         stored: Any = Sparse24Int4.from_codes(codes, keep, scale, group)
-        packed = from_sparse24_int4(stored).to(DEVICE)
+        packed = from_sparse24_int4(stored).to(torch.device(DEVICE))
         dense = Int4.from_codes(codes, scale, group)
+        both = from_int4(dense).to(torch.device(DEVICE))
+        assert torch.equal(dense_of_fragments(both, N, K, dtype).cpu(), dense.unpack(dtype))
         found = dense_of_int4(dense.values.to(DEVICE), dense.scale.to(DEVICE), group, dtype)
         assert torch.equal(found.cpu(), dense.unpack(dtype))
     else:
         stored = Sparse24.from_dense((weight * keep).to(dtype))
-        packed = from_sparse24(stored).to(DEVICE)
-    found = dense_of_fragments(packed.values, packed.meta, packed.scales, (N, K), group, dtype)
+        packed = from_sparse24(stored).to(torch.device(DEVICE))
+    found = dense_of_fragments(packed, N, K, dtype)
     assert torch.equal(found.cpu(), stored.unpack(dtype))
 
 

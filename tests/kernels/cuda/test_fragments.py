@@ -5,8 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from halfweave.kernels.cuda.fragments import from_sparse24, from_sparse24_int4, unpack
-from halfweave.kernels.formats import Sparse24, Sparse24Int4
+from halfweave.kernels.cuda.fragments import (
+    from_int4,
+    from_sparse24,
+    from_sparse24_int4,
+    unpack,
+)
+from halfweave.kernels.formats import Int4, Sparse24, Sparse24Int4
 from halfweave.kernels.nibbles import gather_kept, kept_indices
 from torch import Tensor
 from torch.sparse._semi_structured_conversions import (
@@ -113,6 +118,18 @@ def test_unpacking_gives_the_weight_back(rows: int, columns: int, group: int) ->
     else:
         stored = Sparse24.from_dense(dense)
         packed = from_sparse24(stored)
-    found = unpack(packed.values, packed.meta, packed.scales, group, torch.float16)
+    found = unpack(packed, torch.float16)
     assert torch.equal(found[:rows, :columns], stored.unpack(torch.float16))
     assert not found[rows:].any() and not found[:, columns:].any()
+
+
+@pytest.mark.parametrize("group", [128, 64, 32])
+@pytest.mark.parametrize(("rows", "columns"), [(64, 128), (50, 98), (130, 576)])
+def test_a_dense_weight_is_two_sparse_ones(rows: int, columns: int, group: int) -> None:
+    codes = torch.randint(-8, 8, (rows, columns), generator=torch.Generator().manual_seed(0))
+    stored = Int4.from_codes(codes, torch.rand(rows, -(-columns // group)).half(), group)
+    packed = from_int4(stored)
+    found = unpack(packed, torch.float16)
+    assert torch.equal(found[:rows, :columns], stored.unpack(torch.float16))
+    assert not found[rows:].any() and not found[:, columns:].any()
+    assert packed.meta.numel() == 0

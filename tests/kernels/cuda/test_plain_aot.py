@@ -65,7 +65,7 @@ def remembering(coded: bool) -> Signature:
 def expanding(group: int) -> Signature:
     types = dict.fromkeys(("values", "meta", "scales"), "*i32") | {"dense": "*i64"}
     types |= dict.fromkeys(("N", "K", "blocks"), "i32")
-    return signature(types, {"group": group, "kind": tl.bfloat16}, "N", "K")
+    return signature(types, {"group": group, "kind": tl.bfloat16, "both": False}, "N", "K")
 
 
 KERNELS: dict[str, tuple[Any, Signature]] = {

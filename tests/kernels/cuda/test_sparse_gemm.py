@@ -27,6 +27,11 @@ CASES = [
     Case(D8, 1, 80, 1536, "bf16", 128, splits=2),
     Case(D16, 13, 64, 512, group=32, bias=True),
     Case(D32, 32, 64, 512, "bf16", residual=True),
+    Case(D8, 8, 64, 512, group=64, dense=True),
+    Case(D8, 5, 80, 384, group=32, dense=True, splits=2),
+    Case(T8, 3, 64, 576, "bf16", 128, dense=True, bias=True),
+    Case(T16, 13, 64, 200, group=64, dense=True),
+    Case(NARROW, 40, 128, 192, group=32, dense=True, residual=True),
     Case(NARROW, 64, 192, 384, group=64),
     Case(NARROW, 70, 128, 512, splits=2),
     Case(WIDE, 130, 256, 192, "bf16", 128, residual=True),
@@ -94,6 +99,13 @@ MUTANTS = {
 }
 
 
+def case_of(name: str) -> Case:
+    """A product that a mutant spoils."""
+    if "scale" in name:
+        return Case(NARROW, 64, 128, 256, group=64)
+    return Case(T8, 8, 64, 640, group=64)
+
+
 def caught(case: Case, mutate: Callable[[str], str]) -> bool:
     try:
         return not error_of(case, mutate) < BOUNDS[case.kind]
@@ -103,10 +115,7 @@ def caught(case: Case, mutate: Callable[[str], str]) -> bool:
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_broken_program_is_seen(name: str) -> None:
-    case = Case(T8, 8, 64, 640, group=64)
-    if "scale" in name:
-        case = Case(NARROW, 64, 128, 256, group=64)
-    assert caught(case, MUTANTS[name])
+    assert caught(case_of(name), MUTANTS[name])
 
 
 def barriers(ptx: str) -> Iterator[int]:
