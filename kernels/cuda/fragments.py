@@ -132,7 +132,8 @@ def from_int4(weight: Int4) -> FragmentWeight:
     padded = _filled(pairs, -(-rows // BLOCK_ROWS) * BLOCK_ROWS, filled, 8)
     # Both pairs have the scale of their columns: of 32, or of 64.
     each = min(weight.group, BLOCK_COLUMNS)
-    scales = expand_groups(weight.scale, weight.group // each, filled // each)
+    known = expand_groups(weight.scale, weight.group // each, -(-columns // each))
+    scales = _filled(known, rows, filled // each, 0)
     if each < BLOCK_COLUMNS:
         halves = scales.view(rows, filled // 64, 1, 2).expand(-1, -1, 2, -1)
         scales = halves.reshape(rows, filled // 16)

@@ -124,7 +124,7 @@ def test_unpacking_gives_the_weight_back(rows: int, columns: int, group: int) ->
 
 
 @pytest.mark.parametrize("group", [128, 64, 32])
-@pytest.mark.parametrize(("rows", "columns"), [(64, 128), (50, 98), (130, 576)])
+@pytest.mark.parametrize(("rows", "columns"), [(64, 128), (50, 98), (130, 576), (40, 72)])
 def test_a_dense_weight_is_two_sparse_ones(rows: int, columns: int, group: int) -> None:
     codes = torch.randint(-8, 8, (rows, columns), generator=torch.Generator().manual_seed(0))
     stored = Int4.from_codes(codes, torch.rand(rows, -(-columns // group)).half(), group)
