@@ -16,9 +16,9 @@ Figures = dict[str, Any]
 
 PAGE = """# GPU kernels, without a GPU
 
-**Nothing on this page was timed. No kernel of ours has run on a GPU yet.** What follows was
-compiled by Triton {triton} on a machine without one, counted in the machine code, and computed from
-data sheets, {date}.
+**Nothing on this page was timed**; for that see [gpu_measured.md](gpu_measured.md), of one card.
+What follows was compiled by Triton {triton} on a machine without a GPU, counted in the machine
+code, and computed from data sheets, {date}.
 
 - Command: `python benchmarks/gpu_static.py`.
 - Emulated: the program that Triton made for sm_80, executed instruction by instruction on a CPU

@@ -1,4 +1,4 @@
-"""What memory bandwidth and tensor cores allow at most. No time here was ever measured."""
+"""What memory bandwidth and tensor cores allow at most, from data sheets; nothing measured."""
 
 from __future__ import annotations
 
