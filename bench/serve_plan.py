@@ -24,7 +24,7 @@ class ServePlan:
 
     loads: tuple[Load, ...]
     requests: int = 32
-    repetitions: int = 5
+    repetitions: int = 7
     warmups: int = 2
     prompt_tokens: int = 128
     new_tokens: int = 64

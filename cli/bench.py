@@ -120,7 +120,16 @@ _MEASURE = {"offline": _offline, "serve": _serve}
 
 
 def _compare(console: Console, comparing: Comparing) -> None:
-    raise NotImplementedError
+    from ..bench.compare import compare
+    from ..bench.document import read_document
+
+    assert comparing.compare is not None
+    first, second = (read_document(path) for path in comparing.compare)
+    found = compare(first, second, comparing.floor, comparing.even_if_different)
+    console.table(bench_tables.COMPARE_HEADER, bench_tables.comparison(found))
+    for line in bench_tables.comparison_lines(found):
+        console.say(line)
+    console.last_line({"verb": "bench", **found.to_json()})
 
 
 def _keep(console: Console, keeping: Keeping, model: str | None, document: dict[str, Any]) -> None:

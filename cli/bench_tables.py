@@ -11,6 +11,7 @@ from .tables import Row, distance
 
 if TYPE_CHECKING:
     from ..bench.batches import BatchBench
+    from ..bench.compare import Comparison
     from ..bench.offline import BenchResult, ModelBench
     from ..bench.serve import ServePoint
     from ..bench.serve_plan import ServePlan
@@ -149,6 +150,37 @@ def serve_lines(plan: ServePlan, quality: Mapping[str, EvalResult], machine: Har
             for name, found in quality.items()
         ),
         f"machine: {machine.line}",
+    ]
+
+
+COMPARE_HEADER = ("quantity", "A", "B", "B / A", "95 %", "p", "")
+
+
+def comparison(found: Comparison) -> list[Row]:
+    """One row for each quantity, the main ones first."""
+    return [
+        (
+            f"{each.name}, {each.unit}",
+            f"{each.first:.4g}",
+            f"{each.second:.4g}",
+            f"{each.shift.ratio:.3f}",
+            f"{each.shift.low:.2f}..{each.shift.high:.2f}",
+            f"{each.p:.2g}",
+            "" if each.verdict == "no significant change" else each.verdict,
+        )
+        for each in sorted(found.changes, key=lambda change: not change.main)
+    ]
+
+
+def comparison_lines(found: Comparison) -> list[str]:
+    """What has to be known, and the verdict."""
+    changed = [change for change in found.changes if change.verdict == found.verdict]
+    count = f" in {len(changed)} of {len(found.changes)}" if changed else ""
+    steady = found.verdict == "no significant change"
+    return [
+        f"p is corrected for the number of tests; changes below {100 * found.floor:g} % are none",
+        *notes(found.notes),
+        found.verdict if steady else f"{found.verdict}{count}",
     ]
 
 

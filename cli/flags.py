@@ -171,9 +171,9 @@ class Speed:
     text: Annotated[str, Flag(help="UTF-8 file, or the built-in one.")] = "builtin-eval"
     prompt_tokens: Annotated[int, Flag(help="Tokens of a prompt.")] = 128
     new_tokens: Annotated[int, Flag(help="Tokens of an answer.")] = 64
-    repetitions: Annotated[
-        int | None, Flag(help="Measured rounds, 5 or more. [offline 7, kernel 11, serve 5]")
-    ] = None
+    repetitions: Annotated[int | None, Flag(help="Measured rounds, 5 or more. [7, kernel 11]")] = (
+        None
+    )
     batch: Annotated[
         list[int], Flag(min=1, help="offline: requests at once, repeated. [1 2 4 8 16]")
     ] = field(default_factory=list)
@@ -227,7 +227,7 @@ class Comparing:
     compare: Annotated[
         tuple[Path, Path] | None, Flag(metavar="A.json B.json", help="Say what changed, and stop.")
     ] = None
-    floor: Annotated[float, Flag(min=0, help="compare: smaller changes are none.")] = 0.05
+    floor: Annotated[float, Flag(min=0, help="compare: smaller changes are none.")] = 0.03
     even_if_different: Annotated[
         bool, Flag("--even-if-different", help="compare: of other models, plans or machines too.")
     ] = False

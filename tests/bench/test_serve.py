@@ -47,7 +47,14 @@ def _running(*flags: object) -> Iterator[str]:
 
 
 def measured(url: str, load: Load, **changes: Any) -> ServePoint:
-    asked = {"requests": 4, "warmups": 1, "new_tokens": 6, "timeout_s": 30.0, **changes}
+    asked = {
+        "requests": 4,
+        "repetitions": 5,
+        "warmups": 1,
+        "new_tokens": 6,
+        "timeout_s": 30.0,
+        **changes,
+    }
     plan = ServePlan((load,), **asked)
     target = Target(url, "mock", chat=plan.chat, timeout_s=plan.timeout_s)
     (point,) = bench_serve({"mock": target}, PROMPTS, plan)
