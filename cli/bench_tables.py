@@ -12,6 +12,7 @@ from .tables import Row, distance
 if TYPE_CHECKING:
     from ..bench.batches import BatchBench
     from ..bench.compare import Comparison
+    from ..bench.kernel import KernelResult
     from ..bench.offline import BenchResult, ModelBench
     from ..bench.serve import ServePoint
     from ..bench.serve_plan import ServePlan
@@ -100,6 +101,42 @@ def offline_lines(result: BenchResult) -> list[str]:
 def notes(found: Sequence[str]) -> list[str]:
     """One paragraph each."""
     return [_wrapped(f"note: {note}") for note in found]
+
+
+KERNEL_HEADER = ("weight", "M", "us", "GB/s", "peak", "GFLOP/s", "to dense", "to int4", "kernel")
+
+
+def kernel(result: KernelResult) -> list[Row]:
+    """One row for each product and number of tokens, those that lose too."""
+    return [
+        (
+            f"{row.format}{f' g{row.group}' if row.group else ''} {row.N}x{row.K}",
+            str(row.M),
+            f"{row.us.median:.1f}",
+            f"{row.gb_per_s:.1f}",
+            _percent(row.bandwidth_share),
+            f"{row.gflop_per_s:.0f}",
+            f"{row.to_dense:.2f}x",
+            _or_dash(row.to_int4, "{:.2f}x".format),
+            row.kernel,
+        )
+        for row in result.rows
+    ]
+
+
+def kernel_lines(result: KernelResult, machine: Hardware) -> list[str]:
+    """How to read the rows."""
+    lost = [row for row in result.rows if not row.wins]
+    text = (
+        f"sparse is our kernel ({result.level}) for the weight as it is stored, M tokens at once, "
+        "medians in turns, weights that no cache holds. to dense is the time of the fastest of "
+        "torch in fp32, torch in bf16 and our dense kernel, over ours. Outputs are off by up to "
+        f"{max(row.error for row in result.rows):.1%}, from rounding. Memory is read at "
+        f"{result.read_gb_per_s:.1f} GB/s. {len(lost)} of {len(result.rows)} rows lose to a dense "
+        "product, which dispatch takes instead. A model in one C++ decoder keeps to the choice for "
+        "one token, so that its text does not depend on what is computed beside it."
+    )
+    return [_wrapped(text), f"machine: {machine.line}"]
 
 
 SERVE_HEADER = (
