@@ -119,8 +119,8 @@ class BenchResult:
     """One run of the benchmark; the baseline comes first.
 
     `peak_memory_bytes` is the process's, with all models loaded; `read_gb_per_s` is how fast its
-    threads read memory, the best of a look in every round, None without the CPU kernels. `notes` say what a reader of the numbers has
-    to know.
+    threads read memory, the best of a look in every round, None without the CPU kernels. `notes`
+    say what a reader of the numbers has to know.
     """
 
     plan: BenchPlan

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from textwrap import fill
+from textwrap import TextWrapper
 from typing import TYPE_CHECKING, TypeVar
 
 from .console import WIDTH, size
@@ -222,7 +222,10 @@ def comparison_lines(found: Comparison) -> list[str]:
 
 
 def _wrapped(text: str) -> str:
-    return fill(text, WIDTH, subsequent_indent="  ", break_long_words=False)
+    wrapper = TextWrapper(
+        WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
+    return wrapper.fill(text)  # whole paths and flags
 
 
 def _figures(models: Sequence[ModelBench], name: str) -> dict[str, float]:
