@@ -139,32 +139,36 @@ def kernel_lines(result: KernelResult, machine: Hardware) -> list[str]:
     return [_wrapped(text), f"machine: {machine.line}"]
 
 
-SERVE_HEADER = (
-    "load",
-    "model",
-    "TTFT ms",
-    "ITL ms",
-    "TPOT ms",
-    "E2E ms",
-    "tok/s",
-    "req/s",
-    "good/s",
-)
+TIMES_HEADER = ("load", "model", "TTFT, ms", "ITL, ms", "TPOT, ms", "E2E, ms")
+RATES_HEADER = ("load", "model", "done", "tokens/s", "requests/s", "good/s", "late by, ms")
 
 
-def serve(points: Sequence[ServePoint]) -> tuple[Row, list[Row]]:
-    """A load on a model in each row: p50/p90/p99 of times, all answers together a second."""
-    return SERVE_HEADER, [
+def times(points: Sequence[ServePoint]) -> list[Row]:
+    """A load on a model in each row: p50/p90/p99."""
+    return [
+        (*_load(p), *(_three(each) for each in (p.ttft_ms, p.itl_ms, p.tpot_ms, p.e2e_ms)))
+        for p in points
+    ]
+
+
+def rates(points: Sequence[ServePoint]) -> list[Row]:
+    """All answers together a second, and how late the client was in one of a hundred looks."""
+    return [
         (
-            f"{p.rate:g} req/s" if p.rate is not None else f"{p.concurrency} clients",
-            _short(p.model),
-            *(_three(each) for each in (p.ttft_ms, p.itl_ms, p.tpot_ms, p.e2e_ms)),
+            *_load(p),
+            f"{p.completed} of {p.requests}",
             _or_dash(p.output_tokens_per_s, "{:.1f}".format),
             f"{p.requests_per_s:.2f}",
             _or_dash(p.goodput_per_s, "{:.2f}".format),
+            f"{p.client_lag_ms['p99']:.1f}",
         )
         for p in points
     ]
+
+
+def _load(point: ServePoint) -> tuple[str, str]:
+    rate, clients = point.rate, point.concurrency
+    return f"{rate:g} req/s" if rate is not None else f"{clients} clients", _short(point.model)
 
 
 def _three(times: Mapping[str, float] | None) -> str:
@@ -237,4 +241,4 @@ def _kernel_names(model: ModelBench) -> str:
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= 20 else name[:19] + "…"
+    return name if len(name) <= 20 else f"{name[:9]}…{name[-10:]}"  # models differ at the end
