@@ -37,30 +37,31 @@ class Candidate:
     copies: int
     bind: Callable[[Tensor], Run]
     turn: int = 0  # which copy is next
-    calls: int = 1  # of a sample
 
     def output(self, x: Tensor) -> Tensor:
         """y fp32 [M, N]."""
         return self.bind(x)(0).float().clone()
 
-    def warm_up(self, x: Tensor) -> None:
-        """Touch every copy, and find how many calls make a sample that a clock can tell."""
-        run = self.bind(x)
-        for copy in range(self.copies):
-            run(copy)
-        self.calls = 1
-        took = self.seconds(run)
-        self.calls = max(1, round(_SAMPLE_S / max(took, 1e-7)))
 
-    def seconds(self, run: Run) -> float:
+class Sampler:
+    """Times one candidate with one x, so many calls to a sample that a clock can tell."""
+
+    def __init__(self, candidate: Candidate, x: Tensor) -> None:
+        """Warm up: touch every copy, and find the number of calls."""
+        self.candidate, self._run, self.calls = candidate, candidate.bind(x), 1
+        for copy in range(candidate.copies):
+            self._run(copy)
+        self.calls = max(1, round(_SAMPLE_S / max(self.seconds(), 1e-7)))
+
+    def seconds(self) -> float:
         """Of one product, the mean over a sample's calls."""
-        turn, copies = self.turn, self.copies
+        run, turn, copies = self._run, self.candidate.turn, self.candidate.copies
         started = time.perf_counter()
         for _ in range(self.calls):
             run(turn)
             turn = (turn + 1) % copies
         took = time.perf_counter() - started
-        self.turn = turn
+        self.candidate.turn = turn
         return took / self.calls
 
 

@@ -113,6 +113,7 @@ def _offline(console: Console, asked: Asked, keeping: Keeping) -> dict[str, Any]
 def _kernel(console: Console, asked: Asked, keeping: Keeping) -> dict[str, Any]:
     from ..bench.document import about_model, document
     from ..bench.kernel import KernelPlan, bench_kernel
+    from ..bench.quiet import BUSY
 
     if asked.loading.device != "cpu":
         raise UsageError(f"products are measured on the CPU, not on {asked.loading.device}")
@@ -123,7 +124,7 @@ def _kernel(console: Console, asked: Asked, keeping: Keeping) -> dict[str, Any]:
         asked.loading.head_bits,
     )
     with _quiet(asked, keeping) as (machine, notes), console.progress("product") as bar:
-        busy = len(notes) > 1
+        busy = any(note.startswith(BUSY) for note in notes)
         result = bench_kernel(asked.needed_model, plan, bar.step)
         notes = [*notes, *result.notes, _keep_table(result, keeping, busy)]
     console.table(bench_tables.KERNEL_HEADER, bench_tables.kernel(result), words=(0, -1))
