@@ -7,6 +7,7 @@ called from Python once for a product.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from ctypes import byref
@@ -22,7 +23,9 @@ from ..kernels.cpu.packed import PackedWeight
 from ..kernels.cpu.room import aligned_bytes
 
 COLD_BYTES = 128 * 2**20  # beyond the last cache of most machines
-_SAMPLE_S = 0.004
+_BURST_S = 0.0005
+_BURSTS = 9
+_SAMPLE_S = 0.02  # of one with products that take long, which has fewer bursts
 
 # Computes the product with the copy of a number, and gives y [M, N].
 Run = Callable[[int], Tensor]
@@ -44,17 +47,23 @@ class Candidate:
 
 
 class Sampler:
-    """Times one candidate with one x, so many calls to a sample that a clock can tell."""
+    """Times one candidate with one x, in bursts of so many calls that a clock can tell."""
 
     def __init__(self, candidate: Candidate, x: Tensor) -> None:
         """Warm up: touch every copy, and find the number of calls."""
-        self.candidate, self._run, self.calls = candidate, candidate.bind(x), 1
+        self.candidate, self._run = candidate, candidate.bind(x)
+        self.calls = self.bursts = 1
         for copy in range(candidate.copies):
             self._run(copy)
-        self.calls = max(1, round(_SAMPLE_S / max(self.seconds(), 1e-7)))
+        once = max(self.seconds(), 1e-7)
+        self.calls = max(1, round(_BURST_S / once))
+        self.bursts = min(_BURSTS, max(1, round(_SAMPLE_S / (self.calls * once))))
 
     def seconds(self) -> float:
-        """Of one product, the mean over a sample's calls."""
+        """Of one product: the median of bursts, since the system may interrupt some of them."""
+        return statistics.median(self._burst() for _ in range(self.bursts)) / self.calls
+
+    def _burst(self) -> float:
         run, turn, copies = self._run, self.candidate.turn, self.candidate.copies
         started = time.perf_counter()
         for _ in range(self.calls):
@@ -62,7 +71,7 @@ class Sampler:
             turn = (turn + 1) % copies
         took = time.perf_counter() - started
         self.candidate.turn = turn
-        return took / self.calls
+        return took
 
 
 def copies_of(size: int) -> int:

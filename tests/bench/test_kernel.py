@@ -29,14 +29,14 @@ PLAN = KernelPlan(tokens=(1, 8), repetitions=5)
 def few_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiny weights would need ten thousand copies to be out of the caches."""
     monkeypatch.setattr("halfweave.bench.candidates.COLD_BYTES", 2**16)
-    monkeypatch.setattr("halfweave.bench.candidates._SAMPLE_S", 0.0005)
+    monkeypatch.setattr("halfweave.bench.candidates._BURST_S", 0.0001)
 
 
 @pytest.fixture(scope="module")
 def result(packed_model: Path) -> KernelResult:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("halfweave.bench.candidates.COLD_BYTES", 2**16)
-        patch.setattr("halfweave.bench.candidates._SAMPLE_S", 0.0005)
+        patch.setattr("halfweave.bench.candidates._BURST_S", 0.0001)
         return bench_kernel(str(packed_model), PLAN)
 
 
@@ -138,9 +138,9 @@ def test_copies_are_equal_and_take_turns() -> None:
     for copy in range(made.copies):
         torch.testing.assert_close(run(copy), wanted)
     sampler = Sampler(made, x)
-    sampler.calls, made.turn = 3, made.copies - 1
+    sampler.calls, sampler.bursts, made.turn = 3, 9, made.copies - 1
     assert sampler.seconds() > 0
-    assert made.turn == 2 % made.copies
+    assert made.turn == (made.copies - 1 + 9 * 3) % made.copies
 
 
 def test_products_read_their_weights(packed_model: Path) -> None:
