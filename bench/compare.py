@@ -15,7 +15,7 @@ from typing import Any
 
 from ..errors import RefusedError, UsageError
 from .metrics import Metric, metrics
-from .quiet import BUSY
+from .quiet import BUSY, KEPT
 from .significance import ALPHA, Shift, holm, least_p, shift
 
 NO_CHANGE = "no significant change"
@@ -158,7 +158,13 @@ def _overall(changes: list[Change]) -> str:
 
 
 def _busy_notes(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
-    return [
+    """What of the machine may be the difference: others at work, or other cores."""
+    kept = [
+        [str(note) for note in each.get("notes") or () if str(note).startswith(KEPT)]
+        for each in (first, second)
+    ]
+    moved = [f"A: {kept[0][0]}, B: {kept[1][0]}"] if all(kept) and kept[0] != kept[1] else []
+    return moved + [
         f"{name}: {note}; what differs may be that"
         for name, document in (("A", first), ("B", second))
         for note in document.get("notes") or ()

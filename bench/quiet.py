@@ -17,6 +17,7 @@ from ..kernels.cpu.cores import one_cpu_a_core
 from ..runtime.hardware import Hardware
 
 BUSY = "the machine was busy"
+KEPT = "threads were kept to"
 _LOOK_S = 0.5
 _BUSY_CORES = 0.5  # as `Hardware.busy`: over half a core is taken
 _STILL_BUSY = 0.1  # cores; less than that is a machine at rest whose load average lags behind

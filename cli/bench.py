@@ -56,7 +56,7 @@ def _quiet(
     asked: Asked, keeping: Keeping, pin: bool = True
 ) -> Iterator[tuple[Hardware, list[str]]]:
     """A machine to measure on, and what to say of it; threads keep to cores if `pin`."""
-    from ..bench.quiet import check_quiet, others_at_work, pinned
+    from ..bench.quiet import KEPT, check_quiet, others_at_work, pinned
     from ..kernels.cpu.cores import granted_cores
     from ..runtime.hardware import this_machine
 
@@ -68,7 +68,7 @@ def _quiet(
         return
     with pinned(min(machine.threads, granted_cores()), shares) as cpus:
         where = f"CPUs {', '.join(map(str, cpus))}" if cpus else "no CPUs of their own"
-        yield machine, [*notes, f"threads were kept to {where}"]
+        yield machine, [*notes, f"{KEPT} {where}"]
 
 
 def _offline(console: Console, asked: Asked, keeping: Keeping) -> dict[str, Any]:
