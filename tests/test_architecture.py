@@ -14,14 +14,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("kernels", "runtime", "pruner", "server", "cli")
+ROOMS = ("kernels", "runtime", "bench", "pruner", "server", "cli")
 # What a room may import besides itself and the leaf modules at the root.
 ALLOWED = {
     "kernels": set(),
     "runtime": {"kernels"},
+    "bench": {"kernels", "runtime"},
     "pruner": {"kernels", "runtime"},  # the runtime only to evaluate what was pruned
     "server": {"runtime"},
-    "cli": {"kernels", "runtime", "pruner", "server"},
+    "cli": {"kernels", "runtime", "bench", "pruner", "server"},
 }
 LEAVES = {"errors", "files"}
 GPU_ONLY = ("kernels/cuda/", "runtime/gpu_decoder.py")
