@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from .draw import Draw
 from .likeliest import logprob_of
 from .request import FinishReason, GenerationRequest, TextDelta, TokenLogprob
 from .sampler import Sampler, check_number
@@ -47,11 +48,20 @@ class Answer:
 
     @property
     def takes_likeliest(self) -> bool:
-        """Whether `take_likeliest` would do in place of `take`, with no scores but one."""
+        """Whether the likeliest token, given to `take_chosen`, would do in place of `take`."""
         return self._sampler.takes_likeliest and self._params.logprobs is None
 
-    def take_likeliest(self, token: int, score: float, show: Show) -> FinishReason | None:
-        """As `take`, where the likeliest token and its score are known already."""
+    @property
+    def needs_no_scores(self) -> bool:
+        """Whether a token drawn by `draw` would do in place of `take`."""
+        return self._sampler.needs_no_scores and self._params.logprobs is None
+
+    def draw(self) -> Draw:
+        """How the next token is to be chosen where the scores are; `take_chosen` has to follow."""
+        return self._sampler.draw()
+
+    def take_chosen(self, token: int, score: float, show: Show) -> FinishReason | None:
+        """As `take`, where the token and the greatest score are known already."""
         check_number(score)
         self._sampler.note(token)
         return self._add(token, (), show)

@@ -22,6 +22,7 @@ from ..kernels.cuda.steps import Pages, attend_newest, gated, normed, remember
 from ..kernels.dispatch import LinearFunction, on_gpu
 from ..kernels.formats import Dense, Int4, Int8, PackedLinear, Sparse24, Sparse24Int4
 from ..kernels.paging import PAGE_POSITIONS
+from .draw import Draw, drawn_tokens
 from .gpu_graphs import StepBuffers, StepGraphs
 from .loading import Loader
 from .paged import PagedDecoder, Part, pages_for, positions, token_ids
@@ -79,6 +80,8 @@ class _Batch:
 
 class GpuDecoder(PagedDecoder):
     """As `Decoder`, by the kernels of halfweave.kernels.cuda."""
+
+    draws = True
 
     def __init__(self, loader: Loader, kv_bits: int = 16) -> None:
         """Read and repack every weight; the loader's dtype is float16 or bfloat16.
@@ -154,6 +157,12 @@ class GpuDecoder(PagedDecoder):
         """As `PagedDecoder`; two numbers a row are copied from the device, not a vocabulary."""
         scores, tokens = self._head(hidden).float().max(-1)
         return tokens.cpu(), scores.cpu()
+
+    @torch.inference_mode()
+    def drawn(self, hidden: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
+        """As `PagedDecoder`, on the device."""
+        tokens, best = drawn_tokens(self._head(hidden).float(), draws)
+        return tokens.cpu(), best.cpu()
 
     def _batch(self, parts: Sequence[Part]) -> _Batch:
         counts = [len(part.tokens) for part in parts]

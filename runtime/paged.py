@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..errors import CapacityError
 from ..kernels.paging import PAGE_POSITIONS
+from .draw import Draw
 from .spec import DecoderSpec
 
 _FIRST_PAGES = 16
@@ -82,6 +83,7 @@ class PagedDecoder(ABC):
 
     spec: DecoderSpec
     device: torch.device  # where keys and values are
+    draws: bool = False  # whether `drawn` is there: where copying scores would take long
     expanded_bytes: int = 0  # of weights that are held dense because that was measured as faster
 
     @property
@@ -110,6 +112,10 @@ class PagedDecoder(ABC):
         tokens = scores.argmax(-1)  # not by torch, which would wake other threads: see likeliest.py
         best = np.take_along_axis(scores, tokens[:, None], -1)[:, 0]
         return torch.from_numpy(tokens), torch.from_numpy(best)
+
+    def drawn(self, hidden: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
+        """As `likeliest`, but tokens drawn from each row's scores, with its greatest score."""
+        raise NotImplementedError
 
     def new_cache(self, limit: int | None = None) -> SequenceCache:
         """An empty sequence of at most `limit` positions."""

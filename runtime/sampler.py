@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import NotNumbersError
+from .draw import Draw
 from .likeliest import not_below_kth
 from .params import SamplingParams
 from .request import Constraint
@@ -46,6 +47,20 @@ class Sampler:
     def takes_likeliest(self) -> bool:
         """Whether the next token is the likeliest one by the model's own scores."""
         return self._params.greedy and not self._changes
+
+    @property
+    def needs_no_scores(self) -> bool:
+        """Whether `draw` says all that there is to choosing the next token."""
+        return not self._changes
+
+    def draw(self) -> Draw:
+        """How the next token is to be chosen, by whoever has the scores; `note` has to follow."""
+        params = self._params
+        if params.greedy:
+            return Draw(0.0)
+        return Draw(
+            params.temperature, params.top_k, params.top_p, params.min_p, self._random.random()
+        )
 
     def choose(self, scores: NDArray[np.float32]) -> int:
         """The next token, from scores [vocab], which stay as they are.

@@ -80,15 +80,20 @@ class Stepper:
         result.finished |= {each: "length" for each in complete if each.answer.limit == 0}
         if not writing:
             return
-        last = torch.stack([states[sequence][-1] for sequence in writing])
+        last = {sequence: states[sequence][-1] for sequence in writing}
+        decoder = self.model.decoder
         if all(sequence.answer.takes_likeliest for sequence in writing):
-            tokens, best = (each.tolist() for each in self.model.decoder.likeliest(last))
-            for sequence, token, score in zip(writing, tokens, best, strict=True):
-                with result.blaming(sequence):
-                    reason = sequence.answer.take_likeliest(token, score, sequence.tell)
-                    result.add(sequence, reason)
+            _add_chosen(decoder.likeliest(_stacked(last, writing)), writing, result)
             return
-        rows = self.model.decoder.logits(last).numpy()
+        if decoder.draws:
+            drawn = [sequence for sequence in writing if sequence.answer.needs_no_scores]
+            if drawn:
+                draws = [sequence.answer.draw() for sequence in drawn]
+                _add_chosen(decoder.drawn(_stacked(last, drawn), draws), drawn, result)
+            writing = [sequence for sequence in writing if sequence not in drawn]
+        if not writing:
+            return
+        rows = decoder.logits(_stacked(last, writing)).numpy()
         for sequence, scores in zip(writing, rows, strict=True):
             with result.blaming(sequence):
                 result.add(sequence, sequence.answer.take(scores, sequence.tell))
@@ -129,3 +134,15 @@ class Stepper:
                 sequence.scored.append(logprob_of(scores, prompt[offset], top))
         if last == len(prompt) - 1 - sequence.computed and not sequence.answer.token_ids:
             sequence.tell(PromptScored(tuple(sequence.scored)))
+
+
+def _stacked(last: Mapping[Sequence, Tensor], some: Seq[Sequence]) -> Tensor:
+    return torch.stack([last[sequence] for sequence in some])
+
+
+def _add_chosen(chosen: tuple[Tensor, Tensor], writing: Seq[Sequence], result: StepResult) -> None:
+    """Give each answer its token; a greatest score that is no number is its failure."""
+    tokens, best = (each.tolist() for each in chosen)
+    for sequence, token, score in zip(writing, tokens, best, strict=True):
+        with result.blaming(sequence):
+            result.add(sequence, sequence.answer.take_chosen(token, score, sequence.tell))

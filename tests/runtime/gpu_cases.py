@@ -127,3 +127,29 @@ def test_the_likeliest_token_is_found_where_the_scores_are(tmp_path: Path) -> No
     assert torch.equal(decoder.likeliest(hidden)[0], decoder.logits(hidden).argmax(-1))
     hidden[3, 0] = float("nan")
     assert decoder.likeliest(hidden)[1].isfinite().tolist() == [at != 3 for at in range(7)]
+
+
+def test_tokens_drawn_on_the_device_are_those_of_the_sampler(tmp_path: Path) -> None:
+    """Greedy, drawn and penalised answers together, each as if its scores had been copied."""
+    path = pack_directory(save_tiny(tmp_path / "tiny"), tmp_path / "packed", "sparse24_int4")
+    exact = load_model(path, "float32")
+    kinds = [
+        SamplingParams(max_tokens=6, temperature=0.0),
+        SamplingParams(max_tokens=6, seed=3, top_p=0.9, ignore_eos=True),
+        SamplingParams(max_tokens=6, seed=4, top_k=5, ignore_eos=True),
+        SamplingParams(max_tokens=6, seed=5, presence_penalty=1.0, ignore_eos=True),
+    ]
+    answers = []
+    for draws in (True, False):
+        decoder = gpu_decoder(path)
+        decoder.draws = draws
+        engine = Engine(replace(exact, decoder=decoder))
+        requests = [GenerationRequest(str(at), (5, 17, 3), each) for at, each in enumerate(kinds)]
+        streams = [engine.stream(request) for request in requests]
+        texts = [
+            [token for event in stream if isinstance(event, TextDelta) for token in event.token_ids]
+            for stream in streams
+        ]
+        answers.append(texts)
+        engine.close()
+    assert answers[0] == answers[1]
