@@ -311,7 +311,8 @@ def _memory_plan(model: Model, settings: EngineSettings, pages: int) -> MemoryPl
     decoder, step = model.decoder, (settings.tokens_per_step, settings.max_running)
     weights = model.checkpoint.weight_bytes
     plan = MemoryPlan.of(model.spec, weights, pages, decoder.page_bytes, step, decoder.device)
-    return replace(plan, expanded_bytes=decoder.expanded_bytes)
+    workspace = plan.workspace_bytes + decoder.scratch_bytes
+    return replace(plan, workspace_bytes=workspace, expanded_bytes=decoder.expanded_bytes)
 
 
 def _memory(model: Model, pages: int) -> Memory:

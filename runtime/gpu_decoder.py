@@ -99,6 +99,7 @@ class GpuDecoder(PagedDecoder):
         self._gain = loader.norm(spec.names.norm).gain
         head = Dense(self._embedding) if spec.tied else loader.end(spec.names.head)
         self._head = _bound(head, None, loader)
+        self.scratch_bytes = _largest_dense_bytes(spec)
         assert isinstance(spec.positions, RopeSpec)
         self._frequencies = inverse_frequencies(spec.positions, spec.head_dim).to(self.device)
 
@@ -233,6 +234,13 @@ def _check(spec: DecoderSpec) -> None:
     ]
     if lacking:
         raise UnsupportedModel(f"the GPU kernels lack {', '.join(lacking)}")
+
+
+def _largest_dense_bytes(spec: DecoderSpec) -> int:
+    """Of a product's weight in 16 bits: long prompts have it written out (kernels/cuda/dense.py)."""
+    q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    rows = max(q + 2 * kv, 2 * spec.ffn)
+    return 2 * max(rows * spec.hidden, spec.hidden * max(q, spec.ffn))
 
 
 def _block(loader: Loader, layer: int) -> _Block:

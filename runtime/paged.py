@@ -84,6 +84,7 @@ class PagedDecoder(ABC):
     spec: DecoderSpec
     device: torch.device  # where keys and values are
     draws: bool = False  # whether `drawn` is there: where copying scores would take long
+    scratch_bytes: int = 0  # that a step may need beside its states
     expanded_bytes: int = 0  # of weights that are held dense because that was measured as faster
 
     @property

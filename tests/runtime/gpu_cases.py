@@ -153,3 +153,13 @@ def test_tokens_drawn_on_the_device_are_those_of_the_sampler(tmp_path: Path) -> 
         answers.append(texts)
         engine.close()
     assert answers[0] == answers[1]
+
+
+def test_the_memory_plan_knows_of_the_weight_that_a_long_prompt_writes_out(tmp_path: Path) -> None:
+    model = load_model(save_tiny(tmp_path / "tiny"), "float32")
+    alone = Engine(model)
+    on_gpu = Engine(replace(model, decoder=gpu_decoder(tmp_path / "tiny")))
+    largest = 2 * 2 * model.spec.ffn * model.spec.hidden  # gate and up, 16 bits
+    assert on_gpu.memory_plan.workspace_bytes == alone.memory_plan.workspace_bytes + largest
+    for engine in (alone, on_gpu):
+        engine.close()
