@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "Recipe", "SamplingParams", "__version__", "prune", "recover"]
+__all__ = ["LLM", "Recipe", "SamplingParams", "__version__", "export", "prune", "recover"]
 
 if TYPE_CHECKING:
+    from .pruner.export import export
     from .pruner.pipeline import prune
     from .pruner.recipe import Recipe
     from .pruner.recovery import recover
@@ -22,6 +23,7 @@ _HOME = {
     "LLM": "runtime.llm",
     "SamplingParams": "runtime.params",
     "Recipe": "pruner.recipe",
+    "export": "pruner.export",
     "prune": "pruner.pipeline",
     "recover": "pruner.recovery",
 }

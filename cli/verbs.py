@@ -364,3 +364,25 @@ def import_model(
     console.say(result.notice)
     console.say(f"next: halfweave prune {out} OUT")
     console.document({"verb": "import", "result": result, "notice": result.notice})
+
+
+@verb(app, "export")
+def export_model(
+    model: ModelDir,
+    out: OutDir,
+    output: Output,
+    form: Annotated[str, Flag(help="dense, or compressed-tensors, which is int4.")] = "dense",
+    dtype: Annotated[str, Flag(help="Of floats: auto, bfloat16, float16 or float32.")] = "auto",
+) -> None:
+    """Write a pruned model for other tools: dense with zeros, or compressed-tensors int4."""
+    from ..pruner.export import export
+
+    console = Console(output.json)
+    with console.progress("file") as bar:
+        result = export(model, out, form, dtype, bar.step)
+    console.say(
+        f"{result.path}: {result.packed} linears as codes, {result.dense} dense in {result.dtype}, "
+        f"{result.nbytes} bytes"
+    )
+    console.say(f"next: AutoModelForCausalLM.from_pretrained({str(result.path)!r})")
+    console.document({"verb": "export", "result": result})

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import io
-import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -18,8 +16,9 @@ from typing import Any
 
 import torch
 
-from ..errors import CheckpointError, RefusedError, UnsupportedModel, UsageError
-from ..files import read_json, sync_directory, write_json, write_text
+from ..errors import CheckpointError, UnsupportedModel, UsageError
+from ..files import read_json, write_json, write_text
+from .beside import built_beside, refuse_taken
 from .gguf_file import GgufFile
 
 IMPORT_RECORD = "halfweave-import.json"
@@ -75,10 +74,10 @@ def import_gguf(
     if dtype not in _DTYPES:
         raise UsageError(f"dtype {dtype!r} is none of {', '.join(_DTYPES)}")
     report = progress or (lambda line: None)
-    _refuse_taken(out)
+    refuse_taken(out)
     report(f"reading {file.name}")
     source = GgufFile.open(file)
-    with _built_beside(out) as build:
+    with built_beside(out) as build:
         report(f"converting {sum(source.tensor_types.values())} tensors to {dtype}")
         parameters = _convert(source, build, dtype)
         nbytes = sum(f.stat().st_size for f in build.glob("*.safetensors"))
@@ -86,39 +85,6 @@ def import_gguf(
         write_text(build / "README.md", _card(result))
         write_json(build / IMPORT_RECORD, _record(result))
     return result
-
-
-def _refuse_taken(out: Path) -> None:
-    if out.is_dir() and not any(out.iterdir()):
-        return
-    if out.exists() or out.is_symlink():
-        raise RefusedError(f"{out} exists already", "name another directory, or remove this one")
-
-
-@contextmanager
-def _built_beside(out: Path) -> Iterator[Path]:
-    """A directory to fill, which becomes `out` when the block succeeds and vanishes otherwise."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    prefix, suffix = f".{out.name}.", ".incomplete"
-    build = Path(tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=out.parent))
-    try:
-        yield build
-        _sync_files(build)
-        build.chmod(0o755)
-        os.rename(build, out)
-    except BaseException:
-        shutil.rmtree(build, ignore_errors=True)
-        raise
-    sync_directory(out.parent)
-
-
-def _sync_files(directory: Path) -> None:
-    """Give every file to the disk before the directory gets its name."""
-    for path in directory.iterdir():
-        path.chmod(0o644)
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    sync_directory(directory)
 
 
 def _convert(source: GgufFile, build: Path, dtype: str) -> int:

@@ -82,6 +82,10 @@ class Checkpoint:
         """All tensor names, sorted."""
         return self._tensors.names()
 
+    def file_of(self, name: str) -> Path:
+        """The file that holds a tensor. Raises CheckpointError when it is missing."""
+        return self._tensors.file_of(name)
+
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
 

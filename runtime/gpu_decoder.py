@@ -237,7 +237,7 @@ def _check(spec: DecoderSpec) -> None:
 
 
 def _largest_dense_bytes(spec: DecoderSpec) -> int:
-    """Of a product's weight in 16 bits: long prompts have it written out (kernels/cuda/dense.py)."""
+    """Of a product's weight in 16 bits: long prompts have it written out (see kernels/cuda)."""
     q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     rows = max(q + 2 * kv, 2 * spec.ffn)
     return 2 * max(rows * spec.hidden, spec.hidden * max(q, spec.ffn))
