@@ -384,5 +384,5 @@ def export_model(
         f"{result.path}: {result.packed} linears as codes, {result.dense} dense in {result.dtype}, "
         f"{result.nbytes} bytes"
     )
-    console.say(f"next: AutoModelForCausalLM.from_pretrained({str(result.path)!r})")
+    console.say(f"next: transformers' AutoModelForCausalLM loads {result.path}")
     console.document({"verb": "export", "result": result})

@@ -121,5 +121,5 @@ def test_words_are_those_of_the_package(bits: int, columns: int) -> None:
 def test_the_verb_says_what_it_wrote(halfweave: Command, pruned: Path, tmp_path: Path) -> None:
     ran = halfweave("export", pruned, tmp_path / "dense")
     assert ran.code == 0
-    assert "dense in " in ran.out and "next: AutoModelForCausalLM" in ran.out
+    assert "dense in " in ran.out and "AutoModelForCausalLM loads" in ran.out
     assert_error(halfweave("export", pruned, tmp_path / "dense"), 3, "exists already")
