@@ -16,6 +16,7 @@ from .formats import FORMATS, GROUP_SIZES, needs_group
 QUANT_METHOD = "halfweave"
 MANIFEST_FILE = "halfweave.json"  # written last: a directory without it is incomplete
 JOURNAL_FILE = ".halfweave-journal.jsonl"  # there only while a directory is being made
+MEASURED_DIRECTORY = "measured"  # what a benchmark saves beside the weights; no part of them
 FORMAT_VERSION = 1
 _MAX_SIDE = 2**31
 
