@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from .chart import DASH, MIB, Chart, Table, measured_on, number, percent, spread, whiskers
@@ -50,10 +51,10 @@ def pareto_chart(main: Found, others: Sequence[Found]) -> Chart:
     )
     with_agreement = any(point.agreement is not None for point in drawn)
     rows = 2 if with_agreement else 1
-    figure, axes = axes_grid(rows, 2, (5.2, 3.7))
+    figure, axes = axes_grid(rows, 2, (5.2, 4.0))
     _quality_row(axes[:2], drawn, "perplexity (lower is better)", lambda p: p.ppl)
     if with_agreement:
-        label = "same next token as dense, % (higher is better)"
+        label = "same next token, % (higher is better)"
         _quality_row(axes[2:], drawn, label, _agreed)
         for cell in axes[2:]:
             cell.set_ylim(0, 112)
@@ -216,7 +217,17 @@ def _scatter(
         Label(x, y, point.label, looks[point.label].color)
         for point, (x, y) in zip(points, places, strict=True)
     ]
-    point_labels(axes, names, places)
+    point_labels(axes, names, [*places, *_along(front)])
+
+
+def _along(line: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Places on a line, close enough for no word to stand on it."""
+    steps = [step / 24 for step in range(1, 24)]
+    return [
+        (a[0] + part * (b[0] - a[0]), a[1] + part * (b[1] - a[1]))
+        for a, b in pairwise(line)
+        for part in steps
+    ]
 
 
 def _front(
@@ -341,9 +352,7 @@ def pattern_chart(main: Found) -> Chart:
     bars.set_xlabel("places that are kept of 0, 1, 2, 3")
     bars.set_ylabel("groups of four")
     for at, count in enumerate(counts):
-        bars.annotate(
-            str(count), (at, count), xytext=(0, 3), textcoords="offset points", ha="center"
-        )
+        bars.text(at, 0.04 * max(counts), str(count), ha="center", color="#ffffff")
     caption = (
         f"The first {rows} rows and {columns} columns of {short(corner.linear)} "
         f"({corner.shape[0]} x {corner.shape[1]}, {FORMATS.get(corner.format, corner.format)}): "

@@ -43,12 +43,10 @@ def _one_token(document: KernelDocument) -> Chart:
     looks = styles(list(kinds.values()))
     height = 0.26 * len(rows) + 0.35 * len(shapes) + 1.3
     figure, (axes,) = axes_grid(1, 1, (9.4, height))
-    at, ticks = 0.0, []
+    at, ticks, words = 0.0, [], []
     for shape in shapes:
         group = [row for row in rows if row.shape == shape]
-        ticks.append(
-            (at + (len(group) - 1) / 2, f"{shape[0]} x {shape[1]}, {group[0].count} of it")
-        )
+        ticks.append((at + (len(group) - 1) / 2, _shape_title(group[0])))
         for row in group:
             look = looks[kinds[row.format]]
             bandwidth = _bandwidth(row)
@@ -56,14 +54,7 @@ def _one_token(document: KernelDocument) -> Chart:
             axes.errorbar(
                 bandwidth.median, at, xerr=whiskers([bandwidth]), color=INK, capsize=3, lw=1
             )
-            axes.annotate(
-                f"{kinds[row.format]}  {number(row.us.median)} µs",
-                (bandwidth.high, at),
-                xytext=(7, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=9.5,
-            )
+            words.append((at, f"{kinds[row.format]}: {number(row.us.median)} µs"))
             at += 1
         at += 0.9
     axes.set_yticks([place for place, _ in ticks], [label for _, label in ticks])
@@ -76,7 +67,9 @@ def _one_token(document: KernelDocument) -> Chart:
         axes.axvline(ideal, color=INK, linestyle="--", linewidth=1.4)
         axes.set_title(f"dashed: ideal, what memory gives here, {ideal:.1f} GB/s", fontsize=10)
     most = max([_bandwidth(row).high for row in rows] + ([ideal] if ideal else []))
-    axes.set_xlim(0, 1.3 * most)
+    axes.set_xlim(0, 1.06 * most)
+    for place, text in words:  # right of everything, the ideal line included
+        axes.annotate(text, (1.07 * most, place), va="center", fontsize=9.5, annotation_clip=False)
     caption = (
         f"A product reads each weight once, so memory sets a limit: the ideal line. M = {least}; "
         f"bars span the least and the greatest of n = {_repetitions(rows)}. Beyond the line, the "
@@ -164,12 +157,19 @@ def _roof(row: KernelRow, least: KernelRow, gb_per_s: float) -> float:
 def _finish_shape(
     axes: Any, shape: Shape, rows: Sequence[KernelRow], tokens: Sequence[int], most: float
 ) -> None:
-    count = next(row.count for row in rows if row.shape == shape)
-    axes.set_title(f"{shape[0]} x {shape[1]}, {count} of it", fontsize=10.5)
-    axes.set_xticks(range(len(tokens)), list(map(str, tokens)))
+    axes.set_title(_shape_title(next(r for r in rows if r.shape == shape)), fontsize=10.5)
+    axes.set_xticks(range(len(tokens)), list(map(str, tokens)), fontsize=9.5)
     axes.set_xlabel("M, tokens at once")
     axes.set_ylabel("GFLOP/s")
     axes.set_ylim(0, 1.15 * max(most, 1e-9))
+
+
+def _shape_title(row: KernelRow) -> str:
+    return f"{row.N} x {row.K}, {_counted(row.count, 'linear')}"
+
+
+def _counted(count: int | None, what: str) -> str:
+    return f"{count} {what}" + ("" if count == 1 else "s")
 
 
 def _shapes(rows: Sequence[KernelRow]) -> list[Shape]:
@@ -195,7 +195,7 @@ def _repetitions(rows: Sequence[KernelRow]) -> str:
 def _kernel_table(rows: Sequence[KernelRow]) -> Table:
     header = (
         "shape",
-        "of it",
+        "linears",
         "M",
         "format",
         "kernel",
@@ -348,7 +348,7 @@ def _load_table(points: Sequence[LoadPoint]) -> Table:
             (
                 f"{point.rate:g} requests/s"
                 if point.mode == "open" and point.rate is not None
-                else f"{point.concurrency} clients",
+                else _counted(point.concurrency, "client"),
                 f"{point.completed} of {point.requests}",
                 str(point.failed),
                 *map(_percentiles, (point.ttft_ms, point.tpot_ms, point.itl_ms, point.e2e_ms)),

@@ -122,6 +122,8 @@ def drawing() -> Iterator[None]:
         "xtick.color": MUTED,
         "ytick.color": MUTED,
         "figure.constrained_layout.use": True,
+        "figure.constrained_layout.h_pad": 0.12,
+        "figure.constrained_layout.w_pad": 0.1,
         "savefig.transparent": False,
         "svg.fonttype": "none",  # text stays text
         "svg.hashsalt": "halfweave",
