@@ -14,6 +14,7 @@ from ..files import find_directory
 from . import tables
 from .console import WIDTH, Console, Progress, log_to_stderr, print_error
 from .flags import (
+    Asking,
     Flag,
     Loading,
     Measuring,
@@ -21,6 +22,7 @@ from .flags import (
     ModelDirs,
     OutDir,
     Output,
+    Protocol,
     Pruning,
     Recovering,
     Restart,
@@ -34,13 +36,16 @@ from .flags import (
     verb,
 )
 from .kernels import kernels_app
+from .loading import load as _load
+from .loading import set_threads as _set_threads
+from .loading import settings as _settings
+from .loading import text_of as _text
 
 if TYPE_CHECKING:
     from ..pruner.oneshot import Progress as PruneProgress
     from ..pruner.recipe import Recipe
     from ..pruner.recover.settings import DistillProgress
     from ..pruner.steps import ProgressEvent as PruneEvent
-    from ..runtime.model import LoadSettings, Model
 
 app = Typer(
     name="halfweave",
@@ -239,32 +244,38 @@ def inspect(
 def evaluate(
     model: ModelDir,
     measuring: Measuring,
+    asking: Asking,
+    protocol: Protocol,
     loading: Loading,
     output: Output,
-    window: Annotated[int, Flag(help="Tokens of a window.")] = 1024,
-    max_windows: Annotated[int | None, Flag(help="Take every k-th window, this many.")] = None,
 ) -> None:
-    """Measure perplexity, and the distance from the dense model."""
-    from ..runtime.eval import evaluate as measure
+    """Measure perplexity, the distance from the dense model, and tasks of the lm-eval harness.
 
-    console = Console(output.json)
-    text, origin = _text(measuring.text)
-    loaded = _load(model, loading)
-    against = None if measuring.against is None else _load(measuring.against, loading)
-    with console.progress("window") as bar:
-        result = measure(
-            loaded,
-            text,
-            window=window,
-            max_windows=max_windows,
-            against=against,
-            progress=bar.step,
-        )
-    other = None if against is None else against.name
-    console.table(tables.EVAL_HEADER, tables.evaluation(loaded.name, other, result))
-    console.say(f"text: {origin}, SHA-256 {result.text_sha256[:16]}, windows of {result.window}")
-    document = {"model": loaded.name, "against": other, "text": origin, "result": result}
-    console.document({"verb": "eval", **document})
+    The text is cut into windows that do not overlap; each predicts all of its tokens but the first.
+    Figures are kept in MODEL/measured/eval.json, and in the model card of a pruned model.
+    """
+    from .quality import measure_quality
+
+    measure_quality(model, measuring, asking, protocol, loading, Console(output.json))
+
+
+@verb(app)
+def report(
+    model: ModelDir,
+    output: Output,
+    beside: Annotated[
+        list[str] | None, Flag("--with", metavar="DIR", help="Compare with it; may be repeated.")
+    ] = None,
+    dry_run: Annotated[bool, Flag("--dry-run", help="Say what would be drawn and stop.")] = False,
+) -> None:
+    """Draw what was measured of a model: MODEL/report.html, and the charts as PNGs.
+
+    Draws what eval and bench left in MODEL/measured/, measures nothing, and asks no other host.
+    Needs matplotlib: pip install 'halfweave[report]'.
+    """
+    from .quality import draw_report
+
+    draw_report(model, beside or [], dry_run, Console(output.json))
 
 
 @verb(app)
@@ -394,36 +405,3 @@ def import_model(
     console.say(result.notice)
     console.say(f"next: halfweave prune {out} OUT")
     console.document({"verb": "import", "result": result, "notice": result.notice})
-
-
-def _load(path: str, loading: Loading) -> Model:
-    from ..runtime.model import load_model
-
-    _set_threads(loading.threads)
-    return load_model(path, **vars(_settings(loading)))
-
-
-def _settings(loading: Loading) -> LoadSettings:
-    from ..runtime.model import LoadSettings
-
-    return LoadSettings(
-        loading.dtype, loading.verify, loading.head_bits, loading.kv_bits, loading.device
-    )
-
-
-def _set_threads(threads: int | None) -> None:
-    import torch
-
-    if threads is not None:
-        torch.set_num_threads(threads)
-
-
-def _text(source: str) -> tuple[str, str]:
-    """A text and where it is from, in words."""
-    from ..pruner.calibrate import BUILTIN, BUILTIN_EVAL, load_text
-    from ..runtime.eval import read_text
-
-    if source not in (BUILTIN, BUILTIN_EVAL):
-        return read_text(source), Path(source).name
-    builtin = load_text(source)
-    return builtin.text, builtin.origin

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -298,6 +299,19 @@ def model_digest(directory: Path) -> str:
     """
     manifest = directory / MANIFEST_FILE
     return sha256_file(manifest if manifest.is_file() else directory / "config.json")
+
+
+def commit() -> str | None:
+    """The commit that this code was checked out from; None where it is no checkout."""
+    package = Path(__file__).resolve().parent.parent
+    if not (package / ".git").exists():
+        return None
+    asked = ["git", "-C", str(package), "rev-parse", "HEAD"]
+    try:
+        ran = subprocess.run(asked, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return ran.stdout.strip() or None if ran.returncode == 0 else None
 
 
 def _checked(path: Path, found: Mapping[str, Any]) -> Document:

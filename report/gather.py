@@ -96,7 +96,7 @@ def gather(path: str | Path) -> Found:
     directory = find_directory(path)
     checkpoint = Checkpoint.open(directory, verify=False)
     manifest = checkpoint.manifest or {}
-    documents, missing = _documents(directory)
+    documents, missing = read_documents(directory)
     return Found(
         path=directory,
         name=directory.resolve().name,
@@ -117,7 +117,8 @@ def gather_all(paths: Sequence[str | Path]) -> list[Found]:
     return [gather(path) for path in unique.values()]
 
 
-def _documents(directory: Path) -> tuple[dict[str, Document], dict[str, str]]:
+def read_documents(directory: Path) -> tuple[dict[str, Document], dict[str, str]]:
+    """The documents of this very model, by kind; and why there is none, for the other kinds."""
     documents: dict[str, Document] = {}
     missing: dict[str, str] = {}
     digest = model_digest(directory)
