@@ -121,6 +121,7 @@ def _tell_plan(
 
     windows = count_windows(model, text, protocol.window, protocol.max_windows)
     only = Protocol(window=protocol.window, max_windows=1)
+    _perplexity(model, against, text, only, None)  # the first of all warms up
     seconds = _perplexity(model, against, text, only, None).seconds * windows
     models = 1 if against is None else 2
     plan = {

@@ -7,11 +7,12 @@ files. A task's file may name code beside it, which the harness runs: give it fi
 from __future__ import annotations
 
 import difflib
+import io
 import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -185,14 +186,15 @@ def _unknown(manager: TaskManager, plan: TaskPlan) -> list[str]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the harness from talking between our lines, and from forking beside our threads."""
+    """Keep the harness from talking on stdout, and from forking beside our threads."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "huggingface_hub")]
     levels, forks = [logger.level for logger in loggers], os.environ.get("DISABLE_MULTIPROC")
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     os.environ["DISABLE_MULTIPROC"] = "1"
     try:
-        yield
+        with redirect_stdout(io.StringIO()):
+            yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

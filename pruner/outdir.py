@@ -7,7 +7,13 @@ from pathlib import Path
 
 from ..errors import RefusedError, UsageError
 from ..files import sync_directory
-from ..kernels.schema import JOURNAL_FILE, MANIFEST_FILE
+from ..kernels.schema import (
+    JOURNAL_FILE,
+    MANIFEST_FILE,
+    MEASURED_DIRECTORY,
+    REPORT_DIRECTORY,
+    REPORT_FILE,
+)
 from .journal import blank, is_begun
 from .recover.state import STATE_FILE
 from .save import is_leftover, is_ours
@@ -15,6 +21,8 @@ from .source import Source
 
 # Where a run with several steps keeps what only the next step needs; gone when it is complete.
 STEPS_DIRECTORY = ".halfweave-steps"
+# What was measured of an old model goes with it.
+_OUR_DIRECTORIES = (STEPS_DIRECTORY, MEASURED_DIRECTORY, REPORT_DIRECTORY)
 
 
 def prepare_directory(source: Source, out: Path, resume: bool, overwrite: bool) -> Path:
@@ -101,7 +109,7 @@ def _clear(directory: Path) -> None:
     blank(directory)
     (directory / MANIFEST_FILE).unlink(missing_ok=True)
     for entry in sorted(directory.iterdir()):
-        if entry.name == STEPS_DIRECTORY:
+        if entry.name in _OUR_DIRECTORIES:
             shutil.rmtree(entry)
         elif _is_ours(entry) and entry.name != JOURNAL_FILE:
             entry.unlink()
@@ -109,4 +117,4 @@ def _clear(directory: Path) -> None:
 
 
 def _is_ours(entry: Path) -> bool:
-    return entry.name == STEPS_DIRECTORY or is_ours(entry.name)
+    return entry.name in (*_OUR_DIRECTORIES, REPORT_FILE) or is_ours(entry.name)

@@ -127,6 +127,6 @@ def _made_by(document: EvalDocument | OfflineDocument) -> str:
 def _cell(text: str) -> str:
     """Text that stays in its cell: no line ends, no bars, no markup."""
     line = " ".join(text.split())
-    for char in "\\|<>`*_[]":
+    for char in "\\|`*_[]":
         line = line.replace(char, f"\\{char}")
-    return line
+    return line.replace("<", "&lt;").replace(">", "&gt;")

@@ -8,16 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import HalfweaveError
 from ..files import write_bytes, write_text
+from ..kernels.schema import REPORT_DIRECTORY as PICTURES
+from ..kernels.schema import REPORT_FILE as PAGE
 from .chart import DASH, MIB, Chart, Table, number
 from .documents import Metric, TaskFigures
 from .gather import Found, gather_all
-from .theme import FORMATS, css_variables, drawing, need_matplotlib, short
+from .theme import css_variables, drawing, format_name, need_matplotlib, short
 
 if TYPE_CHECKING:
     from jinja2 import Template
 
-PAGE, PICTURES = "report.html", "report"
 # Told after each chart: charts done, charts in all, and its name.
 ReportProgress = Callable[[int, int, str], None]
 
@@ -44,7 +46,7 @@ def write_report(
     Raises:
         RefusedError: matplotlib is not installed.
         CapacityError: the disk is full.
-        OSError: the directory cannot be written to.
+        HalfweaveError: the directory cannot be written to.
     """
     need_matplotlib()
     main, *rest = gather_all([path, *others])
@@ -55,21 +57,30 @@ def write_report(
             charts += make()
             if progress is not None:
                 progress(len(charts), max(len(charts), len(makers)), name)
-    page = main.path / PAGE
-    pictures = []
-    for chart in charts:
-        if chart.picture is not None:
-            file = main.path / PICTURES / f"{chart.name}.png"
-            file.parent.mkdir(exist_ok=True)
-            write_bytes(file, chart.picture.png)
-            pictures.append(str(file))
-    write_text(page, render(main, charts))
+    try:
+        pictures = _save(main.path, charts, render(main, charts))
+    except OSError as error:
+        raise HalfweaveError(f"{error.filename} cannot be written: {error.strerror}") from error
     return ReportResult(
-        str(page),
+        str(main.path / PAGE),
         tuple(pictures),
         tuple(chart.title for chart in charts if chart.picture is not None),
         tuple((chart.title, chart.absent, chart.command) for chart in charts if chart.absent),
     )
+
+
+def _save(directory: Path, charts: Sequence[Chart], page: str) -> list[str]:
+    """Write the pictures, then the page; pictures of an older report go."""
+    folder = directory / PICTURES
+    folder.mkdir(exist_ok=True)
+    drawn = {f"{chart.name}.png": chart.picture for chart in charts if chart.picture is not None}
+    for old in folder.glob("*.png"):
+        if old.name not in drawn:
+            old.unlink()
+    for name, picture in drawn.items():
+        write_bytes(folder / name, picture.png)
+    write_text(directory / PAGE, page)
+    return [str(folder / name) for name in drawn]
 
 
 def _makers(main: Found, rest: Sequence[Found]) -> list[tuple[str, Callable[[], list[Chart]]]]:
@@ -107,7 +118,7 @@ def _template() -> Template:
 
 
 def _intro(main: Found) -> list[str]:
-    formats = ", ".join(FORMATS.get(kind, kind) for kind in main.formats)
+    formats = ", ".join(format_name(kind) for kind in main.formats)
     lines = [f"{formats}, {main.weight_bytes / MIB:.1f} MiB of weight files in {main.path}."]
     if main.parent:
         method = main.recipe.get("method", "an unknown method")

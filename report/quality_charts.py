@@ -12,7 +12,7 @@ from .chart import DASH, MIB, Chart, Table, measured_on, number, percent, spread
 from .documents import EvalDocument, Identity, ModelSpeed, OfflineDocument, Spread
 from .gather import Found, command
 from .labels import Label, point_labels
-from .theme import FORMATS, GRID, MUTED, SERIES, axes_grid, finish, from_zero, short, styles
+from .theme import GRID, MUTED, SERIES, axes_grid, finish, format_name, from_zero, short, styles
 
 _PARETO = "Quality against size and speed"
 _ERRORS = "Error of each linear"
@@ -107,7 +107,7 @@ def _protocol(run: OfflineDocument) -> tuple[str, object]:
 
 
 def _of_speed(model: ModelSpeed) -> Point:
-    kinds = [FORMATS.get(kind, kind) for kind in model.kernels]
+    kinds = [format_name(kind) for kind in model.kernels]
     label = "dense" if model.is_baseline else " and ".join(kinds) or "dense"
     ppl = math.inf if model.ppl is None else model.ppl
     return Point(
@@ -137,7 +137,7 @@ def _of_evals(everything: Sequence[Found], notes: list[str]) -> list[Point]:
         first = protocol
         if found.eval.against is not None and quality.against_ppl is not None:
             points += _dense(found.eval.against, quality.against_ppl)
-        label = " and ".join(FORMATS.get(kind, kind) for kind in found.formats)
+        label = " and ".join(format_name(kind) for kind in found.formats)
         ppl = math.inf if quality.ppl is None else quality.ppl
         points.append(
             Point(label, found.name, found.weight_bytes, ppl, quality.agreement, None, None, 0)
@@ -355,7 +355,7 @@ def pattern_chart(main: Found) -> Chart:
         bars.text(at, 0.04 * max(counts), str(count), ha="center", color="#ffffff")
     caption = (
         f"The first {rows} rows and {columns} columns of {short(corner.linear)} "
-        f"({corner.shape[0]} x {corner.shape[1]}, {FORMATS.get(corner.format, corner.format)}): "
+        f"({corner.shape[0]} x {corner.shape[1]}, {format_name(corner.format)}): "
         "blue weights are positive, orange ones negative or 0, darker ones larger; what is blank "
         f"was removed. Two of every aligned four are kept, n = {sum(counts)} groups."
     )

@@ -10,7 +10,7 @@ from .chart import DASH, Chart, Table, measured_on, number, percent, spread, whi
 from .documents import KernelDocument, KernelRow, LoadPoint, Percentiles, ServeDocument, Spread
 from .gather import Found, command
 from .labels import Label, end_labels
-from .theme import FORMATS, INK, MUTED, SERIES, axes_grid, finish, from_zero, styles
+from .theme import FORMATS, INK, MUTED, SERIES, axes_grid, finish, format_name, from_zero, styles
 
 _ONE = "One token: bytes read a second, by shape"
 _ROOFLINE = "Products of more tokens, by shape"
@@ -182,7 +182,7 @@ def _kinds(rows: Sequence[KernelRow]) -> dict[str, str]:
     """What people call each format, by its name, in one order."""
     found = dict.fromkeys(row.format for row in rows)
     order = [*FORMATS, *(kind for kind in found if kind not in FORMATS)]
-    return {kind: FORMATS.get(kind, kind) for kind in order if kind in found}
+    return {kind: format_name(kind) for kind in order if kind in found}
 
 
 def _repetitions(rows: Sequence[KernelRow]) -> str:
@@ -214,7 +214,7 @@ def _kernel_table(rows: Sequence[KernelRow]) -> Table:
                 f"{row.N} x {row.K}",
                 str(row.count),
                 str(row.M),
-                FORMATS.get(row.format, row.format),
+                format_name(row.format),
                 row.kernel,
                 spread(row.us),
                 number(row.gb_per_s),

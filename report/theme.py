@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -69,10 +70,20 @@ def styles(labels: Sequence[str]) -> dict[str, Style]:
     return found
 
 
+def format_name(kind: str) -> str:
+    """What people call a format."""
+    return short(FORMATS.get(kind, kind))
+
+
 def short(text: str) -> str:
     """A name as a chart can hold it: one line, no control characters, cut with an ellipsis."""
-    clean = "".join(char if char.isprintable() else "\ufffd" for char in text)
+    clean = printable(text)
     return clean if len(clean) <= _MAX_LABEL else clean[: _MAX_LABEL - 1] + "…"
+
+
+def printable(text: str) -> str:
+    """The text with a sign for each character that has no shape, which XML may not even hold."""
+    return "".join(char if char.isprintable() else "\ufffd" for char in text)
 
 
 def css_variables() -> tuple[str, str]:
@@ -128,7 +139,9 @@ def drawing() -> Iterator[None]:
         "svg.fonttype": "none",  # text stays text
         "svg.hashsalt": "halfweave",
     }
-    with matplotlib.rc_context(settings):
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        # The PNG's font lacks some scripts; the page is shown in the reader's fonts.
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
         yield
 
 
@@ -177,7 +190,7 @@ def _embedded(source: bytes, name: str, title: str, description: str) -> str:
     root.set("aria-labelledby", f"{name}-title {name}-desc")
     for at, (tag, text) in enumerate((("title", title), ("desc", description))):
         element = ElementTree.Element(f"{{{_SVG}}}{tag}", {"id": f"{name}-{tag}"})
-        element.text = text
+        element.text = printable(text)
         root.insert(at, element)
     return ElementTree.tostring(root, encoding="unicode")
 
