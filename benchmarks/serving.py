@@ -17,10 +17,10 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from halfweave.bench.server_process import server
 from halfweave.runtime.checkpoint import Checkpoint
 from halfweave.runtime.hardware import this_machine, versions
 from load.page import page
-from load.server_process import server
 from load.soak import percentile, soak, to_json
 from load.throughput import full_queue_ms, throughputs
 

@@ -80,7 +80,11 @@ class Console:
     def document(self, value: Mapping[str, Any]) -> None:
         """Print the machine-readable result, in one line, if it was asked for."""
         if self._json_mode:
-            print(json.dumps(_plain(value), ensure_ascii=False, default=str), flush=True)
+            print(json.dumps(plain(value), ensure_ascii=False, default=str), flush=True)
+
+    def last_line(self, value: Mapping[str, Any]) -> None:
+        """Print the result in one line at the end of stdout, whether it was asked for or not."""
+        print(json.dumps(plain(value), ensure_ascii=False, default=str), flush=True)
 
     def progress(self, unit: str) -> Progress:
         """Progress of a job that is made of such units."""
@@ -183,14 +187,14 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Dataclasses as objects; infinity and NaN, which JSON does not have, as null."""
     if is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
-        return {key: _plain(entry) for key, entry in value.items()}
+        return {key: plain(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
+        return [plain(entry) for entry in value]
     return value

@@ -192,13 +192,74 @@ class Measuring:
 
 @dataclass(frozen=True)
 class Speed:
-    """What speed is measured on."""
+    """What speed is measured on, in every mode."""
 
-    prompt_tokens: Annotated[int, Flag(help="Tokens of the prompt.")] = 128
-    new_tokens: Annotated[int, Flag(help="Tokens of the answer.")] = 64
-    repetitions: Annotated[int, Flag(help="Measured rounds, 5 or more.")] = 5
+    against: Annotated[
+        list[str], Flag(metavar="DENSE", help="Its dense parent, or others; may be repeated.")
+    ] = field(default_factory=list)
+    text: Annotated[str, Flag(help="UTF-8 file, or the built-in one.")] = "builtin-eval"
+    prompt_tokens: Annotated[int, Flag(help="Tokens of a prompt.")] = 128
+    new_tokens: Annotated[int, Flag(help="Tokens of an answer.")] = 64
+    repetitions: Annotated[int | None, Flag(help="Measured rounds, 5 or more. [7, kernel 11]")] = (
+        None
+    )
+    batch: Annotated[
+        list[int], Flag(min=1, help="offline: requests at once, repeated. [1 2 4 8 16]")
+    ] = field(default_factory=list)
+    tokens: Annotated[
+        list[int], Flag(min=1, help="kernel: tokens of a product, repeated. [1 to 64, 128, 512]")
+    ] = field(default_factory=list)
     window: Annotated[int, Flag(help="Tokens of a perplexity window.")] = 512
     max_windows: Annotated[int, Flag(help="Most perplexity windows.")] = 8
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """How `bench serve` loads an endpoint."""
+
+    url: Annotated[str | None, Flag(help="serve: a running endpoint, not one of our own.")] = None
+    model_name: Annotated[str | None, Flag(help="serve: its model; its first if unset.")] = None
+    api_key: Annotated[
+        str | None, Flag(help="serve: its key; better in HALFWEAVE_BENCH_API_KEY. Never shown.")
+    ] = None
+    rate: Annotated[
+        list[float], Flag(help="serve: requests a second at random times; may be repeated.")
+    ] = field(default_factory=list)
+    concurrency: Annotated[
+        list[int], Flag(help="serve: clients, each one request at a time; may be repeated. [8]")
+    ] = field(default_factory=list)
+    requests: Annotated[int, Flag(min=1, help="serve: requests of a round.")] = 32
+    goodput: Annotated[
+        list[str], Flag(help="serve: most ms of good requests, such as ttft:200 tpot:50.")
+    ] = field(default_factory=list)
+    seed: Annotated[int, Flag(help="serve: of times and prompts.")] = 0
+    chat: Annotated[bool, Flag("--chat", help="serve: chats, not completions.")] = False
+    ignore_eos: Annotated[bool, Flag(help="serve: ask for answers of full length.")] = True
+    request_timeout: Annotated[float, Flag(min=0.001, help="serve: seconds.")] = 600.0
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """What becomes of a measurement."""
+
+    save: Annotated[bool, Flag(help="Keep it in MODEL/measured/, in place of the last.")] = True
+    out: Annotated[Path | None, Flag(help="File to keep it in instead.")] = None
+    even_if_busy: Annotated[
+        bool, Flag("--even-if-busy", help="Measure although others are at work.")
+    ] = False
+
+
+@dataclass(frozen=True)
+class Comparing:
+    """Two measurements that were kept."""
+
+    compare: Annotated[
+        tuple[Path, Path] | None, Flag(metavar="A.json B.json", help="Say what changed, and stop.")
+    ] = None
+    floor: Annotated[float, Flag(min=0, help="compare: smaller changes are none.")] = 0.03
+    even_if_different: Annotated[
+        bool, Flag("--even-if-different", help="compare: of other models, plans or machines too.")
+    ] = False
 
 
 @dataclass(frozen=True)

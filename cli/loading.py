@@ -1,4 +1,4 @@
-"""From flags to models and texts."""
+"""From the flags of many verbs to a loaded model, and a text."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ if TYPE_CHECKING:
 
 
 def load(path: str, loading: Loading) -> Model:
-    """A model as the flags say, and the number of threads with it."""
+    """A model, after the number of threads was set."""
     from ..runtime.model import load_model
 
     set_threads(loading.threads)
-    return load_model(path, **vars(settings(loading)))
+    return load_model(path, **vars(load_settings(loading)))
 
 
-def settings(loading: Loading) -> LoadSettings:
-    """The flags as what `load_model` takes."""
+def load_settings(loading: Loading) -> LoadSettings:
+    """What `load_model` takes."""
     from ..runtime.model import LoadSettings
 
     return LoadSettings(
@@ -29,15 +29,15 @@ def settings(loading: Loading) -> LoadSettings:
 
 
 def set_threads(threads: int | None) -> None:
-    """Compute with so many threads; None leaves it to torch."""
+    """Of torch, and of the kernels if they have not started theirs."""
     import torch
 
     if threads is not None:
         torch.set_num_threads(threads)
 
 
-def text_of(source: str) -> tuple[str, str]:
-    """A text, built-in or a file's, and where it is from, in words."""
+def read_source(source: str) -> tuple[str, str]:
+    """A text and where it is from, in words."""
     from ..pruner.calibrate import BUILTIN, BUILTIN_EVAL, load_text
     from ..runtime.eval import read_text
 

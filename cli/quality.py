@@ -13,7 +13,7 @@ from ..errors import CapacityError, UsageError
 from . import tables
 from .console import Console, Progress, duration, size
 from .flags import Asking, Loading, Measuring, Protocol
-from .loading import load, text_of
+from .loading import load, read_source
 
 if TYPE_CHECKING:
     from ..evaluation.tasks import Figures, Tasks
@@ -42,7 +42,7 @@ def measure_quality(
     console: Console,
 ) -> None:
     """Measure, print a row a model, and keep the document."""
-    text, origin = text_of(measuring.text)
+    text, origin = read_source(measuring.text)
     tasks = _tasks(asking)
     model = load(path, loading)
     against = None if measuring.against is None else load(measuring.against, loading)

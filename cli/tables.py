@@ -7,10 +7,9 @@ import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
-from textwrap import fill
 from typing import TYPE_CHECKING, Protocol
 
-from .console import WIDTH, duration, size
+from .console import duration, size
 
 if TYPE_CHECKING:
     from ..evaluation.tasks import Figures
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     from ..pruner.plan import Plan
     from ..pruner.recipe import Recipe
     from ..pruner.recover.settings import DistillResult, Rounding
-    from ..runtime.bench import BenchResult, ModelBench, Spread
     from ..runtime.eval import EvalResult
     from ..runtime.gpu_choices import GpuChoice
     from ..runtime.inspection import Inspection
@@ -143,7 +141,7 @@ def evaluation(name: str, against: str | None, result: EvalResult) -> list[Row]:
     tokens = str(result.tokens)
     if against is not None and result.against_ppl is not None:
         rows.append((against, f"{result.against_ppl:.3f}", "0", "100 %", tokens))
-    rows.append((name, f"{result.ppl:.3f}", *_distance(result.kl, result.agreement), tokens))
+    rows.append((name, f"{result.ppl:.3f}", *distance(result.kl, result.agreement), tokens))
     return rows
 
 
@@ -164,74 +162,12 @@ def tasks(name: str, against: str | None, own: Figures, dense: Figures) -> list[
     return rows
 
 
-def _distance(kl: float | None, agreement: float | None) -> tuple[str, str]:
+def distance(kl: float | None, agreement: float | None) -> tuple[str, str]:
+    """KL and agreement, a dash for what is not known."""
     return (
         "-" if kl is None else f"{kl:.4f}",
         "-" if agreement is None else f"{100 * agreement:.1f} %",
     )
-
-
-def bench(result: BenchResult) -> tuple[Row, list[Row]]:
-    """Header and rows: a quantity each, the models side by side, losing figures as they are."""
-    models, baseline = result.models, result.models[0]
-    titles = [f"{m.name}, baseline" if m.is_baseline else m.name for m in models]
-    ratios = [m for m in models if not m.is_baseline]
-    header = ("", *titles, *(f"{_short(m.name)} / dense" for m in ratios))
-
-    def row(label: str, cells: Sequence[str], figures: Mapping[str, float] | None = None) -> Row:
-        shown = [
-            f"{figures[m.name] / figures[baseline.name]:.2f}x" if figures else "" for m in ratios
-        ]
-        return (label, *cells, *shown)
-
-    def speed(label: str, spreads: Mapping[str, Spread]) -> Row:
-        cells = [f"{s.median:.1f} ({s.low:.1f}-{s.high:.1f})" for s in spreads.values()]
-        return row(label, cells, {name: s.median for name, s in spreads.items()})
-
-    return header, [
-        row("perplexity", [f"{m.ppl:.2f}" for m in models], {m.name: m.ppl for m in models}),
-        row("KL to dense, nats/token", [_distance(m.kl, None)[0] for m in models]),
-        row("same top token", [_distance(None, m.agreement)[1] for m in models]),
-        row("on disk", [size(m.disk_bytes) for m in models], _figures(models, "disk_bytes")),
-        row("weights", [size(m.weight_bytes) for m in models], _figures(models, "weight_bytes")),
-        speed("prefill, tokens/s", {m.name: m.prefill_tokens_per_s for m in models}),
-        speed("decode, tokens/s", {m.name: m.decode_tokens_per_s for m in models}),
-        speed("TTFT, ms", {m.name: m.ttft_ms for m in models}),
-        row(
-            "ITL p50/p90/p99, ms", ["/".join(f"{v:.1f}" for v in m.itl_ms.values()) for m in models]
-        ),
-        row("kernel", [_kernel_names(m) for m in models]),
-    ]
-
-
-def bench_notes(result: BenchResult) -> list[str]:
-    """What the numbers were taken with, and what has to be known to read them."""
-    plan = result.plan
-    return [
-        f"speed: {plan.prompt_tokens} prompt and {plan.new_tokens} new tokens, batch 1, "
-        f"{plan.repetitions} rounds in turns, median (least-greatest)",
-        f"quality: {result.text['origin']}, {result.text['tokens']} tokens, "
-        f"windows of {plan.window}",
-        f"machine: {result.hardware.line}, torch {result.versions['torch']}",
-        f"peak memory of the process, all models loaded: {size(result.peak_memory_bytes)}",
-        *(_wrapped(f"note: {note}") for note in result.notes),
-    ]
-
-
-def _wrapped(text: str) -> str:
-    return fill(text, WIDTH, subsequent_indent="  ", break_long_words=False)
-
-
-def _figures(models: Sequence[ModelBench], name: str) -> dict[str, float]:
-    return {model.name: float(getattr(model, name)) for model in models}
-
-
-def _kernel_names(model: ModelBench) -> str:
-    return ", ".join(sorted({kernel.partition(":")[0] for kernel in model.kernels.values()}))
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 20 else name[:19] + "…"
 
 
 def inspection(found: Inspection) -> list[str]:

@@ -10,8 +10,8 @@ from typer import Argument, BadParameter, Context, Exit, Typer, echo
 
 from .. import __version__
 from ..errors import UsageError
-from ..files import find_directory
 from . import tables
+from .bench import bench
 from .console import WIDTH, Console, Progress, log_to_stderr, print_error
 from .flags import (
     Asking,
@@ -31,15 +31,11 @@ from .flags import (
     Scaling,
     Scheduling,
     Serving,
-    Speed,
     Working,
     verb,
 )
 from .kernels import kernels_app
-from .loading import load as _load
-from .loading import set_threads as _set_threads
-from .loading import settings as _settings
-from .loading import text_of as _text
+from .loading import load, load_settings, set_threads
 
 if TYPE_CHECKING:
     from ..pruner.oneshot import Progress as PruneProgress
@@ -278,36 +274,7 @@ def report(
     draw_report(model, beside or [], dry_run, Console(output.json))
 
 
-@verb(app)
-def bench(
-    model: ModelDir, measuring: Measuring, speed: Speed, loading: Loading, output: Output
-) -> None:
-    """Measure speed beside quality and the dense model, in turns, in one process."""
-    from ..runtime.bench import BenchPlan, bench_offline
-
-    console = Console(output.json)
-    text, origin = _text(measuring.text)
-    _set_threads(loading.threads)
-    with console.progress("step") as bar:
-        result = bench_offline(
-            _named(model, measuring.against),
-            text,
-            text_origin=origin,
-            plan=BenchPlan(**vars(speed)),
-            progress=bar.step,
-            loading=_settings(loading),
-        )
-    console.table(*tables.bench(result), words=(0,))
-    for line in tables.bench_notes(result):
-        console.say(line)
-    console.document({"verb": "bench", **result.to_json()})
-
-
-def _named(model: str, against: str | None) -> dict[str, str]:
-    """The directories under the names to print."""
-    paths = [model] if against is None else [model, against]
-    names = [find_directory(path).resolve().name for path in paths]
-    return dict(zip(names if len(set(names)) == len(names) else paths, paths, strict=True))
+verb(app)(bench)
 
 
 @verb(app)
@@ -324,7 +291,7 @@ def generate(
 
     console = Console(output.json)
     text = sys.stdin.read() if prompt == "-" else prompt
-    with Speaker(_load(model, loading), sampling, tuple(stop or ())) as speaker:
+    with Speaker(load(model, loading), sampling, tuple(stop or ())) as speaker:
         try:
             answer = speaker.say(speaker.model.tokenizer.encode(text), console.write)
         except KeyboardInterrupt:
@@ -339,7 +306,7 @@ def chat(model: ModelDir, sampling: Sampling, loading: Loading, output: Output) 
     """Talk to a model in the terminal; Ctrl-C ends an answer, Ctrl-D the talk."""
     from .talk import Speaker, talk
 
-    with Speaker(_load(model, loading), sampling) as speaker:
+    with Speaker(load(model, loading), sampling) as speaker:
         talk(speaker, Console(output.json))
 
 
@@ -360,7 +327,7 @@ def serve(
     console, offered = Console(output.json), offers(models, serving.name)
     settings = ServerSettings(api_keys=api_keys(serving), drain_s=serving.drain)
     log_to_stderr()
-    _set_threads(loading.threads)
+    set_threads(loading.threads)
 
     def ready(url: str) -> None:
         names = [str(offer.name) for offer in offered]
@@ -375,14 +342,14 @@ def serve(
 
         scale = Scale(scaling.replicas, scaling.max_replicas, scaling.ray_address)
         threads = loading.threads or max(1, granted_cores() // scale.most)
-        plan = Plan(offered, _settings(loading), engine_settings(scheduling), settings, threads)
+        plan = Plan(offered, load_settings(loading), engine_settings(scheduling), settings, threads)
         serve_replicas(plan, scale, serving.host, serving.port, ready)
         return
     answer(
         offered,
         serving.host,
         serving.port,
-        loading=_settings(loading),
+        loading=load_settings(loading),
         running=engine_settings(scheduling),
         settings=settings,
         on_ready=ready,

@@ -112,7 +112,7 @@ class Decoder(PagedDecoder):
             CheckpointError: a tensor is missing, illegal, or does not fit the config.
         """
         self.spec = spec
-        self._dtype, self.device = dtype, device
+        self.dtype, self.device = dtype, device
         loader = Loader(checkpoint, spec, dtype, device)
         self._embedding, self._positions = loader.embedding(), loader.positions()
         named = spec.names.embedding_norm
@@ -131,13 +131,13 @@ class Decoder(PagedDecoder):
     def page_bytes(self) -> int:
         """What a page takes, over all layers."""
         spec = self.spec
-        row = spec.kv_heads * spec.head_dim * self._dtype.itemsize
+        row = spec.kv_heads * spec.head_dim * self.dtype.itemsize
         return 2 * spec.layers * PAGE_POSITIONS * row
 
     def new_memory(self, pages: int) -> FloatMemory:
         """Room for so many pages."""
         shape = (self.spec.layers, self.spec.kv_heads, self.spec.head_dim)
-        return FloatMemory(shape, pages, self._dtype, self.device)
+        return FloatMemory(shape, pages, self.dtype, self.device)
 
     @torch.inference_mode()
     def run(self, parts: Sequence[Part], memory: FloatMemory) -> Tensor:
@@ -209,7 +209,7 @@ class Decoder(PagedDecoder):
         if self._frequencies is None:
             return None
         cosine, sine = rotation(self._frequencies, at)
-        return cosine.to(self._dtype), sine.to(self._dtype)
+        return cosine.to(self.dtype), sine.to(self.dtype)
 
     def _places(self, parts: Sequence[Part]) -> list[_Place]:
         places, first = [], 0
@@ -236,7 +236,7 @@ class Decoder(PagedDecoder):
         if self._slopes is None:
             return seen
         lost = self._slopes[:, None, None] * distance
-        return (-lost).masked_fill(~seen, -torch.inf).to(self._dtype)
+        return (-lost).masked_fill(~seen, -torch.inf).to(self.dtype)
 
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:

@@ -290,15 +290,19 @@ def test_eval_json_has_exact_counts(halfweave: Command, tiny_model: Path, text: 
 def test_bench_ends_with_a_table_and_a_json_line(
     halfweave: Command, packed_model: Path, tiny_model: Path, text: Path
 ) -> None:
-    flags = ("--text", text, "--window", 64, "--prompt-tokens", 16, "--new-tokens", 4)
+    words = ("--text", text, "--window", 64, "--prompt-tokens", 16, "--new-tokens", 4)
+    flags = (*words, "--repetitions", 5, "--batch", 2, "--even-if-busy", "--no-save")
     exact = ("--dtype", "float32")  # weights are then expanded, which is worth a note
     ran = halfweave("bench", packed_model, "--against", tiny_model, *flags, *exact, "--json")
     assert [m["name"] for m in ran.document["models"]] == ["tiny", "packed"]
     for row in ("perplexity", "decode, tokens/s", "TTFT, ms", "kernel", "machine:", "note: packed"):
         assert re.search(rf"^{row}", ran.err, re.M)
-    plain = halfweave("bench", packed_model, "--against", tiny_model, *flags).out
-    assert "tiny, baseline" in plain.splitlines()[0]
-    assert all(len(line) <= 100 for line in plain.splitlines())
+    *table, last = halfweave(
+        "bench", packed_model, "--against", tiny_model, *flags
+    ).out.splitlines()
+    assert "tiny, baseline" in table[0]
+    assert all(len(line) <= 100 for line in table)
+    assert json.loads(last)["kind"] == "offline"
 
 
 # ---- generate, chat, serve, import

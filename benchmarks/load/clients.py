@@ -1,21 +1,15 @@
-"""Clients of a server's completions: each streams, counts, and may hang up in the middle.
-
-Plain asyncio sockets, because 64 clients of a full HTTP library take more of two cores than the
-server does, which would then measure the library.
-"""
+"""Clients of a server's completions: each streams, counts, and may hang up in the middle."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
-from urllib.parse import urlsplit
+from itertools import pairwise
 
-_FEW_BYTES = 2**16
+from halfweave.bench.client import Observed, Target, ask
 
 
 @dataclass
@@ -42,75 +36,32 @@ class Ask:
     hang_up: int | None = None
 
 
-async def complete(url: str, model: str, ask: Ask, tally: Tally) -> None:
+async def complete(url: str, model: str, asked: Ask, tally: Tally) -> None:
     """Send one request and read its stream; everything that happens goes into the tally."""
-    body = {
-        "model": model,
-        "prompt": ask.prompt,
-        "max_tokens": ask.max_tokens,
-        "ignore_eos": True,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-        "temperature": 0,
-    }
     tally.requests += 1
-    try:
-        await _exchange(url, body, ask, tally)
-    except (OSError, asyncio.IncompleteReadError, ValueError) as error:
-        tally.errors.append(f"{type(error).__name__}: {error}")
+    found = await ask(Target(url, model), asked.prompt, asked.max_tokens, asked.hang_up)
+    if found.outcome == "refused":
+        tally.full += 1
+        tally.full_s.append(found.ended - found.sent)
+    elif found.outcome in ("failed", "timed_out"):
+        tally.errors.append(str(found.error))
+    else:
+        _count(found, asked, tally)
 
 
-async def _exchange(url: str, body: dict[str, Any], ask: Ask, tally: Tally) -> None:
-    where = urlsplit(url)
-    reader, writer = await asyncio.open_connection(where.hostname, where.port, limit=_FEW_BYTES)
-    try:
-        payload = json.dumps(body).encode()
-        head = (
-            f"POST /v1/completions HTTP/1.1\r\nHost: {where.netloc}\r\n"
-            f"Content-Type: application/json\r\nContent-Length: {len(payload)}\r\n"
-            "Connection: close\r\n\r\n"
+def _count(found: Observed, asked: Ask, tally: Tally) -> None:
+    times = [arrival.at for arrival in found.answer.arrivals]
+    tally.ttft_s += [at - found.sent for at in times[:1]]
+    tally.gaps_s += [b - a for a, b in pairwise(times)]
+    if found.outcome == "aborted":
+        tally.aborted += 1
+    elif found.answer.output_tokens != asked.max_tokens:
+        tally.errors.append(
+            f"the answer has not {asked.max_tokens} tokens: {found.answer.output_tokens}"
         )
-        started = time.monotonic()
-        writer.write(head.encode() + payload)
-        await writer.drain()
-        status = int((await reader.readline()).split()[1])
-        if status == 429:
-            tally.full += 1
-            tally.full_s.append(time.monotonic() - started)
-        elif status != 200:
-            tally.errors.append(f"status {status}: {(await reader.read(500))[-300:]!r}")
-        else:
-            await _read_stream(reader, started, ask, tally)
-    finally:
-        writer.close()
-
-
-async def _read_stream(
-    reader: asyncio.StreamReader, started: float, ask: Ask, tally: Tally
-) -> None:
-    seen, newest, usage = 0, started, None
-    while line := await reader.readline():
-        if not line.startswith(b"data: "):
-            continue  # heads, blank lines, pings, and the sizes of chunks
-        if line.startswith(b"data: [DONE]"):
-            break
-        now, document = time.monotonic(), json.loads(line[6:])
-        if "error" in document:
-            tally.errors.append(f"in a stream: {document['error']['message']}")
-            return
-        if document["choices"] == []:
-            usage = document["usage"]
-            continue
-        (tally.gaps_s if seen else tally.ttft_s).append(now - newest)
-        newest, seen = now, seen + 1
-        if ask.hang_up is not None and seen >= ask.hang_up:
-            tally.aborted += 1
-            return
-    if usage is None or usage["completion_tokens"] != ask.max_tokens:
-        tally.errors.append(f"the answer has not {ask.max_tokens} tokens: {usage}")
-        return
-    tally.finished += 1
-    tally.tokens += usage["completion_tokens"]
+    else:
+        tally.finished += 1
+        tally.tokens += asked.max_tokens
 
 
 async def keep_asking(

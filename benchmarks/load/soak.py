@@ -8,8 +8,9 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from halfweave.bench.server_process import Footprint, ServerProcess, server
+
 from .clients import Ask, Tally, keep_asking
-from .server_process import Footprint, ServerProcess, server
 
 _TEXT = (
     "the river keeps two weights of every four and serves what is left of them to anybody who "

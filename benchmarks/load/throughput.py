@@ -7,8 +7,9 @@ import statistics
 import time
 from dataclasses import dataclass
 
+from halfweave.bench.server_process import ServerProcess
+
 from .clients import Ask, Tally, complete
-from .server_process import ServerProcess
 from .soak import percentile
 
 _PROMPT = "Once upon a time there was a loom that kept two threads of every four, and"

@@ -23,6 +23,14 @@ def granted_cores(root: Path = _ROOT) -> int:
     return max(1, min([len(cores), *(int(quota) for quota in _quotas(root))]))
 
 
+def one_cpu_a_core(root: Path = _ROOT) -> list[int]:
+    """The first allowed logical CPU of every physical core that the affinity mask leaves."""
+    first: dict[str, int] = {}
+    for cpu in sorted(_allowed()):
+        first.setdefault(_siblings(root, cpu), cpu)
+    return list(first.values())
+
+
 def _allowed() -> set[int]:
     try:
         return os.sched_getaffinity(0)

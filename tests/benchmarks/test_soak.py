@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from halfweave.bench.server_process import server
 from load.clients import Ask, Tally, complete
 from load.page import page
-from load.server_process import server
 from load.soak import percentile, soak, to_json
 from load.throughput import full_queue_ms, throughputs
 from serving import recipe_of
@@ -110,7 +110,8 @@ def test_clients_see_what_went_wrong(scripted: tuple[str, list[bytes]]) -> None:
     url, answers = scripted
     usage = '{"choices": [], "usage": {"completion_tokens": 2}}'
     fine = ask(url, stream(TOKEN, TOKEN, usage, "[DONE]"), answers)
-    assert (fine.finished, fine.tokens, fine.errors, len(fine.gaps_s)) == (1, 2, [], 1)
+    assert (fine.finished, fine.tokens, fine.errors, len(fine.ttft_s)) == (1, 2, [], 1)
+    assert fine.gaps_s == []  # both tokens came in one piece, so there was no gap to see
     cut = ask(url, stream(TOKEN), answers)
     assert len(cut.errors) == 1
     short = ask(url, stream(TOKEN, TOKEN, usage, "[DONE]"), answers, tokens=3)

@@ -8,8 +8,6 @@ prefill time. Knows models, not tables.
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -18,23 +16,28 @@ from typing import Any
 
 from ..errors import HalfweaveError, UsageError
 from ..files import sha256_file
+from ..kernels.cpu.bandwidth import read_bandwidth
+from ..kernels.cpu.library import library
 from ..kernels.dispatch import choose
 from ..kernels.formats import Dense
-from .checkpoint import Checkpoint
-from .engine import Engine
-from .engine_settings import EngineSettings
-from .eval import EvalResult, evaluate
-from .hardware import Hardware, peak_memory_bytes, this_machine, versions
-from .model import LoadSettings, Model, load_model
-from .params import SamplingParams
-from .request import Failed, Finished, GenerationRequest, TextDelta
-from .threads import in_passing_thread
+from ..runtime.checkpoint import Checkpoint
+from ..runtime.engine_settings import EngineSettings
+from ..runtime.eval import EvalResult, evaluate
+from ..runtime.hardware import Hardware, peak_memory_bytes, this_machine, versions
+from ..runtime.model import LoadSettings, Model, load_model
+from ..runtime.threads import in_passing_thread
+from .batches import BatchBench, BatchSample, batch_row, decode_length, one_batch
+from .document import about_model
+from .footprint import Footprint, measure_footprint
+from .requests import carry_out
+from .stats import Spread, percentiles
+from .token_bytes import token_bytes
 
-SCHEMA_VERSION = 1
-_LEAST_REPETITIONS = 5
+LEAST_REPETITIONS = 5
 
 # Told after each step: steps done, steps in all of this phase, and what was done.
 BenchProgress = Callable[[int, int, str], None]
+_STEP_TOKENS = EngineSettings().tokens_per_step
 
 
 @dataclass(frozen=True)
@@ -47,16 +50,19 @@ class BenchPlan:
 
     prompt_tokens: int = 128
     new_tokens: int = 64
-    repetitions: int = 5
+    repetitions: int = 7
     warmups: int = 1
     window: int = 512
     max_windows: int = 8
+    batches: tuple[int, ...] = (1, 2, 4, 8, 16)
 
     def __post_init__(self) -> None:
-        least = {"prompt_tokens": 1, "new_tokens": 2, "repetitions": _LEAST_REPETITIONS}
+        least = {"prompt_tokens": 1, "new_tokens": 2, "repetitions": LEAST_REPETITIONS}
         for name, low in (*least.items(), ("warmups", 1), ("window", 2), ("max_windows", 1)):
             if getattr(self, name) < low:
                 raise UsageError(f"{name} must be at least {low}")
+        if any(batch < 1 for batch in self.batches):
+            raise UsageError("a batch must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -75,25 +81,17 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Spread:
-    """Median over the repetitions, with the least and the greatest."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        """Summarise at least one value."""
-        return cls(statistics.median(values), min(values), max(values))
-
-
-@dataclass(frozen=True)
 class ModelBench:
-    """All that was measured of one model. `itl_ms` has p50, p90 and p99, pooled over raw gaps."""
+    """All that was measured of one model. `itl_ms` has p50, p90 and p99, pooled over raw gaps.
+
+    `bytes_per_token` are the weights that a step reads; `mbu` is the share of the measured read
+    bandwidth at which that happened while one request was decoded. `load_s` and `peak_rss_bytes`
+    are of a process of its own, measured once.
+    """
 
     name: str
     path: str
+    digest: str
     is_baseline: bool
     kernels: Mapping[str, str]  # kernel by format, with the reason for it
     disk_bytes: int
@@ -105,29 +103,39 @@ class ModelBench:
     decode_tokens_per_s: Spread
     ttft_ms: Spread
     itl_ms: Mapping[str, float]
+    batches: tuple[BatchBench, ...]
+    bytes_per_token: int | None
+    mbu: float | None
+    load_s: float
+    peak_rss_bytes: int
     samples: tuple[Sample, ...]
+
+
+_PROCESS = ("peak_memory_bytes", "read_gb_per_s")
 
 
 @dataclass(frozen=True)
 class BenchResult:
     """One run of the benchmark; the baseline comes first.
 
-    `peak_memory_bytes` is the process's, with all models loaded. `notes` say what a reader of the
-    numbers has to know.
+    `peak_memory_bytes` is the process's, with all models loaded; `read_gb_per_s` is how fast its
+    threads read memory, None without the CPU kernels. `notes` say what a reader of the numbers has
+    to know.
     """
 
-    schema_version: int
     plan: BenchPlan
     hardware: Hardware
     versions: Mapping[str, str]
     text: Mapping[str, Any]
     models: tuple[ModelBench, ...]
     peak_memory_bytes: int
+    read_gb_per_s: float | None
     notes: tuple[str, ...]
 
-    def to_json(self) -> dict[str, Any]:
-        """Everything, raw samples included."""
-        return asdict(self)
+    def body(self) -> dict[str, Any]:
+        """What a document has of this kind alone, raw samples included."""
+        found = asdict(self)
+        return {name: found[name] for name in ("text", "models", *_PROCESS)}
 
 
 def bench_offline(
@@ -147,23 +155,33 @@ def bench_offline(
         UsageError: there is no dense model, or text or context are too short for the plan.
         RefusedError: the models do not share a tokenizer; or as `load_model`.
     """
-    plan, tell = plan or BenchPlan(), progress or _silent
+    plan, tell, settings = plan or BenchPlan(), progress or _silent, loading or LoadSettings()
     machine = this_machine()  # before our own work adds to the load
+    ordered = baseline_first(paths)
     models = {}
-    for done, (name, path) in enumerate(_baseline_first(paths).items(), start=1):
-        models[name] = load_model(path, **vars(loading or LoadSettings()))
+    for done, (name, path) in enumerate(ordered.items(), start=1):
+        models[name] = load_model(path, **vars(settings))
         tell(done, len(paths), f"load {name}")
     prompt = _prompt(models, text, plan)
     quality = in_passing_thread(lambda: _quality(models, text, plan, tell))
-    samples = _samples(models, prompt, plan, tell)
+    samples, batches = _samples(models, prompt, plan, tell)
+    feet = {
+        name: measure_footprint(path, settings, machine.threads, prompt, plan.new_tokens)
+        for name, path in ordered.items()
+    }
+    read = _read_bandwidth(settings)
     first = next(iter(models))
     rows = tuple(
-        _row(name, model, quality[name], samples[name], plan, name == first)
+        _row(
+            model,
+            _Measured(name, quality[name], samples[name], batches[name], feet[name], read),
+            plan,
+            name == first,
+        )
         for name, model in models.items()
     )
     evaluated = quality[first]
     return BenchResult(
-        schema_version=SCHEMA_VERSION,
         plan=plan,
         hardware=machine,
         versions=versions(),
@@ -174,7 +192,8 @@ def bench_offline(
         },
         models=rows,
         peak_memory_bytes=peak_memory_bytes(),
-        notes=(*_machine_notes(machine), *_model_notes(models, rows, evaluated)),
+        read_gb_per_s=None if read is None else read / 1e9,
+        notes=_notes(models, rows, evaluated, plan),
     )
 
 
@@ -188,7 +207,12 @@ def is_dense(checkpoint: Checkpoint) -> bool:
     return not checkpoint.linears and not recipe
 
 
-def _baseline_first(paths: Mapping[str, str | Path]) -> dict[str, str | Path]:
+def baseline_first(paths: Mapping[str, str | Path]) -> dict[str, str | Path]:
+    """The models with the dense one that the others are compared with at the front.
+
+    Raises:
+        UsageError: there is none, or no model at all.
+    """
     if not paths:
         raise UsageError("no model to measure")
     dense = [n for n, path in paths.items() if is_dense(Checkpoint.open(path, verify=False))]
@@ -202,7 +226,8 @@ def _baseline_first(paths: Mapping[str, str | Path]) -> dict[str, str | Path]:
 
 def _prompt(models: Mapping[str, Model], text: str, plan: BenchPlan) -> tuple[int, ...]:
     """The first tokens of the text: the same for all models, and real language."""
-    needed = plan.prompt_tokens + plan.new_tokens
+    longest = max(_answer_lengths(plan))
+    needed = plan.prompt_tokens + longest
     for model in models.values():
         if needed > model.max_model_len:
             raise UsageError(
@@ -213,6 +238,14 @@ def _prompt(models: Mapping[str, Model], text: str, plan: BenchPlan) -> tuple[in
     if len(ids) < plan.prompt_tokens:
         raise UsageError(f"the text has {len(ids)} tokens, the prompt needs {plan.prompt_tokens}")
     return tuple(ids[: plan.prompt_tokens])
+
+
+def _answer_lengths(plan: BenchPlan) -> list[int]:
+    batched = [
+        decode_length(batch, plan.prompt_tokens, plan.new_tokens, _STEP_TOKENS)
+        for batch in plan.batches
+    ]
+    return [plan.new_tokens, *batched]
 
 
 def _quality(
@@ -239,68 +272,74 @@ def _labelled(tell: BenchProgress, label: str) -> BenchProgress:
 
 def _samples(
     models: Mapping[str, Model], prompt: tuple[int, ...], plan: BenchPlan, tell: BenchProgress
-) -> dict[str, list[Sample]]:
-    """In turns, A B A B, so that whatever else the machine does falls on all alike.
-
-    Each turn has an engine of its own: two that live side by side slow each other (see threads).
-    """
+) -> tuple[dict[str, list[Sample]], dict[str, dict[int, list[BatchSample]]]]:
+    """In turns, A B A B, so that whatever else the machine does falls on all alike."""
     samples: dict[str, list[Sample]] = {name: [] for name in models}
+    batches: dict[str, dict[int, list[BatchSample]]] = {name: {} for name in models}
     rounds = plan.warmups + plan.repetitions
     for turn in range(rounds):
         for place, (name, model) in enumerate(models.items(), start=1):
-            with Engine(model, EngineSettings(share_prefixes=False)) as engine:
-                sample = _one_request(engine, f"{name}-{turn}", prompt, plan.new_tokens)
+            sample = _one_request(model, prompt, plan.new_tokens)
+            together = {
+                batch: one_batch(model, prompt, batch, plan.new_tokens, _STEP_TOKENS)
+                for batch in plan.batches
+            }
             if turn >= plan.warmups:
                 samples[name].append(sample)
+                for batch, found in together.items():
+                    if found is not None:
+                        batches[name].setdefault(batch, []).append(found)
             what = "measure" if turn >= plan.warmups else "warm up"
             tell(turn * len(models) + place, rounds * len(models), f"{what} {name}")
-    return samples
+    return samples, batches
 
 
-def _one_request(engine: Engine, key: str, prompt: tuple[int, ...], new_tokens: int) -> Sample:
+def _one_request(model: Model, prompt: tuple[int, ...], new_tokens: int) -> Sample:
     """Send one request and time what comes back.
 
     Raises:
         HalfweaveError: the engine did not carry it out to the end.
     """
-    params = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
-    request = GenerationRequest(key, prompt, params)
-    sent = time.perf_counter()
-    arrivals: list[tuple[float, int]] = []
-    for event in engine.stream(request):
-        now = time.perf_counter()
-        if isinstance(event, TextDelta) and event.token_ids:
-            arrivals.append((now, len(event.token_ids)))
-        elif isinstance(event, Failed):
-            raise event.error
-        elif isinstance(event, Finished):
-            if event.usage.completion_tokens != new_tokens or len(arrivals) < 2:
-                raise HalfweaveError(
-                    f"{engine.model.name} wrote {event.usage.completion_tokens} tokens "
-                    f"of {new_tokens}: nothing to measure"
-                )
-            finished = event
-    times = [at for at, _ in arrivals]
+    answer = carry_out(model, [prompt], new_tokens)[0]
+    if len(answer.arrivals) < 2 or answer.timings is None:
+        raise HalfweaveError(f"{model.name} sent all its tokens at once: nothing to measure")
+    times = [at for at, _ in answer.arrivals]
     return Sample(
-        ttft_ms=1000 * (times[0] - sent),
-        prefill_ms=finished.timings.prefill_ms,
+        ttft_ms=1000 * (times[0] - answer.sent),
+        prefill_ms=answer.timings.prefill_ms,
         gaps_ms=tuple(1000 * (b - a) for a, b in pairwise(times)),
-        gap_tokens=tuple(count for _, count in arrivals[1:]),
+        gap_tokens=tuple(count for _, count in answer.arrivals[1:]),
     )
 
 
-def _row(
-    name: str,
-    model: Model,
-    quality: EvalResult,
-    samples: Sequence[Sample],
-    plan: BenchPlan,
-    is_baseline: bool,
-) -> ModelBench:
-    checkpoint = model.checkpoint
+def _read_bandwidth(settings: LoadSettings) -> float | None:
+    """Bytes a second of this process's threads; None without the CPU kernels, or on a GPU."""
+    native = library() if settings.device == "cpu" else None
+    return None if native is None else in_passing_thread(lambda: read_bandwidth(native))
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What there is of one model, before it is summed up; `read` is in bytes a second."""
+
+    name: str
+    quality: EvalResult
+    samples: Sequence[Sample]
+    batches: Mapping[int, Sequence[BatchSample]]
+    footprint: Footprint
+    read: float | None
+
+
+def _row(model: Model, found: _Measured, plan: BenchPlan, is_baseline: bool) -> ModelBench:
+    checkpoint, samples, quality = model.checkpoint, found.samples, found.quality
+    decode = Spread.of([s.decode_tokens_per_s for s in samples])
+    bytes_per_token = token_bytes(model)
+    known = bytes_per_token is not None and found.read is not None
+    seconds = bytes_per_token / found.read if known else None  # type: ignore[operator]
     return ModelBench(
-        name=name,
+        name=found.name,
         path=str(checkpoint.path),
+        digest=about_model(checkpoint.path)["digest"],
         is_baseline=is_baseline,
         kernels=_kernels(model),
         disk_bytes=sum(f.stat().st_size for f in checkpoint.path.iterdir() if f.is_file()),
@@ -309,9 +348,17 @@ def _row(
         kl=quality.kl,
         agreement=quality.agreement,
         prefill_tokens_per_s=Spread.of([1000 * plan.prompt_tokens / s.prefill_ms for s in samples]),
-        decode_tokens_per_s=Spread.of([s.decode_tokens_per_s for s in samples]),
+        decode_tokens_per_s=decode,
         ttft_ms=Spread.of([s.ttft_ms for s in samples]),
-        itl_ms=_percentiles([gap for s in samples for gap in s.gaps_ms]),
+        itl_ms=percentiles([gap for s in samples for gap in s.gaps_ms]),
+        batches=tuple(
+            batch_row(each, batch, plan.prompt_tokens, seconds)
+            for batch, each in found.batches.items()
+        ),
+        bytes_per_token=bytes_per_token,
+        mbu=None if seconds is None else decode.median * seconds,
+        load_s=found.footprint.load_s,
+        peak_rss_bytes=found.footprint.peak_rss_bytes,
         samples=tuple(samples),
     )
 
@@ -322,17 +369,19 @@ def _kernels(model: Model) -> dict[str, str]:
     return {kind: f"{kernel.name}: {kernel.why}" for kind, kernel in chosen.items()}
 
 
-def _percentiles(values: Sequence[float]) -> dict[str, float]:
-    """p50, p90 and p99, linearly interpolated between the raw values."""
-    cuts = statistics.quantiles(values, n=100, method="inclusive")
-    return {f"p{rank}": cuts[rank - 1] for rank in (50, 90, 99)}
-
-
-def _machine_notes(machine: Hardware) -> list[str]:
-    if not machine.busy:
-        return []
-    busy = f"load {machine.load:.1f} on {machine.cores} cores"
-    return [f"the machine was busy before the run: {busy}"]
+def _notes(
+    models: Mapping[str, Model],
+    rows: Sequence[ModelBench],
+    quality: EvalResult,
+    plan: BenchPlan,
+) -> tuple[str, ...]:
+    crowded = [
+        f"{row.name}: there is no room for {batch} requests side by side"
+        for row in rows
+        for batch in plan.batches
+        if batch not in {each.batch for each in row.batches}
+    ]
+    return (*_model_notes(models, rows, quality), *crowded)
 
 
 def _model_notes(

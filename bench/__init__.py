@@ -1,0 +1,1 @@
+"""Measurements that can be believed: kernels, models, and endpoints under load."""

@@ -1,0 +1,168 @@
+"""Whether two measurements of the same thing differ, and by how much.
+
+Repetitions are what is sampled, never tokens or requests, which depend on each other. A change
+counts if it is beyond chance (significance.py) and beyond a floor, because two runs on one machine
+differ by a little that repetitions within a run do not show. The test is of the floor itself, so
+that among many quantities none gets over it by chance.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..errors import RefusedError, UsageError
+from .metrics import Metric, metrics
+from .significance import ALPHA, Shift, holm, least_p, shift
+
+NO_CHANGE = "no significant change"
+FLOOR = 0.03
+# Of hardware what may differ between two runs on one machine; of a plan what changes no quantity.
+_MAY_DIFFER = {"hardware": ("load",), "plan": ("repetitions", "seed")}
+
+
+@dataclass(frozen=True)
+class Change:
+    """One quantity in both documents: medians, and the second over the first.
+
+    `p` is corrected for all tests of its family; `verdict` is faster, slower or "no significant
+    change".
+    """
+
+    name: str
+    unit: str
+    main: bool
+    first: float
+    second: float
+    repetitions: tuple[int, int]
+    shift: Shift
+    p: float
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All changes, and one word for them: faster, slower, mixed or "no significant change"."""
+
+    verdict: str
+    floor: float
+    changes: tuple[Change, ...]
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """As it is printed."""
+        return {"kind": "compare", "alpha": ALPHA, **asdict(self)}
+
+
+def compare(
+    first: Mapping[str, Any],
+    second: Mapping[str, Any],
+    floor: float = FLOOR,
+    even_if_different: bool = False,
+) -> Comparison:
+    """Compare two documents; changes of less than the share `floor` count as none.
+
+    Raises:
+        RefusedError: they are not of the same thing, and that was not allowed.
+        UsageError: they have nothing in common, or are not as described.
+    """
+    differences = _differences(first, second)
+    if differences and (not even_if_different or first["kind"] != second["kind"]):
+        raise RefusedError(
+            f"these measurements are not of the same thing: {'; '.join(differences)}",
+            None if first["kind"] != second["kind"] else "--even-if-different compares them",
+        )
+    try:
+        ours, theirs = metrics(first), {metric.name: metric for metric in metrics(second)}
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise UsageError(f"a measurement is not as it was written: {error!r}") from error
+    pairs = [(metric, theirs[metric.name]) for metric in ours if metric.name in theirs]
+    if not pairs:
+        raise UsageError("these measurements have no quantity in common")
+    changes = _changes(pairs, floor)
+    left = len(ours) + len(theirs) - 2 * len(pairs)
+    notes = [*differences, *_power_notes(changes)]
+    if left:
+        notes.append(f"{left} quantities are in one of the two only")
+    return Comparison(_overall(changes), floor, tuple(changes), tuple(notes))
+
+
+def _differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    """What makes two documents measurements of different things, in words."""
+    if first["kind"] != second["kind"]:
+        return [f"kind {first['kind']} and {second['kind']}"]
+    found = []
+    for part in ("hardware", "plan"):
+        a, b = first.get(part) or {}, second.get(part) or {}
+        ignored = _MAY_DIFFER[part]
+        for name in sorted((a.keys() | b.keys()) - set(ignored)):
+            if a.get(name) != b.get(name):
+                found.append(f"{part} {name} {_short(a.get(name))} and {_short(b.get(name))}")
+    ours, theirs = _digests(first), _digests(second)
+    for name in sorted(ours.keys() | theirs.keys()):
+        if ours.get(name) != theirs.get(name):
+            found.append(f"model {name}, of which the files differ or which only one has")
+    return found
+
+
+def _digests(document: Mapping[str, Any]) -> dict[str, Any]:
+    model = document.get("model") or {}
+    found = {str(model.get("name")): model.get("digest")}
+    for each in document.get("models") or ():
+        found[str(each.get("name"))] = each.get("digest")
+    return found
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else text[:39] + "…"
+
+
+def _changes(pairs: list[tuple[Metric, Metric]], floor: float) -> list[Change]:
+    shifts = [shift(ours.values, theirs.values, floor) for ours, theirs in pairs]
+    adjusted = [1.0] * len(pairs)
+    for family in (True, False):  # quantities that matter most, and all others
+        members = [i for i, (metric, _) in enumerate(pairs) if metric.main == family]
+        for index, p in zip(members, holm([shifts[i].p for i in members]), strict=True):
+            adjusted[index] = p
+    return [
+        Change(
+            ours.name,
+            ours.unit,
+            ours.main,
+            statistics.median(ours.values),
+            statistics.median(theirs.values),
+            (len(ours.values), len(theirs.values)),
+            found,
+            p,
+            _verdict(found, p, ours.more_is_better),
+        )
+        for (ours, theirs), found, p in zip(pairs, shifts, adjusted, strict=True)
+    ]
+
+
+def _verdict(found: Shift, p: float, more_is_better: bool) -> str:
+    if p > ALPHA:
+        return NO_CHANGE
+    return "faster" if (found.ratio > 1) == more_is_better else "slower"
+
+
+def _overall(changes: list[Change]) -> str:
+    found = {change.verdict for change in changes} - {NO_CHANGE}
+    if not found:
+        return NO_CHANGE
+    return found.pop() if len(found) == 1 else "mixed"
+
+
+def _power_notes(changes: list[Change]) -> list[str]:
+    notes = []
+    for main, title in ((True, "the main quantities"), (False, "the details")):
+        family = [change for change in changes if change.main == main]
+        if family and min(least_p(*each.repetitions) for each in family) * len(family) > ALPHA:
+            notes.append(
+                f"with so few repetitions nothing can be found in {title}, which are "
+                f"{len(family)}: measure with more --repetitions"
+            )
+    return notes

@@ -1,0 +1,153 @@
+"""The verb `bench`: kernels, a model, or an endpoint, measured, kept, and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from typer import Argument
+
+from ..errors import UsageError
+from . import bench_tables
+from .bench_words import Asked, command_line, named, understood
+from .console import Console, plain
+from .flags import Comparing, Keeping, Loading, Output, Speed, Traffic
+from .loading import load_settings, read_source, set_threads
+
+if TYPE_CHECKING:
+    from ..runtime.hardware import Hardware
+
+
+def bench(
+    words: Annotated[
+        list[str] | None,
+        Argument(metavar="[MODEL] [kernel|offline|serve]", help="Model directory, and what of it."),
+    ] = None,
+    *,
+    speed: Speed,
+    traffic: Traffic,
+    keeping: Keeping,
+    comparing: Comparing,
+    loading: Loading,
+    output: Output,
+) -> None:
+    """Measure speed beside quality and the dense model, in turns; or compare two measurements.
+
+    offline, which is meant if nothing is said, measures models alone: prompts and tokens, one and
+    several at once. kernel measures the products of a model, by what it is made of and dense, and
+    keeps which is faster here for when it is loaded. serve measures what users of an endpoint wait
+    for. The last line of stdout is one JSON document.
+    """
+    console = Console(output.json)
+    if comparing.compare is not None:
+        _compare(console, comparing)
+        return
+    asked = understood(words or (), speed, traffic, loading)
+    document = _MEASURE[asked.mode](console, asked, keeping)
+    _keep(console, keeping, asked.model, document)
+    console.last_line(document)
+
+
+@contextmanager
+def _quiet(
+    asked: Asked, keeping: Keeping, pin: bool = True
+) -> Iterator[tuple[Hardware, list[str]]]:
+    """A machine to measure on, and what to say of it; threads keep to cores if `pin`."""
+    from ..bench.quiet import check_quiet, others_at_work, pinned
+    from ..kernels.cpu.cores import granted_cores
+    from ..runtime.hardware import this_machine
+
+    set_threads(asked.loading.threads)
+    machine, shares = this_machine(), others_at_work()
+    notes = check_quiet(machine, shares, keeping.even_if_busy)
+    if not pin:
+        yield machine, notes
+        return
+    with pinned(min(machine.threads, granted_cores()), shares) as cpus:
+        where = f"CPUs {', '.join(map(str, cpus))}" if cpus else "no CPUs of their own"
+        yield machine, [*notes, f"threads were kept to {where}"]
+
+
+def _offline(console: Console, asked: Asked, keeping: Keeping) -> dict[str, Any]:
+    from ..bench.document import about_model, document
+    from ..bench.offline import BenchPlan, baseline_first, bench_offline
+
+    model, speed = asked.needed_model, asked.speed
+    plan = BenchPlan(
+        prompt_tokens=speed.prompt_tokens,
+        new_tokens=speed.new_tokens,
+        window=speed.window,
+        max_windows=speed.max_windows,
+        repetitions=BenchPlan.repetitions if speed.repetitions is None else speed.repetitions,
+        batches=tuple(speed.batch) or BenchPlan.batches,
+    )
+    text, origin = read_source(speed.text)
+    about, paths = about_model(model), baseline_first(named(model, speed.against))
+    with _quiet(asked, keeping) as (machine, notes), console.progress("step") as bar:
+        result = bench_offline(
+            paths,
+            text,
+            text_origin=origin,
+            plan=plan,
+            progress=bar.step,
+            loading=load_settings(asked.loading),
+        )
+    notes = [*notes, *result.notes]
+    console.table(*bench_tables.offline(result), words=(0,))
+    for line in (*bench_tables.offline_lines(result), *bench_tables.notes(notes)):
+        console.say(line)
+    return document(
+        "offline",
+        machine,
+        model=about,
+        plan=plan,
+        body=result.body(),
+        notes=notes,
+        command=command_line(),
+    )
+
+
+def _serve(console: Console, asked: Asked, keeping: Keeping) -> dict[str, Any]:
+    from .bench_serve import measure_endpoints
+
+    with _quiet(asked, keeping, pin=False) as (machine, notes):
+        return measure_endpoints(console, asked, machine, notes)
+
+
+_MEASURE = {"offline": _offline, "serve": _serve}
+
+
+def _compare(console: Console, comparing: Comparing) -> None:
+    from ..bench.compare import compare
+    from ..bench.document import read_document
+
+    assert comparing.compare is not None
+    first, second = (read_document(path) for path in comparing.compare)
+    found = compare(first, second, comparing.floor, comparing.even_if_different)
+    console.table(bench_tables.COMPARE_HEADER, bench_tables.comparison(found))
+    for line in bench_tables.comparison_lines(found):
+        console.say(line)
+    console.last_line({"verb": "bench", **found.to_json()})
+
+
+def _keep(console: Console, keeping: Keeping, model: str | None, document: dict[str, Any]) -> None:
+    """Save a document where it was asked for, or beside the model if that can be written to."""
+    from ..bench.document import save_beside
+    from ..files import write_json
+
+    found = plain(document)
+    if keeping.out is not None:
+        try:
+            write_json(keeping.out, found)
+        except OSError as error:
+            raise UsageError(f"{keeping.out} cannot be written: {error.strerror}") from error
+        console.say(f"kept in {keeping.out}")
+    elif keeping.save and model is not None:
+        try:
+            path: Path = save_beside(model, found)
+        except OSError as error:
+            console.tell(f"not kept beside the model: {error.strerror}; --out FILE keeps it")
+            return
+        console.say(f"kept in {path}")

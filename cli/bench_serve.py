@@ -1,0 +1,170 @@
+"""`bench serve`: an endpoint that runs, or servers of our own, started and ended again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+from urllib.error import URLError
+from urllib.request import Request, urlopen
+
+from ..errors import HalfweaveError, UsageError
+from . import bench_tables
+from .bench_words import Asked, command_line, named
+from .console import Console
+from .flags import Loading
+from .loading import load_settings, read_source
+
+if TYPE_CHECKING:
+    from ..bench.client import Target
+    from ..bench.prompts import Prompts
+    from ..bench.serve_plan import ServePlan
+    from ..runtime.eval import EvalResult
+    from ..runtime.hardware import Hardware
+
+_LISTED_S = 30.0
+
+
+def measure_endpoints(
+    console: Console, asked: Asked, machine: Hardware, notes: list[str]
+) -> dict[str, Any]:
+    """Load what was asked for, print what came of it, and return the document."""
+    from ..bench.document import about_model, document
+    from ..bench.serve import bench_serve, points_body, serve_notes
+
+    plan, prompts = _plan(asked), _prompts(asked)
+    quality = {} if asked.traffic.url else _quality(console, asked)
+    with _targets(console, asked, plan) as targets, console.progress("round") as bar:
+        points = bench_serve(targets, prompts, plan, bar.step)
+    notes = [*notes, *_quality_notes(asked, quality), *serve_notes(points)]
+    console.table(*bench_tables.serve(points), words=(0, 1))
+    for line in (*bench_tables.serve_lines(plan, quality, machine), *bench_tables.notes(notes)):
+        console.say(line)
+    name = next(iter(targets.values())).model
+    model = {"path": None, "name": name, "digest": None}
+    return document(
+        "serve",
+        machine,
+        model=model if asked.model is None else about_model(asked.model),
+        plan=plan,
+        body={"quality": quality, "endpoint": asked.traffic.url, **points_body(points)},
+        notes=notes,
+        command=command_line(),
+    )
+
+
+def _plan(asked: Asked) -> ServePlan:
+    from ..bench.serve_plan import ServePlan, loads, parse_slos
+
+    speed, traffic = asked.speed, asked.traffic
+    return ServePlan(
+        loads(traffic.rate, traffic.concurrency),
+        requests=traffic.requests,
+        repetitions=ServePlan.repetitions if speed.repetitions is None else speed.repetitions,
+        prompt_tokens=speed.prompt_tokens,
+        new_tokens=speed.new_tokens,
+        slos=parse_slos(asked.limits),
+        seed=traffic.seed,
+        ignore_eos=traffic.ignore_eos,
+        chat=traffic.chat,
+        timeout_s=traffic.request_timeout,
+    )
+
+
+def _prompts(asked: Asked) -> Prompts:
+    from ..bench.prompts import Prompts
+    from ..runtime.tokenizer import Tokenizer
+
+    text, _ = read_source(asked.speed.text)
+    tokenizer = None if asked.model is None else Tokenizer.open(asked.model)
+    return Prompts.of(text, asked.speed.prompt_tokens, asked.traffic.seed, tokenizer)
+
+
+@contextmanager
+def _targets(console: Console, asked: Asked, plan: ServePlan) -> Iterator[dict[str, Target]]:
+    """The running endpoint under its model's name, or a server of each model of ours."""
+    from ..bench.client import Target
+    from ..bench.server_process import server
+
+    traffic = asked.traffic
+
+    def target(url: str, model: str) -> Target:
+        key = traffic.api_key if traffic.url is not None else None
+        return Target(url, model, plan.chat, plan.ignore_eos, key, plan.timeout_s)
+
+    if traffic.url is not None:
+        if asked.speed.against:
+            raise UsageError("--against starts a server of ours, --url says that one runs")
+        name = traffic.model_name or _first_model(target(traffic.url, ""))
+        yield {name: target(traffic.url, name)}
+        return
+    with ExitStack() as stack:
+        targets = {}
+        for name, path in named(asked.needed_model, asked.speed.against).items():
+            console.tell(f"starting a server of {name}")
+            running = stack.enter_context(server(path, _server_flags(asked.loading)))
+            targets[name] = target(running.url, running.model)
+        yield targets
+
+
+def _first_model(target: Target) -> str:
+    """What the endpoint offers first."""
+    request = Request(target.models_url)
+    if target.api_key:
+        request.add_header("Authorization", f"Bearer {target.api_key}")
+    try:
+        with urlopen(request, timeout=_LISTED_S) as answer:
+            return str(json.load(answer)["data"][0]["id"])
+    except (URLError, OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise HalfweaveError(
+            f"{target.url} lists no models: {error}", "--model-name, if it has them all the same"
+        ) from error
+
+
+def _server_flags(loading: Loading) -> list[str]:
+    """What makes a server load its model as we were told to."""
+    flags = [
+        *("--dtype", loading.dtype, "--device", loading.device),
+        *("--head-bits", str(loading.head_bits), "--kv-bits", str(loading.kv_bits)),
+        "--verify" if loading.verify else "--no-verify",
+    ]
+    return flags if loading.threads is None else [*flags, "--threads", str(loading.threads)]
+
+
+def _quality(console: Console, asked: Asked) -> dict[str, EvalResult]:
+    """Perplexity of each model of ours, before its server starts."""
+    from ..runtime.eval import evaluate
+    from ..runtime.model import load_model
+    from ..runtime.threads import in_passing_thread
+
+    text, _ = read_source(asked.speed.text)
+    found = {}
+    for name, path in named(asked.needed_model, asked.speed.against).items():
+        model = load_model(path, **vars(load_settings(asked.loading)))
+        with console.progress("window") as bar:
+            found[name] = in_passing_thread(
+                lambda model=model, bar=bar: evaluate(  # type: ignore[misc]
+                    model,
+                    text,
+                    window=asked.speed.window,
+                    max_windows=asked.speed.max_windows,
+                    progress=bar.step,
+                )
+            )
+    return found
+
+
+def _quality_notes(asked: Asked, quality: dict[str, EvalResult]) -> list[str]:
+    if asked.traffic.url is not None:
+        return ["the quality of this endpoint's answers was not measured"]
+    if len(quality) == 1 and _is_pruned(asked.needed_model):
+        return ["no dense model was measured beside this one: --against DENSE does"]
+    return []
+
+
+def _is_pruned(path: str) -> bool:
+    from ..bench.offline import is_dense
+    from ..runtime.checkpoint import Checkpoint
+
+    return not is_dense(Checkpoint.open(path, verify=False))

@@ -1,0 +1,200 @@
+"""Measurements as rows of text, losing figures as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from textwrap import fill
+from typing import TYPE_CHECKING, TypeVar
+
+from .console import WIDTH, size
+from .tables import Row, distance
+
+if TYPE_CHECKING:
+    from ..bench.batches import BatchBench
+    from ..bench.compare import Comparison
+    from ..bench.offline import BenchResult, ModelBench
+    from ..bench.serve import ServePoint
+    from ..bench.serve_plan import ServePlan
+    from ..bench.stats import Spread
+    from ..runtime.eval import EvalResult
+    from ..runtime.hardware import Hardware
+
+T = TypeVar("T")
+
+
+def offline(result: BenchResult) -> tuple[Row, list[Row]]:
+    """Header and rows: a quantity each, the models side by side, losing figures as they are."""
+    models, baseline = result.models, result.models[0]
+    titles = [f"{m.name}, baseline" if m.is_baseline else m.name for m in models]
+    ratios = [m for m in models if not m.is_baseline]
+    header = ("", *titles, *(f"{_short(m.name)} / dense" for m in ratios))
+
+    def row(label: str, cells: Sequence[str], figures: Mapping[str, float] | None = None) -> Row:
+        shown = [
+            f"{figures[m.name] / figures[baseline.name]:.2f}x" if figures else "" for m in ratios
+        ]
+        return (label, *cells, *shown)
+
+    def speed(label: str, spreads: Mapping[str, Spread]) -> Row:
+        cells = [f"{s.median:.1f} ({s.low:.1f}-{s.high:.1f})" for s in spreads.values()]
+        return row(label, cells, {name: s.median for name, s in spreads.items()})
+
+    def together(batch: int) -> list[Row]:
+        """Prefill and decode of so many requests, if every model has room for them."""
+        found = {m.name: _batch(m, batch) for m in models}
+        known = {name: each for name, each in found.items() if each is not None}
+        if len(known) < len(found):
+            return []
+        return [
+            speed(f"prefill x{batch}", {n: each.prefill_tokens_per_s for n, each in known.items()}),
+            speed(f"decode x{batch}", {n: each.decode_tokens_per_s for n, each in known.items()}),
+        ]
+
+    return header, [
+        row("perplexity", [f"{m.ppl:.2f}" for m in models], {m.name: m.ppl for m in models}),
+        row("KL to dense, nats/token", [distance(m.kl, None)[0] for m in models]),
+        row("same top token", [distance(None, m.agreement)[1] for m in models]),
+        row("on disk", [size(m.disk_bytes) for m in models], _figures(models, "disk_bytes")),
+        row("weights", [size(m.weight_bytes) for m in models], _figures(models, "weight_bytes")),
+        speed("prefill, tokens/s", {m.name: m.prefill_tokens_per_s for m in models}),
+        speed("decode, tokens/s", {m.name: m.decode_tokens_per_s for m in models}),
+        speed("TTFT, ms", {m.name: m.ttft_ms for m in models}),
+        row(
+            "ITL p50/p90/p99, ms", ["/".join(f"{v:.1f}" for v in m.itl_ms.values()) for m in models]
+        ),
+        *(each for batch in result.plan.batches if batch > 1 for each in together(batch)),
+        row("weights a token", [_or_dash(m.bytes_per_token, size) for m in models]),
+        row("MBU, batch 1", [_or_dash(m.mbu, _percent) for m in models]),
+        row("load, s", [f"{m.load_s:.1f}" for m in models]),
+        row("peak memory", [size(m.peak_rss_bytes) for m in models]),
+        row("kernel", [_kernel_names(m) for m in models]),
+    ]
+
+
+def _or_dash(value: T | None, show: Callable[[T], str]) -> str:
+    return "-" if value is None else show(value)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def _batch(model: ModelBench, batch: int) -> BatchBench | None:
+    return next((each for each in model.batches if each.batch == batch), None)
+
+
+def offline_lines(result: BenchResult) -> list[str]:
+    """What the numbers were taken with, and what has to be known to read them."""
+    plan, read = result.plan, result.read_gb_per_s
+    return [
+        f"speed: {plan.prompt_tokens} prompt and {plan.new_tokens} new tokens, xN is N at once, "
+        f"{plan.repetitions} rounds in turns, median (least-greatest)",
+        f"quality: {result.text['origin']}, {result.text['tokens']} tokens, "
+        f"windows of {plan.window}",
+        f"machine: {result.hardware.line}, torch {result.versions['torch']}",
+        f"peak memory of the process, all models loaded: {size(result.peak_memory_bytes)}"
+        + ("" if read is None else f"; memory is read at {read:.1f} GB/s"),
+    ]
+
+
+def notes(found: Sequence[str]) -> list[str]:
+    """One paragraph each."""
+    return [_wrapped(f"note: {note}") for note in found]
+
+
+SERVE_HEADER = (
+    "load",
+    "model",
+    "TTFT ms",
+    "ITL ms",
+    "TPOT ms",
+    "E2E ms",
+    "tok/s",
+    "req/s",
+    "good/s",
+)
+
+
+def serve(points: Sequence[ServePoint]) -> tuple[Row, list[Row]]:
+    """A load on a model in each row: p50/p90/p99 of times, all answers together a second."""
+    return SERVE_HEADER, [
+        (
+            f"{p.rate:g} req/s" if p.rate is not None else f"{p.concurrency} clients",
+            _short(p.model),
+            *(_three(each) for each in (p.ttft_ms, p.itl_ms, p.tpot_ms, p.e2e_ms)),
+            _or_dash(p.output_tokens_per_s, "{:.1f}".format),
+            f"{p.requests_per_s:.2f}",
+            _or_dash(p.goodput_per_s, "{:.2f}".format),
+        )
+        for p in points
+    ]
+
+
+def _three(times: Mapping[str, float] | None) -> str:
+    """Three percentiles, with as many digits as say something."""
+    if times is None:
+        return "-"
+    shown = [times[f"p{rank}"] for rank in (50, 90, 99)]
+    return "/".join(f"{value:.0f}" if max(shown) >= 100 else f"{value:.1f}" for value in shown)
+
+
+def serve_lines(plan: ServePlan, quality: Mapping[str, EvalResult], machine: Hardware) -> list[str]:
+    """What the numbers were taken with."""
+    limits = ", ".join(f"{name} {value:g} ms" for name, value in plan.slos.items())
+    return [
+        f"times are p50/p90/p99; {plan.repetitions} rounds in turns of {plan.requests} requests, "
+        f"{plan.prompt_tokens} to {plan.new_tokens} tokens",
+        *([f"good are answers within {limits}"] if limits else []),
+        *(
+            f"perplexity of {name}: {found.ppl:.2f} on {found.tokens} tokens"
+            for name, found in quality.items()
+        ),
+        f"machine: {machine.line}",
+    ]
+
+
+COMPARE_HEADER = ("quantity", "A", "B", "B / A", "95 %", "p", "")
+
+
+def comparison(found: Comparison) -> list[Row]:
+    """One row for each quantity, the main ones first."""
+    return [
+        (
+            f"{each.name}, {each.unit}",
+            f"{each.first:.4g}",
+            f"{each.second:.4g}",
+            f"{each.shift.ratio:.3f}",
+            f"{each.shift.low:.2f}..{each.shift.high:.2f}",
+            f"{each.p:.2g}",
+            "" if each.verdict == "no significant change" else each.verdict,
+        )
+        for each in sorted(found.changes, key=lambda change: not change.main)
+    ]
+
+
+def comparison_lines(found: Comparison) -> list[str]:
+    """What has to be known, and the verdict."""
+    changed = [change for change in found.changes if change.verdict == found.verdict]
+    count = f" in {len(changed)} of {len(found.changes)}" if changed else ""
+    steady = found.verdict == "no significant change"
+    return [
+        f"p is corrected for the number of tests; changes below {100 * found.floor:g} % are none",
+        *notes(found.notes),
+        found.verdict if steady else f"{found.verdict}{count}",
+    ]
+
+
+def _wrapped(text: str) -> str:
+    return fill(text, WIDTH, subsequent_indent="  ", break_long_words=False)
+
+
+def _figures(models: Sequence[ModelBench], name: str) -> dict[str, float]:
+    return {model.name: float(getattr(model, name)) for model in models}
+
+
+def _kernel_names(model: ModelBench) -> str:
+    return ", ".join(sorted({kernel.partition(":")[0] for kernel in model.kernels.values()}))
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 20 else name[:19] + "…"
