@@ -151,6 +151,7 @@ class Restart:
 
     resume: Annotated[bool, Flag("--resume", help="Go on with a killed run.")] = False
     overwrite: Annotated[bool, Flag("--overwrite", help="Replace a model in OUT.")] = False
+    dry_run: Annotated[bool, Flag("--dry-run", help="Print the plan and stop.")] = False
 
 
 @dataclass(frozen=True)

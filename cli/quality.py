@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import sys
+import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CapacityError, UsageError
 from . import tables
-from .console import Console, Progress, duration, size
+from .console import Console, Progress, duration, plain, size
 from .flags import Asking, Loading, Measuring, Protocol
 from .loading import load, read_source
 
@@ -143,6 +142,17 @@ def _tell_plan(
     console.document({"verb": "eval", "dry_run": True, "plan": plan})
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What was asked for."""
+
+    text: str
+    window: int
+    max_windows: int | None
+    tasks: Asking
+    loading: Loading
+
+
 def _document(
     found: _Measured,
     measuring: Measuring,
@@ -150,46 +160,36 @@ def _document(
     protocol: Protocol,
     loading: Loading,
 ) -> dict[str, Any]:
-    from ..report.documents import SCHEMA_VERSION, commit
-    from ..runtime.hardware import this_machine, versions
+    from ..bench.document import document
+    from ..runtime.hardware import this_machine
+    from .bench_words import command_line
 
-    settings = {
-        "window": protocol.window,
-        "max_windows": protocol.max_windows,
-        "text": measuring.text,
-        **asdict(asking),
-        "include_path": None if asking.include_path is None else str(asking.include_path),
-        **asdict(loading),
-    }
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "kind": "eval",
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": ["halfweave", *sys.argv[1:]],
-        "hardware": this_machine(),
-        "versions": versions(),
-        "commit": commit(),
-        "model": _identity(found.model),
-        "plan": settings,
-        "text": found.origin,
-        "result": found.result,
-        "against": None if found.against is None else _identity(found.against),
-        "tasks": found.tasks,
-        "against_tasks": found.against_tasks,
-        "notes": _notes(found),
-    }
+    told = document(
+        "eval",
+        this_machine(),
+        model=_about(found.model),
+        plan=_Plan(measuring.text, protocol.window, protocol.max_windows, asking, loading),
+        body={
+            "text": found.origin,
+            "result": found.result,
+            "against": None if found.against is None else _about(found.against),
+            "tasks": found.tasks,
+            "against_tasks": found.against_tasks,
+        },
+        notes=_notes(found),
+        command=command_line(),
+    )
+    # Through text, since paths of the plan are none of JSON's values.
+    plain_again: dict[str, Any] = json.loads(json.dumps(plain(told), default=str))
+    return plain_again
 
 
-def _identity(model: Model) -> dict[str, Any]:
-    from ..report.documents import model_digest
+def _about(model: Model) -> dict[str, Any]:
+    """The model and its size, which a report needs of a parent that may be gone by then."""
+    from ..bench.document import about_model
 
     checkpoint = model.checkpoint
-    return {
-        "path": str(checkpoint.path),
-        "name": model.name,
-        "digest": model_digest(checkpoint.path),
-        "weight_bytes": checkpoint.weight_bytes,
-    }
+    return {**about_model(checkpoint.path), "weight_bytes": checkpoint.weight_bytes}
 
 
 def _notes(found: _Measured) -> list[str]:

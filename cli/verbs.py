@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, BadParameter, Context, Exit, Typer, echo
@@ -12,7 +13,7 @@ from .. import __version__
 from ..errors import UsageError
 from . import tables
 from .bench import bench
-from .console import WIDTH, Console, Progress, log_to_stderr, print_error
+from .console import WIDTH, Console, Progress, duration, log_to_stderr, print_error, size
 from .flags import (
     Asking,
     Flag,
@@ -180,11 +181,18 @@ def recover(
     output: Output,
 ) -> None:
     """Train a pruned model directory towards its dense parent, into a new one."""
-    from ..pruner.recovery import Recovery
+    from ..pruner.recovery import Recovery, plan_recover
     from ..pruner.recovery import recover as recover_model
 
     console = Console(output.json)
     recovery = Recovery(**vars(recovering))
+    if restart.dry_run:
+        plan = plan_recover(model, parent, out, recovery, working.device)
+        amount = f"{recovery.tokens} tokens" if recovery.tokens else duration(60 * plan.minutes)
+        console.say(f"plan: {amount} of training on {plan.windows} windows of {plan.length} tokens")
+        console.say(f"  in {plan.precision}, at most {size(plan.peak_memory_bytes)} of memory here")
+        console.document({"verb": "recover", "dry_run": True, "recovery": recovery, "plan": plan})
+        return
     try:
         with console.progress("token") as bar:
             result = recover_model(
@@ -362,13 +370,21 @@ def import_model(
     out: OutDir,
     output: Output,
     dtype: Annotated[str, Flag(help="bfloat16, float16 or float32.")] = "bfloat16",
+    dry_run: Annotated[bool, Flag("--dry-run", help="Say what would be written and stop.")] = False,
 ) -> None:
     """Turn a GGUF file into a dense model directory."""
-    from ..pruner.importers import import_gguf
+    from ..pruner.importers import import_gguf, plan_import
 
     console = Console(output.json)
-    result = import_gguf(file, Path(out), dtype, progress=console.tell)
+    if dry_run:
+        plan = plan_import(file, Path(out), dtype)
+        console.say(f"plan: {plan.source.parameters} parameters of {file.name} to {dtype} in {out}")
+        console.say(f"  {size(plan.output_bytes)} on the disk and of memory")
+        console.document({"verb": "import", "dry_run": True, "plan": plan})
+        return
+    with console.progress("step") as bar:
+        result = import_gguf(file, Path(out), dtype, progress=bar.step)
     console.say(f"{result.path}: {result.parameters} parameters, {result.dtype}")
-    console.say(result.notice)
+    console.say(fill(result.notice, WIDTH))
     console.say(f"next: halfweave prune {out} OUT")
     console.document({"verb": "import", "result": result, "notice": result.notice})

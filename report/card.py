@@ -31,7 +31,10 @@ def update_card(path: str | Path) -> bool:
     quality, speed = documents.get("eval"), documents.get("offline")
     quality = quality if isinstance(quality, EvalDocument) else None
     speed = speed if isinstance(speed, OfflineDocument) else None
-    before = card.read_text(encoding="utf-8")
+    try:
+        before = card.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return False  # not ours
     after = with_measured(
         before, _perplexity(quality), _speed(speed), _section(directory, quality, speed)
     )

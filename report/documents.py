@@ -7,28 +7,24 @@ bounded here, and escaped where they are shown.
 
 from __future__ import annotations
 
-import json
-import math
-import subprocess
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, ValidationError
 
+from ..bench.document import SCHEMA_VERSION
 from ..errors import CheckpointError, RefusedError
-from ..files import read_json, sha256_file, write_json
-from ..kernels.schema import MANIFEST_FILE, MEASURED_DIRECTORY
+from ..files import read_json, write_json
+from ..kernels.schema import MEASURED_DIRECTORY
 
-SCHEMA_VERSION = 2
 KINDS = ("eval", "kernel", "offline", "serve")
 # The command that measures each kind, to be filled in with the model and its parent.
 COMMANDS = {
     "eval": "halfweave eval {model} --against {dense}",
-    "kernel": "halfweave bench kernel {model} --against {dense}",
-    "offline": "halfweave bench offline {model} --against {dense}",
-    "serve": "halfweave bench serve {model}",
+    "kernel": "halfweave bench {model} kernel --against {dense}",
+    "offline": "halfweave bench {model} offline --against {dense}",
+    "serve": "halfweave bench {model} serve",
 }
 
 Text = Annotated[str, Field(max_length=4096)]
@@ -61,7 +57,7 @@ class Percentiles(_Part):
 
 
 class Identity(_Part):
-    """Which model. `digest` is that of `model_digest`, None where nothing vouches."""
+    """Which model. `digest` is that of bench's `about_model`, None where nothing vouches."""
 
     path: Text
     name: Text
@@ -279,39 +275,16 @@ def read_document(path: Path) -> Document:
 def write_document(path: Path, content: Mapping[str, Any]) -> Document:
     """Check a document, write it atomically, and return it as a reader will see it.
 
-    Dataclasses become objects, and numbers that JSON does not have null. Folders are made.
+    `content` is ready for JSON. Folders are made.
 
     Raises:
         CheckpointError: it is not as specified.
         OSError: it cannot be written.
     """
-    plain = _plain(content)
-    document = _checked(path, json.loads(json.dumps(plain)))
+    document = _checked(path, content)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, plain)
+    write_json(path, content)
     return document
-
-
-def model_digest(directory: Path) -> str:
-    """What tells whether a directory still holds the model that was measured, in hexadecimal.
-
-    SHA-256 of its manifest, or, where there is none, of its config.
-    """
-    manifest = directory / MANIFEST_FILE
-    return sha256_file(manifest if manifest.is_file() else directory / "config.json")
-
-
-def commit() -> str | None:
-    """The commit that this code was checked out from; None where it is no checkout."""
-    package = Path(__file__).resolve().parent.parent
-    if not (package / ".git").exists():
-        return None
-    asked = ["git", "-C", str(package), "rev-parse", "HEAD"]
-    try:
-        ran = subprocess.run(asked, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return ran.stdout.strip() or None if ran.returncode == 0 else None
 
 
 def _checked(path: Path, found: Mapping[str, Any]) -> Document:
@@ -331,17 +304,3 @@ def _checked(path: Path, found: Mapping[str, Any]) -> Document:
         raise CheckpointError(
             f"{path}: {where}: {first['msg'][:120]}", "remove the file and measure again"
         ) from error
-
-
-def _plain(value: Any) -> Any:
-    if is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
-    if isinstance(value, BaseModel):
-        return _plain(value.model_dump())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
-    return value

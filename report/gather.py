@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ..bench.document import about_model
 from ..errors import HalfweaveError
 from ..files import find_directory
 from ..kernels.formats import Sparse24, Sparse24Int4
@@ -24,7 +25,6 @@ from .documents import (
     OfflineDocument,
     ServeDocument,
     document_path,
-    model_digest,
     read_document,
 )
 
@@ -121,7 +121,7 @@ def read_documents(directory: Path) -> tuple[dict[str, Document], dict[str, str]
     """The documents of this very model, by kind; and why there is none, for the other kinds."""
     documents: dict[str, Document] = {}
     missing: dict[str, str] = {}
-    digest = model_digest(directory)
+    digest = about_model(directory)["digest"]
     for kind in KINDS:
         path = document_path(directory, kind)
         if not path.exists():

@@ -22,7 +22,7 @@ ALLOWED = {
     "bench": {"kernels", "runtime"},
     "pruner": {"kernels", "runtime"},  # the runtime only to evaluate what was pruned
     "evaluation": {"runtime"},
-    "report": {"kernels", "runtime", "pruner"},  # the pruner only for its model card
+    "report": {"kernels", "runtime", "bench", "pruner"},  # the pruner only for its model card
     "server": {"runtime"},
     "cli": {"kernels", "runtime", "bench", "pruner", "evaluation", "report", "server"},
 }

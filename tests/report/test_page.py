@@ -254,7 +254,7 @@ def test_report_says_what_is_drawn_what_is_not_and_the_next_command(
     assert ran.code == 0
     assert "drawn: Quality against size and speed" in ran.out
     assert "Latency against load: not measured" in ran.out
-    assert f"  to measure it: halfweave bench serve {measured}" in ran.out
+    assert f"  to measure it: halfweave bench {measured} serve" in ran.out
     assert ran.out.splitlines()[-1].startswith("next: open file:///")
     assert "chart 1/" in ran.err
     assert {file.stem for file in (measured / "report").glob("*.png")} == set(CHARTS) - {"latency"}
@@ -269,7 +269,7 @@ def test_a_dry_run_writes_nothing(halfweave: Command, measured: Path) -> None:
     document_path(measured, "kernel").unlink()
     ran = halfweave("report", measured, "--dry-run")
     assert "offline: would be drawn" in ran.out
-    assert "kernel: not measured; halfweave bench kernel" in ran.out
+    assert f"kernel: not measured; halfweave bench {measured} kernel" in ran.out
     assert not (measured / "report.html").exists()
 
 

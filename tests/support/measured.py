@@ -9,7 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from halfweave.report.documents import document_path, model_digest
+from halfweave.bench.document import about_model
+from halfweave.report.documents import document_path
 
 FORMATS = ("dense", "sparse24", "sparse24_int4", "int4")
 BYTES_A_WEIGHT = {"dense": 2.0, "sparse24": 1.125, "sparse24_int4": 0.39, "int4": 0.52}
@@ -35,11 +36,7 @@ def head(directory: Path, kind: str) -> dict[str, Any]:
         },
         "versions": {"halfweave": "0.1.0", "torch": "2.13.0"},
         "commit": "0123456789abcdef",
-        "model": {
-            "path": str(directory),
-            "name": directory.name,
-            "digest": model_digest(directory),
-        },
+        "model": about_model(directory),
         "plan": {"window": 512, "repetitions": 5},
         "notes": ["a note that has to be read"],
         "a_field_of_tomorrow": {"is": "ignored"},
