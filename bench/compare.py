@@ -100,19 +100,19 @@ def _differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[st
         for name in sorted((a.keys() | b.keys()) - set(ignored)):
             if a.get(name) != b.get(name):
                 found.append(f"{part} {name} {_short(a.get(name))} and {_short(b.get(name))}")
+    a, b = first.get("model") or {}, second.get("model") or {}
+    if a.get("digest") != b.get("digest"):
+        found.append(f"model {_short(a.get('name'))} and {_short(b.get('name'))}, by their files")
     ours, theirs = _digests(first), _digests(second)
-    for name in sorted(ours.keys() | theirs.keys()):
-        if ours.get(name) != theirs.get(name):
-            found.append(f"model {name}, of which the files differ or which only one has")
+    for name in sorted(ours.keys() & theirs.keys()):
+        if ours[name] != theirs[name]:
+            found.append(f"model {_short(name)}, by its files")
     return found
 
 
 def _digests(document: Mapping[str, Any]) -> dict[str, Any]:
-    model = document.get("model") or {}
-    found = {str(model.get("name")): model.get("digest")}
-    for each in document.get("models") or ():
-        found[str(each.get("name"))] = each.get("digest")
-    return found
+    """Of all models that were measured together."""
+    return {str(each.get("name")): each.get("digest") for each in document.get("models") or ()}
 
 
 def _short(value: Any) -> str:

@@ -111,7 +111,7 @@ class ModelBench:
     samples: tuple[Sample, ...]
 
 
-_PROCESS = ("peak_memory_bytes", "read_gb_per_s")
+_PROCESS = ("peak_memory_bytes", "read_gb_per_s", "read_samples_gb_per_s")
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,8 @@ class BenchResult:
     """One run of the benchmark; the baseline comes first.
 
     `peak_memory_bytes` is the process's, with all models loaded; `read_gb_per_s` is how fast its
-    threads read memory, None without the CPU kernels. `notes` say what a reader of the numbers has
-    to know.
+    threads read memory, the best of a look in every round, None without the CPU kernels. `notes`
+    say what a reader of the numbers has to know.
     """
 
     plan: BenchPlan
@@ -130,6 +130,7 @@ class BenchResult:
     models: tuple[ModelBench, ...]
     peak_memory_bytes: int
     read_gb_per_s: float | None
+    read_samples_gb_per_s: tuple[float, ...]
     notes: tuple[str, ...]
 
     def body(self) -> dict[str, Any]:
@@ -164,17 +165,17 @@ def bench_offline(
         tell(done, len(paths), f"load {name}")
     prompt = _prompt(models, text, plan)
     quality = in_passing_thread(lambda: _quality(models, text, plan, tell))
-    samples, batches = _samples(models, prompt, plan, tell)
+    read = _ReadBandwidth(settings)
+    samples, batches = _samples(models, prompt, plan, tell, read)
     feet = {
         name: measure_footprint(path, settings, machine.threads, prompt, plan.new_tokens)
         for name, path in ordered.items()
     }
-    read = _read_bandwidth(settings)
     first = next(iter(models))
     rows = tuple(
         _row(
             model,
-            _Measured(name, quality[name], samples[name], batches[name], feet[name], read),
+            _Measured(name, quality[name], samples[name], batches[name], feet[name], read.best),
             plan,
             name == first,
         )
@@ -192,7 +193,8 @@ def bench_offline(
         },
         models=rows,
         peak_memory_bytes=peak_memory_bytes(),
-        read_gb_per_s=None if read is None else read / 1e9,
+        read_gb_per_s=None if read.best is None else read.best / 1e9,
+        read_samples_gb_per_s=tuple(each / 1e9 for each in read.samples),
         notes=_notes(models, rows, evaluated, plan),
     )
 
@@ -270,14 +272,41 @@ def _labelled(tell: BenchProgress, label: str) -> BenchProgress:
     return lambda done, total, figure: tell(done, total, f"{label} {figure}")
 
 
+class _ReadBandwidth:
+    """Bytes a second that this process's threads read; nothing without the kernels, or on a GPU.
+
+    Looked at in every round, since the weights are then read as fast as memory is at that time.
+    """
+
+    def __init__(self, settings: LoadSettings) -> None:
+        self._native = library() if settings.device == "cpu" else None
+        self.samples: list[float] = []
+
+    def look(self) -> None:
+        """Measure for a tenth of a second."""
+        native = self._native
+        if native is not None:
+            self.samples.append(in_passing_thread(lambda: read_bandwidth(native)))
+
+    @property
+    def best(self) -> float | None:
+        """The one that others disturbed least."""
+        return max(self.samples, default=None)
+
+
 def _samples(
-    models: Mapping[str, Model], prompt: tuple[int, ...], plan: BenchPlan, tell: BenchProgress
+    models: Mapping[str, Model],
+    prompt: tuple[int, ...],
+    plan: BenchPlan,
+    tell: BenchProgress,
+    read: _ReadBandwidth,
 ) -> tuple[dict[str, list[Sample]], dict[str, dict[int, list[BatchSample]]]]:
     """In turns, A B A B, so that whatever else the machine does falls on all alike."""
     samples: dict[str, list[Sample]] = {name: [] for name in models}
     batches: dict[str, dict[int, list[BatchSample]]] = {name: {} for name in models}
     rounds = plan.warmups + plan.repetitions
     for turn in range(rounds):
+        read.look()
         for place, (name, model) in enumerate(models.items(), start=1):
             sample = _one_request(model, prompt, plan.new_tokens)
             together = {
@@ -310,12 +339,6 @@ def _one_request(model: Model, prompt: tuple[int, ...], new_tokens: int) -> Samp
         gaps_ms=tuple(1000 * (b - a) for a, b in pairwise(times)),
         gap_tokens=tuple(count for _, count in answer.arrivals[1:]),
     )
-
-
-def _read_bandwidth(settings: LoadSettings) -> float | None:
-    """Bytes a second of this process's threads; None without the CPU kernels, or on a GPU."""
-    native = library() if settings.device == "cpu" else None
-    return None if native is None else in_passing_thread(lambda: read_bandwidth(native))
 
 
 @dataclass(frozen=True)

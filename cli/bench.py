@@ -17,6 +17,7 @@ from .flags import Comparing, Keeping, Loading, Output, Speed, Traffic
 from .loading import load_settings, read_source, set_threads
 
 if TYPE_CHECKING:
+    from ..bench.kernel import KernelResult
     from ..runtime.hardware import Hardware
 
 
@@ -109,6 +110,52 @@ def _offline(console: Console, asked: Asked, keeping: Keeping) -> dict[str, Any]
     )
 
 
+def _kernel(console: Console, asked: Asked, keeping: Keeping) -> dict[str, Any]:
+    from ..bench.document import about_model, document
+    from ..bench.kernel import KernelPlan, bench_kernel
+
+    if asked.loading.device != "cpu":
+        raise UsageError(f"products are measured on the CPU, not on {asked.loading.device}")
+    speed, about = asked.speed, about_model(asked.needed_model)
+    plan = KernelPlan(
+        tuple(speed.tokens) or KernelPlan.tokens,
+        KernelPlan.repetitions if speed.repetitions is None else speed.repetitions,
+        asked.loading.head_bits,
+    )
+    with _quiet(asked, keeping) as (machine, notes), console.progress("product") as bar:
+        busy = len(notes) > 1
+        result = bench_kernel(asked.needed_model, plan, bar.step)
+        notes = [*notes, *result.notes, _keep_table(result, keeping, busy)]
+    console.table(bench_tables.KERNEL_HEADER, bench_tables.kernel(result), words=(0, -1))
+    for line in (*bench_tables.kernel_lines(result, machine), *bench_tables.notes(notes)):
+        console.say(line)
+    return document(
+        "kernel",
+        machine,
+        model=about,
+        plan=plan,
+        body=result.body(),
+        notes=notes,
+        command=command_line(),
+    )
+
+
+def _keep_table(result: KernelResult, keeping: Keeping, busy: bool) -> str:
+    """Give dispatch what was measured, unless it cannot be trusted or is not to be kept."""
+    from ..kernels.cpu.library import library
+    from ..kernels.measured import VARIABLE, cpu_device, write_table
+
+    native = library()
+    if native is None or not keeping.save or busy:
+        why = "the machine was busy" if busy else "nothing is to be saved"
+        return f"dispatch goes on as before: {why}"
+    try:
+        path = write_table(cpu_device(native), result.table())
+    except OSError as error:
+        return f"dispatch goes on as before: its table cannot be written, {error.strerror}"
+    return f"dispatch keeps to this from now on, by {path}; {VARIABLE}=off ignores it"
+
+
 def _serve(console: Console, asked: Asked, keeping: Keeping) -> dict[str, Any]:
     from .bench_serve import measure_endpoints
 
@@ -116,7 +163,7 @@ def _serve(console: Console, asked: Asked, keeping: Keeping) -> dict[str, Any]:
         return measure_endpoints(console, asked, machine, notes)
 
 
-_MEASURE = {"offline": _offline, "serve": _serve}
+_MEASURE = {"kernel": _kernel, "offline": _offline, "serve": _serve}
 
 
 def _compare(console: Console, comparing: Comparing) -> None:

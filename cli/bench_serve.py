@@ -38,7 +38,8 @@ def measure_endpoints(
     with _targets(console, asked, plan) as targets, console.progress("round") as bar:
         points = bench_serve(targets, prompts, plan, bar.step)
     notes = [*notes, *_quality_notes(asked, quality), *serve_notes(points)]
-    console.table(*bench_tables.serve(points), words=(0, 1))
+    console.table(bench_tables.TIMES_HEADER, bench_tables.times(points), words=(0, 1))
+    console.table(bench_tables.RATES_HEADER, bench_tables.rates(points), words=(0, 1))
     for line in (*bench_tables.serve_lines(plan, quality, machine), *bench_tables.notes(notes)):
         console.say(line)
     name = next(iter(targets.values())).model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from textwrap import fill
+from textwrap import TextWrapper
 from typing import TYPE_CHECKING, TypeVar
 
 from .console import WIDTH, size
@@ -12,6 +12,7 @@ from .tables import Row, distance
 if TYPE_CHECKING:
     from ..bench.batches import BatchBench
     from ..bench.compare import Comparison
+    from ..bench.kernel import KernelResult
     from ..bench.offline import BenchResult, ModelBench
     from ..bench.serve import ServePoint
     from ..bench.serve_plan import ServePlan
@@ -102,32 +103,72 @@ def notes(found: Sequence[str]) -> list[str]:
     return [_wrapped(f"note: {note}") for note in found]
 
 
-SERVE_HEADER = (
-    "load",
-    "model",
-    "TTFT ms",
-    "ITL ms",
-    "TPOT ms",
-    "E2E ms",
-    "tok/s",
-    "req/s",
-    "good/s",
-)
+KERNEL_HEADER = ("weight", "M", "us", "GB/s", "peak", "GFLOP/s", "to dense", "to int4", "kernel")
 
 
-def serve(points: Sequence[ServePoint]) -> tuple[Row, list[Row]]:
-    """A load on a model in each row: p50/p90/p99 of times, all answers together a second."""
-    return SERVE_HEADER, [
+def kernel(result: KernelResult) -> list[Row]:
+    """One row for each product and number of tokens, those that lose too."""
+    return [
         (
-            f"{p.rate:g} req/s" if p.rate is not None else f"{p.concurrency} clients",
-            _short(p.model),
-            *(_three(each) for each in (p.ttft_ms, p.itl_ms, p.tpot_ms, p.e2e_ms)),
+            f"{row.format}{f' g{row.group}' if row.group else ''} {row.N}x{row.K}",
+            str(row.M),
+            f"{row.us.median:.1f}",
+            f"{row.gb_per_s:.1f}",
+            _percent(row.bandwidth_share),
+            f"{row.gflop_per_s:.0f}",
+            f"{row.to_dense:.2f}x",
+            _or_dash(row.to_int4, "{:.2f}x".format),
+            row.kernel,
+        )
+        for row in result.rows
+    ]
+
+
+def kernel_lines(result: KernelResult, machine: Hardware) -> list[str]:
+    """How to read the rows."""
+    lost = [row for row in result.rows if not row.wins]
+    text = (
+        f"sparse is our kernel ({result.level}) for the weight as it is stored, M tokens at once, "
+        "medians in turns, weights that no cache holds. to dense is the time of the fastest of "
+        "torch in fp32, torch in bf16 and our dense kernel, over ours. Outputs are off by up to "
+        f"{max(row.error for row in result.rows):.1%}, from rounding. Memory is read at "
+        f"{result.read_gb_per_s:.1f} GB/s. {len(lost)} of {len(result.rows)} rows lose to a dense "
+        "product, which dispatch takes instead. A model in one C++ decoder keeps to the choice for "
+        "one token, so that its text does not depend on what is computed beside it."
+    )
+    return [_wrapped(text), f"machine: {machine.line}"]
+
+
+TIMES_HEADER = ("load", "model", "TTFT, ms", "ITL, ms", "TPOT, ms", "E2E, ms")
+RATES_HEADER = ("load", "model", "done", "tokens/s", "requests/s", "good/s", "late by, ms")
+
+
+def times(points: Sequence[ServePoint]) -> list[Row]:
+    """A load on a model in each row: p50/p90/p99."""
+    return [
+        (*_load(p), *(_three(each) for each in (p.ttft_ms, p.itl_ms, p.tpot_ms, p.e2e_ms)))
+        for p in points
+    ]
+
+
+def rates(points: Sequence[ServePoint]) -> list[Row]:
+    """All answers together a second, and how late the client was in one of a hundred looks."""
+    return [
+        (
+            *_load(p),
+            f"{p.completed} of {p.requests}",
             _or_dash(p.output_tokens_per_s, "{:.1f}".format),
             f"{p.requests_per_s:.2f}",
             _or_dash(p.goodput_per_s, "{:.2f}".format),
+            f"{p.client_lag_ms['p99']:.1f}",
         )
         for p in points
     ]
+
+
+def _load(point: ServePoint) -> tuple[str, str]:
+    rate, clients = point.rate, point.concurrency
+    return f"{rate:g} req/s" if rate is not None else f"{clients} clients", _short(point.model)
 
 
 def _three(times: Mapping[str, float] | None) -> str:
@@ -185,7 +226,10 @@ def comparison_lines(found: Comparison) -> list[str]:
 
 
 def _wrapped(text: str) -> str:
-    return fill(text, WIDTH, subsequent_indent="  ", break_long_words=False)
+    wrapper = TextWrapper(
+        WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
+    return wrapper.fill(text)  # whole paths and flags
 
 
 def _figures(models: Sequence[ModelBench], name: str) -> dict[str, float]:
@@ -197,4 +241,4 @@ def _kernel_names(model: ModelBench) -> str:
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= 20 else name[:19] + "…"
+    return name if len(name) <= 20 else f"{name[:9]}…{name[-10:]}"  # models differ at the end

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Protocol
 
@@ -55,7 +55,7 @@ def _errors(values: Iterable[float | None]) -> tuple[str, str]:
     return (f"{median(known):.4f}", f"{max(known):.4f}") if known else ("-", "-")
 
 
-LAYERS_HEADER = ("linear", "shape", "bytes", "error", "format")
+LAYERS_HEADER = ("linear", "shape", "bytes", "error", "kernel", "format")
 
 
 def layers(found: Inspection) -> list[Row]:
@@ -66,6 +66,7 @@ def layers(found: Inspection) -> list[Row]:
             f"{row.shape[0]} x {row.shape[1]}",
             str(row.bytes),
             _errors([row.relative_error])[0],
+            f"{row.kernel}, {row.why.partition(':')[0]}",
             f"{row.format} {row.note}".strip(),
         )
         for row in found.linears
@@ -191,8 +192,13 @@ def inspection(found: Inspection) -> list[str]:
 
 def kernels(found: Inspection) -> list[str]:
     """Which kernel will multiply by each format on this machine, and how fast memory lets them."""
-    chosen = sorted({(row.format, row.kernel) for row in found.linears})
-    lines = [f"kernel for {stored}: {kernel}" for stored, kernel in chosen]
+    chosen: dict[tuple[str, str], set[str]] = {}
+    for row in found.linears:
+        chosen.setdefault((row.format, row.kernel), set()).add(row.why)
+    lines = [
+        f"kernel for {stored}: {kernel} ({_reason(reasons)})"
+        for (stored, kernel), reasons in sorted(chosen.items())
+    ]
     roof = found.roof
     if roof is not None:
         lines.append(
@@ -201,6 +207,13 @@ def kernels(found: Inspection) -> list[str]:
             f"at most {roof.tokens_per_second:.0f} tokens/s alone"
         )
     return lines
+
+
+def _reason(reasons: Collection[str]) -> str:
+    """The one reason, or of which kind several are."""
+    if len(reasons) == 1:
+        return next(iter(reasons))
+    return " and ".join(sorted({reason.partition(":")[0] for reason in reasons}))
 
 
 TILES_HEADER = ("linears", "format", "tokens", "tile", "warps", "splits", "roof us")

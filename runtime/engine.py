@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 
 from ..errors import CapacityError, EngineDeadError, RequestError
@@ -309,7 +310,8 @@ class Engine:
 def _memory_plan(model: Model, settings: EngineSettings, pages: int) -> MemoryPlan:
     decoder, step = model.decoder, (settings.tokens_per_step, settings.max_running)
     weights = model.checkpoint.weight_bytes
-    return MemoryPlan.of(model.spec, weights, pages, decoder.page_bytes, step, decoder.device)
+    plan = MemoryPlan.of(model.spec, weights, pages, decoder.page_bytes, step, decoder.device)
+    return replace(plan, expanded_bytes=decoder.expanded_bytes)
 
 
 def _memory(model: Model, pages: int) -> Memory:

@@ -21,7 +21,9 @@ from ..kernels.cpu.decoder import NativeDecoder
 from ..kernels.cpu.library import Library
 from ..kernels.cpu.packed import CODED, PackedWeight, pack_weight, round_weight
 from ..kernels.cpu.room import Room
+from ..kernels.dispatch import expanded, settled
 from ..kernels.formats import Dense, PackedLinear
+from ..kernels.measured import Product
 from .alibi import slopes
 from .checkpoint import Checkpoint
 from .loading import Loader, Norm
@@ -68,15 +70,21 @@ class FusedMemory:
         self.bytes = grown
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Packer:
     """Puts weights into one room, in the order in which a token reads them."""
 
     library: Library
     room: Room
+    expanded_bytes: int = 0  # that dense copies take beyond the packed ones they stand for
 
     def pack(self, weight: PackedLinear) -> PackedWeight:
-        return pack_weight(self.library, weight, self.room)
+        """As it is stored, or dense where that was measured to be faster (dispatch.py)."""
+        if not settled(Product.of(weight)).expand:
+            return pack_weight(self.library, weight, self.room)
+        dense = pack_weight(self.library, expanded(weight), self.room)
+        self.expanded_bytes += dense.struct.bytes - weight.nbytes
+        return dense
 
     def round(self, weight: Tensor, bits: int) -> PackedWeight:
         return round_weight(self.library, weight, bits, self.room)
@@ -106,6 +114,7 @@ class FusedDecoder(PagedDecoder):
             [_block(loader, packer, layer) for layer in range(spec.layers)],
             _ends(loader, packer, bits),
         )
+        self.expanded_bytes = packer.expanded_bytes
 
     @property
     def page_bytes(self) -> int:

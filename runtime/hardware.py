@@ -7,9 +7,10 @@ import platform
 import resource
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
+
+from ..kernels.device import cpu_model
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Hardware:
 def this_machine() -> Hardware:
     """Look at the machine and at torch's settings now."""
     return Hardware(
-        cpu=_cpu_model(),
+        cpu=cpu_model(),
         cores=_usable_cores(),
         threads=torch.get_num_threads(),
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
@@ -67,16 +68,6 @@ def peak_memory_bytes() -> int:
     """The most memory this process has ever held."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _cpu_model() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _usable_cores() -> int:

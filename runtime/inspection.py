@@ -8,8 +8,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ..kernels.dispatch import choose
+from ..kernels.cpu.packed import CODED
+from ..kernels.dispatch import settled
 from ..kernels.formats import FORMATS, Dense
+from ..kernels.measured import Product
 from ..kernels.shards import ShardedTensors
 from .checkpoint import Checkpoint
 from .families import decoder_spec
@@ -29,6 +31,7 @@ class LinearReport:
     relative_error: float | None
     note: str
     kernel: str
+    why: str
 
 
 @dataclass(frozen=True)
@@ -93,16 +96,22 @@ def _linear(
 ) -> LinearReport:
     entry = checkpoint.linears.get(name)
     kind = Dense.kind if entry is None else entry.format
+    group = None if entry is None else entry.group
+    floats = f"{name}.{FORMATS[kind].suffixes[0]}"
+    dtype = None if kind in CODED else str(tensors.dtype(floats)).rpartition(".")[2]
+    shape = checkpoint.linear_shape(name)
+    choice = settled(Product(kind, group, dtype, *shape))
     return LinearReport(
         name=name,
         format=kind,
-        shape=checkpoint.linear_shape(name),
-        group=None if entry is None else entry.group,
+        shape=shape,
+        group=group,
         bytes=sum(_bytes(tensors, f"{name}.{suffix}") for suffix in FORMATS[kind].suffixes),
         method=record.get("method"),
         relative_error=record.get("relative_error"),
         note=str(record.get("note", "")),
-        kernel=choose(kind, "cpu").name,
+        kernel=choice.kernel,
+        why=choice.why,
     )
 
 

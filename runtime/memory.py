@@ -19,8 +19,9 @@ _ROWS_SCORED = 64  # rows of scores of a prompt that are held at a time
 class MemoryPlan:
     """Bytes for keys and values, which hold `kv_tokens`, and most bytes of states in a step.
 
-    `weight_bytes`, those of the files, are in memory already; `available_bytes` is what is left
-    beside them, None where the system does not say.
+    `weight_bytes`, those of the files, are in memory already, and so are `expanded_bytes`, by which
+    weights grew that are held dense because that was measured as faster; `available_bytes` is what
+    is left beside them, None where the system does not say.
     """
 
     weight_bytes: int
@@ -28,6 +29,7 @@ class MemoryPlan:
     kv_tokens: int
     workspace_bytes: int
     available_bytes: int | None
+    expanded_bytes: int = 0
 
     @classmethod
     def of(
@@ -65,9 +67,12 @@ class MemoryPlan:
     @property
     def line(self) -> str:
         """The plan in one line."""
-        free = self.available_bytes
+        free, grown = self.available_bytes, self.expanded_bytes
+        expanded = (
+            f" and {_mib(grown)} MiB more for dense copies, measured as faster" if grown else ""
+        )
         return (
-            f"memory: weights {_mib(self.weight_bytes)} MiB, keys and values "
+            f"memory: weights {_mib(self.weight_bytes)} MiB{expanded}, keys and values "
             f"{_mib(self.kv_bytes)} MiB for {self.kv_tokens} tokens, a step's states up to "
             f"{_mib(self.workspace_bytes)} MiB" + (f"; {_mib(free)} MiB are free" if free else "")
         )

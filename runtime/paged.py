@@ -82,6 +82,7 @@ class PagedDecoder(ABC):
 
     spec: DecoderSpec
     device: torch.device  # where keys and values are
+    expanded_bytes: int = 0  # of weights that are held dense because that was measured as faster
 
     @property
     @abstractmethod

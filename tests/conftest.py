@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from halfweave.cli import main
+from halfweave.kernels.measured import OFF, VARIABLE
 from support.command import QUICK, Command, Ran
 from support.smollm2 import import_smollm2
 from support.tiny import pack_directory, save_tiny
@@ -31,6 +32,14 @@ def few_threads() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_dispatch_table() -> Iterator[None]:
+    """What somebody once measured on this machine is no part of a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(VARIABLE, OFF)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -136,7 +136,7 @@ def test_a_consistent_change_below_the_floor_is_none() -> None:
     [
         ("hardware", "cpu", "b", "hardware cpu a and b"),
         ("plan", "prompt_tokens", 65, "plan prompt_tokens 64 and 65"),
-        ("model", "digest", "e", "model x"),
+        ("model", "digest", "e", "model x and x, by their files"),
     ],
 )
 def test_measurements_of_different_things_are_not_compared(

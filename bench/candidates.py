@@ -1,0 +1,112 @@
+"""Ways to compute one product, each with enough equal weights that no cache holds them.
+
+A token reads every weight of a model once, so a weight that was just used is never there still: the
+copies take turns. Our products are timed through their C function and torch's through its own, each
+called from Python once for a product.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from ctypes import byref
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..errors import HalfweaveError
+from ..kernels.cpu.library import Library, WeightStruct
+from ..kernels.cpu.packed import PackedWeight
+from ..kernels.cpu.room import aligned_bytes
+
+COLD_BYTES = 128 * 2**20  # beyond the last cache of most machines
+_SAMPLE_S = 0.004
+
+# Computes the product with the copy of a number, and gives y [M, N].
+Run = Callable[[int], Tensor]
+
+
+@dataclass
+class Candidate:
+    """One way to compute. `bind` takes x fp32 [M, K]; `bytes` are one weight's as it is read."""
+
+    name: str
+    bytes: int
+    copies: int
+    bind: Callable[[Tensor], Run]
+    turn: int = 0  # which copy is next
+    calls: int = 1  # of a sample
+
+    def output(self, x: Tensor) -> Tensor:
+        """y fp32 [M, N]."""
+        return self.bind(x)(0).float().clone()
+
+    def warm_up(self, x: Tensor) -> None:
+        """Touch every copy, and find how many calls make a sample that a clock can tell."""
+        run = self.bind(x)
+        for copy in range(self.copies):
+            run(copy)
+        self.calls = 1
+        took = self.seconds(run)
+        self.calls = max(1, round(_SAMPLE_S / max(took, 1e-7)))
+
+    def seconds(self, run: Run) -> float:
+        """Of one product, the mean over a sample's calls."""
+        turn, copies = self.turn, self.copies
+        started = time.perf_counter()
+        for _ in range(self.calls):
+            run(turn)
+            turn = (turn + 1) % copies
+        took = time.perf_counter() - started
+        self.turn = turn
+        return took / self.calls
+
+
+def copies_of(size: int) -> int:
+    """How many equal weights no cache holds."""
+    return max(1, -(-COLD_BYTES // size))
+
+
+def native_candidate(name: str, library: Library, packed: PackedWeight) -> Candidate:
+    """A packed weight by our kernel."""
+    size = packed.struct.bytes
+    weights = [packed, *(_copied(packed) for _ in range(copies_of(size) - 1))]
+    rows, columns = packed.shape
+    multiply, level, pool = library.functions.hw_linear, library.level_pointer, library.pool
+
+    def bind(x: Tensor) -> Run:
+        inputs = x.to(torch.float32).contiguous()
+        y = torch.empty(len(inputs), rows)
+        pointers = inputs.data_ptr(), len(inputs), None, y.data_ptr()
+
+        def run(copy: int) -> Tensor:
+            if multiply(level, pool, byref(weights[copy].struct), *pointers):
+                raise HalfweaveError(f"CPU kernel refused a product of {rows} x {columns}")
+            return y
+
+        # The pointers are all that the call has; what they point to must outlive it.
+        run.__dict__["inputs"] = inputs
+        return run
+
+    return Candidate(name, size, len(weights), bind)
+
+
+def _copied(packed: PackedWeight) -> PackedWeight:
+    data = aligned_bytes(packed.data.nbytes)
+    data.copy_(packed.data)
+    old = packed.struct
+    struct = WeightStruct(old.kind, old.group, *packed.shape, data.data_ptr(), data.nbytes)
+    return PackedWeight(packed.shape, data, struct)
+
+
+def torch_candidate(name: str, weight: Tensor) -> Candidate:
+    """A dense weight [N, K] by torch, in its own dtype; inputs come in it too."""
+    copies = [weight, *(weight.clone() for _ in range(copies_of(weight.nbytes) - 1))]
+
+    def bind(x: Tensor) -> Run:
+        inputs = x.to(weight.dtype)
+        return lambda copy: functional.linear(inputs, copies[copy])
+
+    return Candidate(name, weight.nbytes, len(copies), bind)
