@@ -132,8 +132,14 @@ class EvalDocument(BaseDocument):
     against_tasks: TaskFigures = {}
 
 
+class Other(_Part):
+    """The same product by another kernel or format."""
+
+    us: Spread
+
+
 class KernelRow(_Part):
-    """One product: `count` linears [N, K] by M tokens."""
+    """One product: `count` linears [N, K] by M tokens; `others` did the same in the same run."""
 
     format: Text
     N: NonNegativeInt
@@ -148,6 +154,7 @@ class KernelRow(_Part):
     to_dense: Positive | None = None
     to_int4: Positive | None = None
     wins: bool | None = None
+    others: dict[str, Other] = {}
     samples_us: list[Positive] = []
 
     @property
@@ -226,6 +233,7 @@ class LoadPoint(_Part):
     """One load on a server: a rate of requests a second, or so many clients at once."""
 
     mode: Literal["open", "closed"]
+    model: Text = ""
     rate: Positive | None = None
     concurrency: NonNegativeInt | None = None
     requests: NonNegativeInt

@@ -10,7 +10,18 @@ from .chart import DASH, Chart, Table, measured_on, number, percent, spread, whi
 from .documents import KernelDocument, KernelRow, LoadPoint, Percentiles, ServeDocument, Spread
 from .gather import Found, command
 from .labels import Label, end_labels
-from .theme import FORMATS, INK, MUTED, SERIES, axes_grid, finish, format_name, from_zero, styles
+from .theme import (
+    FORMATS,
+    INK,
+    MUTED,
+    SERIES,
+    axes_grid,
+    finish,
+    format_name,
+    from_zero,
+    short,
+    styles,
+)
 
 _ONE = "One token: bytes read a second, by shape"
 _ROOFLINE = "Products of more tokens, by shape"
@@ -54,7 +65,8 @@ def _one_token(document: KernelDocument) -> Chart:
             axes.errorbar(
                 bandwidth.median, at, xerr=whiskers([bandwidth]), color=INK, capsize=3, lw=1
             )
-            words.append((at, f"{kinds[row.format]}: {number(row.us.median)} µs"))
+            ratio = "" if row.to_dense is None else f", {row.to_dense:.2f}x dense"
+            words.append((at, f"{kinds[row.format]}: {number(row.us.median)} µs{ratio}"))
             at += 1
         at += 0.9
     axes.set_yticks([place for place, _ in ticks], [label for _, label in ticks])
@@ -87,33 +99,28 @@ def _bandwidth(row: KernelRow) -> Spread:
     return Spread(median=median, low=low, high=high)
 
 
-def _compute(row: KernelRow) -> Spread:
-    """GFLOP/s of the dense product that it stands for."""
+def _compute(row: KernelRow, us: Spread) -> Spread:
+    """GFLOP/s of the dense product that it stands for, at such times."""
     work = 2 * row.N * row.K * row.M / 1e3
-    times = (row.us.median, row.us.high, row.us.low)
-    median, low, high = (work / time if time else 0.0 for time in times)
+    median, low, high = (work / time if time else 0.0 for time in (us.median, us.high, us.low))
     return Spread(median=median, low=low, high=high)
 
 
 def _roofline(document: KernelDocument) -> Chart:
-    """GFLOP/s against M, a chart a shape, each format below its own ideal line."""
-    rows, kinds = document.rows, _kinds(document.rows)
-    shapes, looks = _shapes(rows)[:_MOST_SHAPES], styles(list(kinds.values()))
+    """GFLOP/s against M, a chart a shape, the model's own formats below their ideal lines."""
+    rows = document.rows
+    shapes = _shapes(rows)[:_MOST_SHAPES]
     tokens = sorted({row.M for row in rows})
     columns = min(len(shapes), 3)
     lines = -(-len(shapes) // columns)
     figure, cells = axes_grid(lines, columns, (max(3.6, 10.4 / columns), 3.3))
+    looks = styles([label for shape in shapes for label in _lines(rows, shape)])
     handles: dict[str, Any] = {}
     for axes, shape in zip(cells, shapes, strict=False):
         most = 0.0
-        for kind, label in kinds.items():
-            mine = sorted(
-                (r for r in rows if r.shape == shape and r.format == kind), key=lambda r: r.M
-            )
-            if not mine:
-                continue
-            look, speeds = looks[label], [_compute(row) for row in mine]
-            places = [tokens.index(row.M) for row in mine]
+        for label, line in _lines(rows, shape).items():
+            look, places = looks[label], [tokens.index(row.M) for row, _ in line]
+            speeds = [_compute(row, us) for row, us in line]
             handles[label] = axes.errorbar(
                 places,
                 [speed.median for speed in speeds],
@@ -125,8 +132,9 @@ def _roofline(document: KernelDocument) -> Chart:
                 linewidth=1.4,
             )
             most = max(most, *(speed.high for speed in speeds))
-            if document.read_gb_per_s is not None:
-                roof = [_roof(row, mine[0], document.read_gb_per_s) for row in mine]
+            own = all(us is row.us for row, us in line)
+            if own and document.read_gb_per_s is not None:
+                roof = [_roof(row, line[0][0], document.read_gb_per_s) for row, _ in line]
                 axes.plot(places, roof, color=look.color, linestyle="--", linewidth=1, zorder=1)
         _finish_shape(axes, shape, rows, tokens, most)
     for unused in cells[len(shapes) :]:
@@ -146,6 +154,23 @@ def _roofline(document: KernelDocument) -> Chart:
     )
     picture = finish(figure, "roofline", _ROOFLINE, f"{len(shapes)} shapes, M = {tokens}.")
     return Chart("roofline", _ROOFLINE, caption, _kernel_table(rows), picture)
+
+
+def _lines(rows: Sequence[KernelRow], shape: Shape) -> dict[str, list[tuple[KernelRow, Spread]]]:
+    """Times of a shape by M: of the model's formats, and of what they were measured beside.
+
+    Of the dense kernels the fastest is the one to beat.
+    """
+    found: dict[str, list[tuple[KernelRow, Spread]]] = {}
+    for row in sorted((row for row in rows if row.shape == shape), key=lambda row: row.tokens):
+        found.setdefault(format_name(row.format), []).append((row, row.us))
+        dense = [other.us for name, other in row.others.items() if name != "int4"]
+        beside = {"dense": min(dense, key=lambda us: us.median, default=None)}
+        beside["int4"] = row.others["int4"].us if "int4" in row.others else None
+        for label, us in beside.items():
+            if us is not None and row.format != label:
+                found.setdefault(label, []).append((row, us))
+    return found
 
 
 def _roof(row: KernelRow, least: KernelRow, gb_per_s: float) -> float:
@@ -238,9 +263,10 @@ def _times(ratio: float | None) -> str:
 
 @dataclass(frozen=True)
 class _Load:
-    """Points of one mode, and what is across."""
+    """Points of one mode and model, and what is across."""
 
     title: str
+    model: str
     points: Sequence[LoadPoint]
     across: Callable[[LoadPoint], float]
 
@@ -253,11 +279,16 @@ def latency_chart(main: Found) -> Chart:
         return Chart("latency", _LATENCY, absent=absent, command=command("serve", main))
     loads = _loads(document)
     figure, cells = axes_grid(len(loads), 3, (4.0, 3.3))
+    names: list[tuple[Any, list[Label]]] = []
     for at, load in enumerate(loads):
         ttft, tpot, rate = cells[3 * at : 3 * at + 3]
-        _percentile_lines(ttft, load, lambda p: p.ttft_ms, "TTFT, ms")
-        _percentile_lines(tpot, load, lambda p: p.tpot_ms, "TPOT, ms")
+        names.append((ttft, _percentile_lines(ttft, load, lambda p: p.ttft_ms, "TTFT, ms")))
+        names.append((tpot, _percentile_lines(tpot, load, lambda p: p.tpot_ms, "TPOT, ms")))
         _throughput(rate, load)
+        ttft.set_title(load.model, fontsize=10.5)
+    _alike(cells, loads)
+    for axes, labels in names:
+        end_labels(axes, labels)
     finished = [point.completed for point in document.points]
     failed = sum(point.failed for point in document.points)
     caption = (
@@ -272,23 +303,23 @@ def latency_chart(main: Found) -> Chart:
 
 
 def _loads(document: ServeDocument) -> list[_Load]:
-    """Open and closed loads, each in order, as far as they are there."""
-    opened = [p for p in document.points if p.mode == "open" and p.rate is not None]
-    closed = [p for p in document.points if p.mode == "closed" and p.concurrency is not None]
-    loads = (
-        _Load("requests/s that were sent", opened, lambda p: p.rate or 0.0),
-        _Load("clients at once", closed, lambda p: float(p.concurrency or 0)),
-    )
+    """Open loads, then closed ones, each model's by itself and in order."""
+    across: dict[str, tuple[str, Callable[[LoadPoint], float]]] = {
+        "open": ("requests/s that were sent", lambda point: point.rate or 0.0),
+        "closed": ("clients at once", lambda point: float(point.concurrency or 0)),
+    }
     return [
-        _Load(load.title, sorted(load.points, key=load.across), load.across)
-        for load in loads
-        if load.points
+        _Load(title, short(model), sorted(points, key=place), place)
+        for mode, (title, place) in across.items()
+        for model in dict.fromkeys(point.model for point in document.points)
+        if (points := [p for p in document.points if (p.mode, p.model) == (mode, model)])
     ]
 
 
 def _percentile_lines(
     axes: Any, load: _Load, of: Callable[[LoadPoint], Percentiles | None], title: str
-) -> None:
+) -> list[Label]:
+    """Draw the lines; returns their names, which have to wait for the final limits."""
     ends = []
     for rank, color in zip(_RANKS, _RANK_COLORS, strict=True):
         line = [
@@ -311,7 +342,18 @@ def _percentile_lines(
     axes.set_xlabel(load.title)
     axes.set_ylabel(title)
     from_zero(axes, room=1.2)
-    end_labels(axes, ends)
+    return ends
+
+
+def _alike(cells: Sequence[Any], loads: Sequence[_Load]) -> None:
+    """The same heights for all models under the same kind of load, so that they compare."""
+    for title in {load.title for load in loads}:
+        rows = [at for at, load in enumerate(loads) if load.title == title]
+        for column in range(3):
+            same = [cells[3 * row + column] for row in rows]
+            top = max(axes.get_ylim()[1] for axes in same)
+            for axes in same:
+                axes.set_ylim(0, top)
 
 
 def _throughput(axes: Any, load: _Load) -> None:
@@ -331,6 +373,7 @@ def _throughput(axes: Any, load: _Load) -> None:
 
 def _load_table(points: Sequence[LoadPoint]) -> Table:
     header = (
+        "model",
         "load",
         "finished",
         "failed",
@@ -346,6 +389,7 @@ def _load_table(points: Sequence[LoadPoint]) -> Table:
         header,
         tuple(
             (
+                point.model,
                 f"{point.rate:g} requests/s"
                 if point.mode == "open" and point.rate is not None
                 else _counted(point.concurrency, "client"),

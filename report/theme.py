@@ -60,11 +60,12 @@ class Picture:
 
 def styles(labels: Sequence[str]) -> dict[str, Style]:
     """The same for a format in every chart; labels that are no format take what is left."""
-    known = {label: _PLACES[label] for label in labels if label in _PLACES}
-    free = [place for place in range(len(SERIES)) if place not in known.values()]
+    free = list(range(len(_PLACES), len(SERIES)))
     found = {}
     for label in dict.fromkeys(labels):
-        place = known[label] if label in known else (free.pop(0) if free else len(SERIES) - 1)
+        # Past the last colour they repeat; every point and line has its name beside it.
+        place = _PLACES[label] if label in _PLACES else free[0]
+        free = free if label in _PLACES else [*free[1:], free[0]]
         color, _, _, marker = SERIES[place]
         found[label] = Style(color, marker)
     return found

@@ -129,6 +129,9 @@ def test_charts_say_units_numbers_and_spread(browser: Browser, measured: Path) -
     assert {"dense", "2:4", "2:4+int4", "int4"} <= said["pareto"]
     assert {"TTFT, ms", "TPOT, ms", "output tokens/s", "p50", "p99"} <= said["latency"]
     assert any(text.startswith("dashed: ideal, what memory gives") for text in said["one-token"])
+    assert {"dense", "2:4", "2:4+int4", "int4", "sparse24_int4"} <= said["roofline"] | said[
+        "latency"
+    ]
     assert "ideal of the format" in captions["roofline"]
     assert "least and the greatest of n = 7" in captions["roofline"]
     assert "n = 4088 tokens" in captions["pareto"] and "of 5 repetitions" in captions["pareto"]

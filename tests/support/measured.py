@@ -49,11 +49,11 @@ def around(value: float, share: float = 0.06) -> dict[str, float]:
 
 
 def kernel_document(directory: Path) -> dict[str, Any]:
-    """Every format, shape and number of tokens."""
+    """Two formats, every shape and number of tokens, beside dense products and int4."""
     rows = [
         kernel_row(kind, n, k, count, tokens)
         for (n, k, count) in SHAPES
-        for kind in FORMATS
+        for kind in FORMATS[1:3]
         for tokens in TOKENS
     ]
     return {**head(directory, "kernel"), "read_gb_per_s": 21.5, "rows": rows}
@@ -77,6 +77,11 @@ def kernel_row(kind: str, n: int, k: int, count: int, tokens: int) -> dict[str, 
         "to_dense": 2.0 / BYTES_A_WEIGHT[kind],
         "to_int4": None,
         "wins": kind != "dense",
+        "others": {
+            "torch-float32": {"us": around(2.2 * us), "samples_us": [us]},
+            "native-dense": {"us": around(1.7 * us), "samples_us": [us]},
+            "int4": {"us": around(1.2 * us), "samples_us": [us]},
+        },
         "samples_us": [us * (1 + 0.01 * at) for at in range(7)],
     }
 
@@ -144,6 +149,7 @@ def load_point(mode: str, load: float) -> dict[str, Any]:
         return {"p50": slow, "p90": 1.4 * slow, "p99": 2.1 * slow, "mean": 1.1 * slow}
 
     return {
+        "model": "sparse24_int4",
         "mode": mode,
         ("rate" if mode == "open" else "concurrency"): load,
         "requests": 60,
