@@ -33,7 +33,8 @@ REPORTED = "2-4-int4"
 TEXT = ("--window", "512", "--max-windows", "8")
 PRODUCTS = ("--tokens", "1", "--tokens", "4", "--tokens", "16", "--tokens", "64")
 ALONE = ("--batch", "1", "--batch", "8", "--repetitions", "5")
-LOADS = ("--rate", "1", "--rate", "2", "--rate", "4", "--concurrency", "8", "--requests", "12")
+RATES = ("--rate", "1", "--rate", "2", "--rate", "4", "--concurrency", "8")
+LOADS = (*RATES, "--requests", "12", "--repetitions", "5")
 
 
 @dataclass
