@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # Pinned: an unpinned torch is a CUDA build of several GB. A GPU user installs torch first.
 TORCH  := torch==2.13.0
 
-.PHONY: setup test test-sanitize test-arm test-gpu-static test-triton-matrix gpu demo check lint typecheck format quality layer-error bench-peers serving soak clean
+.PHONY: setup test test-sanitize test-arm test-gpu-static test-triton-matrix gpu demo bench check lint typecheck format quality layer-error bench-peers serving soak clean
 
 setup: $(VENV)/.ready
 
@@ -39,6 +39,11 @@ work/SmolLM2-135M-Instruct: | $(VENV)/.model-ready
 
 quality: work/SmolLM2-135M-Instruct $(VENV)/.text-ready
 	$(BIN)/python benchmarks/quality.py --model $< --text work/text --work work/quality
+
+# Everything that can be measured here, in a quarter of an hour on two cores: ends with tables and with
+# work/bench/2-4-int4/report.html. BENCH=--even-if-busy measures although others are at work.
+bench: work/SmolLM2-135M-Instruct
+	$(BIN)/python benchmarks/bench.py --model $< --work work/bench $(BENCH)
 
 # Every method on layers of several families; a quarter of an hour.
 layer-error: work/SmolLM2-135M-Instruct $(VENV)/.text-ready

@@ -225,7 +225,7 @@ def weight_bytes(directory: Path) -> int:
 
 def evaluate(checkpoint: Path, settings: Settings) -> dict[str, Any]:
     """Perplexity, KL and agreement against the dense model."""
-    command = ["eval", checkpoint, "--against", settings.model, "--json"]
+    command = ["eval", checkpoint, "--against", settings.model, "--json", "--no-save"]
     command += ["--text", settings.text / "eval.wiki.txt", "--max-windows", settings.eval_windows]
     command += ["--dtype", "float32"]  # what a method is worth, not what the fastest kernels round
     result: dict[str, Any] = last_json(run([halfweave(), *command])[2])["result"]

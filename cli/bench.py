@@ -184,6 +184,7 @@ def _keep(console: Console, keeping: Keeping, model: str | None, document: dict[
     """Save a document where it was asked for, or beside the model if that can be written to."""
     from ..bench.document import save_beside
     from ..files import write_json
+    from ..report.card import update_card
 
     found = plain(document)
     if keeping.out is not None:
@@ -198,4 +199,5 @@ def _keep(console: Console, keeping: Keeping, model: str | None, document: dict[
         except OSError as error:
             console.tell(f"not kept beside the model: {error.strerror}; --out FILE keeps it")
             return
+        update_card(model)
         console.say(f"kept in {path}")

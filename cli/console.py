@@ -14,6 +14,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields, is_dataclass
+from textwrap import fill
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -159,10 +160,17 @@ def log_to_stderr() -> None:
 
 
 def print_error(error: HalfweaveError) -> None:
-    """What went wrong, and what to type next: one line each, on stderr."""
-    print(f"error: {_one_line(error.message)}", file=sys.stderr)
+    """What went wrong, and what to type next, on stderr: a line each, folded on a terminal."""
+    lines = [f"error: {_one_line(error.message)}"]
     if error.hint:
-        print(f"next: {_one_line(error.hint)}", file=sys.stderr)
+        lines.append(f"next: {_one_line(error.hint)}")
+    for line in lines:
+        print(_folded(line) if sys.stderr.isatty() else line, file=sys.stderr)
+
+
+def _folded(line: str) -> str:
+    """Lines of at most our width, words and paths whole."""
+    return fill(line, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def duration(seconds: float) -> str:

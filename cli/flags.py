@@ -151,6 +151,36 @@ class Restart:
 
     resume: Annotated[bool, Flag("--resume", help="Go on with a killed run.")] = False
     overwrite: Annotated[bool, Flag("--overwrite", help="Replace a model in OUT.")] = False
+    dry_run: Annotated[bool, Flag("--dry-run", help="Print the plan and stop.")] = False
+
+
+@dataclass(frozen=True)
+class Asking:
+    """Which tasks of the evaluation harness are asked; the fields of `TaskPlan`."""
+
+    tasks: Annotated[
+        str | None, Flag(help="Tasks of lm-eval (extra [eval]), with commas between them.")
+    ] = None
+    limit: Annotated[int | None, Flag(min=1, help="Ask the first so many of each.")] = None
+    num_fewshot: Annotated[
+        int | None, Flag(min=0, help="Solved examples before each question; the task's if unset.")
+    ] = None
+    include_path: Annotated[
+        Path | None, Flag(help="Directory of more tasks; code beside them is run.")
+    ] = None
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How quality is measured, and what becomes of it."""
+
+    window: Annotated[int, Flag(help="Tokens of a window.")] = 1024
+    max_windows: Annotated[int | None, Flag(help="Take every k-th window, this many.")] = None
+    dry_run: Annotated[
+        bool, Flag("--dry-run", help="Measure one window, say how long all take, and stop.")
+    ] = False
+    save: Annotated[bool, Flag(help="Keep it in MODEL/measured/, in place of the last.")] = True
+    out: Annotated[Path | None, Flag(help="File to keep it in instead.")] = None
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ def compile_all(
     model: Annotated[str | None, Flag(help="Model directory to tell roofs of.")] = None,
     card: Annotated[str, Flag(help="Card to tell roofs of.")] = "A100-80GB",
     group: Annotated[int, Flag(help="Weights a scale, in roofs; 0 is 16 bits.")] = 64,
+    dry_run: Annotated[bool, Flag("--dry-run", help="Say what would be compiled.")] = False,
 ) -> None:
     """Compile every variant of the sparse GPU product, without a GPU; minutes.
 
@@ -46,6 +47,12 @@ def compile_all(
     ]
     if not planned:
         raise UsageError(f"there is no tile {tile}", "halfweave kernels compile lists them")
+    if dry_run:
+        what = f"plan: {len(planned)} kernels for sm {', '.join(map(str, architectures))}"
+        console.say(f"{what}, one after the other in this process; nothing is run")
+        plan = {"kernels": len(planned), "architectures": architectures}
+        console.document({"verb": "kernels compile", "dry_run": True, "plan": plan})
+        return
     rows: list[Row] = []
     with console.progress("kernel") as bar:
         for variant, each in planned:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 from .console import duration, size
 
 if TYPE_CHECKING:
+    from ..evaluation.tasks import Figures
     from ..pruner.budget.check import BudgetCheck
     from ..pruner.budget.choose import BudgetPlan
     from ..pruner.plan import Plan
@@ -142,6 +143,23 @@ def evaluation(name: str, against: str | None, result: EvalResult) -> list[Row]:
     if against is not None and result.against_ppl is not None:
         rows.append((against, f"{result.against_ppl:.3f}", "0", "100 %", tokens))
     rows.append((name, f"{result.ppl:.3f}", *distance(result.kl, result.agreement), tokens))
+    return rows
+
+
+TASKS_HEADER = ("task", "metric", "model", "value", "std error", "n")
+
+
+def tasks(name: str, against: str | None, own: Figures, dense: Figures) -> list[Row]:
+    """A row for every figure of every task, the dense model's above the model's own."""
+    rows: list[Row] = []
+    for task, figures in own.items():
+        beside = [(against, dense.get(task, {}))] if against is not None else []
+        for metric in (key for key in figures if key != "n"):
+            for who, found in [*beside, (name, figures)]:
+                if metric in found:
+                    value, error = found[metric]["value"], found[metric]["stderr"]
+                    shown = "-" if error is None else f"{error:.4f}"
+                    rows.append((task, metric, who, f"{value:.4f}", shown, str(found["n"])))
     return rows
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, BadParameter, Context, Exit, Typer, echo
@@ -12,8 +13,9 @@ from .. import __version__
 from ..errors import UsageError
 from . import tables
 from .bench import bench
-from .console import WIDTH, Console, Progress, log_to_stderr, print_error
+from .console import WIDTH, Console, Progress, duration, log_to_stderr, print_error, size
 from .flags import (
+    Asking,
     Flag,
     Loading,
     Measuring,
@@ -21,6 +23,7 @@ from .flags import (
     ModelDirs,
     OutDir,
     Output,
+    Protocol,
     Pruning,
     Recovering,
     Restart,
@@ -33,7 +36,7 @@ from .flags import (
     verb,
 )
 from .kernels import kernels_app
-from .loading import load, load_settings, read_source, set_threads
+from .loading import load, load_settings, set_threads
 
 if TYPE_CHECKING:
     from ..pruner.oneshot import Progress as PruneProgress
@@ -178,11 +181,18 @@ def recover(
     output: Output,
 ) -> None:
     """Train a pruned model directory towards its dense parent, into a new one."""
-    from ..pruner.recovery import Recovery
+    from ..pruner.recovery import Recovery, plan_recover
     from ..pruner.recovery import recover as recover_model
 
     console = Console(output.json)
     recovery = Recovery(**vars(recovering))
+    if restart.dry_run:
+        plan = plan_recover(model, parent, out, recovery, working.device)
+        amount = f"{recovery.tokens} tokens" if recovery.tokens else duration(60 * plan.minutes)
+        console.say(f"plan: {amount} of training on {plan.windows} windows of {plan.length} tokens")
+        console.say(f"  in {plan.precision}, at most {size(plan.peak_memory_bytes)} of memory here")
+        console.document({"verb": "recover", "dry_run": True, "recovery": recovery, "plan": plan})
+        return
     try:
         with console.progress("token") as bar:
             result = recover_model(
@@ -238,32 +248,38 @@ def inspect(
 def evaluate(
     model: ModelDir,
     measuring: Measuring,
+    asking: Asking,
+    protocol: Protocol,
     loading: Loading,
     output: Output,
-    window: Annotated[int, Flag(help="Tokens of a window.")] = 1024,
-    max_windows: Annotated[int | None, Flag(help="Take every k-th window, this many.")] = None,
 ) -> None:
-    """Measure perplexity, and the distance from the dense model."""
-    from ..runtime.eval import evaluate as measure
+    """Measure perplexity, the distance from the dense model, and tasks of the lm-eval harness.
 
-    console = Console(output.json)
-    text, origin = read_source(measuring.text)
-    loaded = load(model, loading)
-    against = None if measuring.against is None else load(measuring.against, loading)
-    with console.progress("window") as bar:
-        result = measure(
-            loaded,
-            text,
-            window=window,
-            max_windows=max_windows,
-            against=against,
-            progress=bar.step,
-        )
-    other = None if against is None else against.name
-    console.table(tables.EVAL_HEADER, tables.evaluation(loaded.name, other, result))
-    console.say(f"text: {origin}, SHA-256 {result.text_sha256[:16]}, windows of {result.window}")
-    document = {"model": loaded.name, "against": other, "text": origin, "result": result}
-    console.document({"verb": "eval", **document})
+    The text is cut into windows that do not overlap; each predicts all of its tokens but the first.
+    Figures are kept in MODEL/measured/eval.json, and in the model card of a pruned model.
+    """
+    from .quality import measure_quality
+
+    measure_quality(model, measuring, asking, protocol, loading, Console(output.json))
+
+
+@verb(app)
+def report(
+    model: ModelDir,
+    output: Output,
+    beside: Annotated[
+        list[str] | None, Flag("--with", metavar="DIR", help="Compare with it; may be repeated.")
+    ] = None,
+    dry_run: Annotated[bool, Flag("--dry-run", help="Say what would be drawn and stop.")] = False,
+) -> None:
+    """Draw what was measured of a model: MODEL/report.html, and the charts as PNGs.
+
+    Draws what eval and bench left in MODEL/measured/, measures nothing, and asks no other host.
+    Needs matplotlib: pip install 'halfweave[report]'.
+    """
+    from .quality import draw_report
+
+    draw_report(model, beside or [], dry_run, Console(output.json))
 
 
 verb(app)(bench)
@@ -354,14 +370,22 @@ def import_model(
     out: OutDir,
     output: Output,
     dtype: Annotated[str, Flag(help="bfloat16, float16 or float32.")] = "bfloat16",
+    dry_run: Annotated[bool, Flag("--dry-run", help="Say what would be written and stop.")] = False,
 ) -> None:
     """Turn a GGUF file into a dense model directory."""
-    from ..pruner.importers import import_gguf
+    from ..pruner.importers import import_gguf, plan_import
 
     console = Console(output.json)
-    result = import_gguf(file, Path(out), dtype, progress=console.tell)
+    if dry_run:
+        plan = plan_import(file, Path(out), dtype)
+        console.say(f"plan: {plan.source.parameters} parameters of {file.name} to {dtype} in {out}")
+        console.say(f"  {size(plan.output_bytes)} on the disk and of memory")
+        console.document({"verb": "import", "dry_run": True, "plan": plan})
+        return
+    with console.progress("step") as bar:
+        result = import_gguf(file, Path(out), dtype, progress=bar.step)
     console.say(f"{result.path}: {result.parameters} parameters, {result.dtype}")
-    console.say(result.notice)
+    console.say(fill(result.notice, WIDTH))
     console.say(f"next: halfweave prune {out} OUT")
     console.document({"verb": "import", "result": result, "notice": result.notice})
 

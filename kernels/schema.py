@@ -17,6 +17,7 @@ QUANT_METHOD = "halfweave"
 MANIFEST_FILE = "halfweave.json"  # written last: a directory without it is incomplete
 JOURNAL_FILE = ".halfweave-journal.jsonl"  # there only while a directory is being made
 MEASURED_DIRECTORY = "measured"  # what a benchmark saves beside the weights; no part of them
+REPORT_FILE, REPORT_DIRECTORY = "report.html", "report"  # the page that shows it, its pictures
 FORMAT_VERSION = 1
 _MAX_SIDE = 2**31
 

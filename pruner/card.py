@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import median
@@ -12,6 +13,8 @@ from .journal import LinearRecord, ShardRecord
 from .source import Source, Trained
 
 BUDGET_HEADING = "\n## Budget\n\n"
+MEASURED_HEADING = "\n## Measured\n\n"
+_NOT_MEASURED = "not measured"
 
 
 def model_card(
@@ -31,7 +34,7 @@ def model_card(
         "mixed formats" if recipe["choices"] else f"{recipe['pattern']} at {recipe['bits']} bits"
     )
     text = provenance["calibration"]
-    spread = f"{median(errors):.4f} (worst {max(errors):.4f})" if errors else "not measured"
+    spread = f"{median(errors):.4f} (worst {max(errors):.4f})" if errors else _NOT_MEASURED
     return f"""---
 base_model: {source.path.name}
 library_name: halfweave
@@ -50,8 +53,8 @@ Made by halfweave {provenance["halfweave"]} from `{source.path.name}`; its licen
 | calibration tokens | {text["windows"]} x {text["length"]}, seed {text["seed"]} |
 | calibration text | {text["origin"]} |
 | calibration text, SHA-256 | {text["text_sha256"]} |
-| perplexity | not measured |
-| speed | not measured |
+| perplexity | {_NOT_MEASURED} |
+| speed | {_NOT_MEASURED} |
 
 Measure it against its parent: `halfweave eval DIR --against PARENT --text FILE`.
 """
@@ -70,9 +73,35 @@ def budget_section(found: BudgetCheck) -> str:
 
 def without_budget(card: str) -> str:
     """The card without what `budget_section` said."""
-    head, _, rest = card.partition(BUDGET_HEADING)
-    _, heading, others = rest.partition("\n## ")
-    return head + heading + others
+    return _without(card, BUDGET_HEADING)
+
+
+def with_measured(card: str, perplexity: str, speed: str, section: str) -> str:
+    """The card with measured figures in its table and a section of them, in place of older ones.
+
+    `section` is Markdown without a heading. A card that is not ours comes back as it is.
+    """
+    rows = {"perplexity": perplexity, "speed": speed}
+    for name, value in rows.items():
+        row = re.compile(rf"^\| {name} \| .* \|$", re.MULTILINE)
+        if not row.search(card):
+            return card
+        literal = value.replace("\\", r"\\")
+        card = row.sub(f"| {name} | {literal} |", card, count=1)
+    kept = _without(card, MEASURED_HEADING).rstrip("\n") + "\n"
+    return kept + (f"{MEASURED_HEADING}{section.strip()}\n" if section else "")
+
+
+def without_measured(card: str) -> str:
+    """The card of weights that nobody has measured yet."""
+    return with_measured(card, _NOT_MEASURED, _NOT_MEASURED, "")
+
+
+def _without(card: str, heading: str) -> str:
+    """The card without one section."""
+    head, _, rest = card.partition(heading)
+    _, next_one, others = rest.partition("\n## ")
+    return head + next_one + others
 
 
 def _training(recipe: Mapping[str, Any]) -> str:

@@ -27,6 +27,7 @@ class GgufFile:
     license: str | None
     pre_tokenizer: str | None
     tensor_types: dict[str, int]
+    parameters: int
 
     @property
     def quantized(self) -> bool:
@@ -53,6 +54,7 @@ class GgufFile:
             license=_text(reader, "general.license"),
             pre_tokenizer=_text(reader, "tokenizer.ggml.pre"),
             tensor_types=dict(Counter(t.tensor_type.name for t in reader.tensors)),
+            parameters=sum(int(tensor.n_elements) for tensor in reader.tensors),
         )
 
 

@@ -30,6 +30,9 @@ _DTYPES = {
 _INSTALL = "pip install 'halfweave[gguf]'"
 _SOURCE_NAME = "source.gguf"
 
+# Told after each step: steps done, steps in all, and what was done.
+ImportProgress = Callable[[int, int, str], None]
+
 
 @dataclass(frozen=True)
 class ImportResult:
@@ -54,11 +57,29 @@ class ImportResult:
         )
 
 
+@dataclass(frozen=True)
+class ImportPlan:
+    """What an import will write, and the memory that it takes: the whole model in `dtype`."""
+
+    source: GgufFile
+    dtype: str
+    output_bytes: int
+    peak_memory_bytes: int
+
+
+def plan_import(file: Path, out: Path, dtype: str = "bfloat16") -> ImportPlan:
+    """Read the file's tensor table, and refuse what `import_gguf` would before its work."""
+    _check(out, dtype)
+    source = GgufFile.open(file)
+    count = source.parameters * _DTYPES[dtype].itemsize
+    return ImportPlan(source, dtype, count, count)
+
+
 def import_gguf(
     file: Path,
     out: Path,
     dtype: str = "bfloat16",
-    progress: Callable[[str], None] | None = None,
+    progress: ImportProgress | None = None,
 ) -> ImportResult:
     """Write a GGUF model as a dense Hugging Face directory, without the network.
 
@@ -71,29 +92,39 @@ def import_gguf(
         UnsupportedModel: transformers knows no way to read this architecture from GGUF.
         CheckpointError: this is no GGUF file, or it is damaged or cut short.
     """
-    if dtype not in _DTYPES:
-        raise UsageError(f"dtype {dtype!r} is none of {', '.join(_DTYPES)}")
-    report = progress or (lambda line: None)
-    refuse_taken(out)
-    report(f"reading {file.name}")
+    tell = progress or (lambda done, total, what: None)
+    _check(out, dtype)
     source = GgufFile.open(file)
+    tell(1, 3, f"read {file.name}")
     with built_beside(out) as build:
-        report(f"converting {sum(source.tensor_types.values())} tensors to {dtype}")
-        parameters = _convert(source, build, dtype)
+        told = f"converted {sum(source.tensor_types.values())} tensors to {dtype}"
+        parameters = _convert(source, build, dtype, lambda: tell(2, 3, told))
         nbytes = sum(f.stat().st_size for f in build.glob("*.safetensors"))
         result = ImportResult(out, source, dtype, parameters, nbytes)
         write_text(build / "README.md", _card(result))
         write_json(build / IMPORT_RECORD, _record(result))
+    tell(3, 3, f"wrote {out.name}")
     return result
 
 
-def _convert(source: GgufFile, build: Path, dtype: str) -> int:
-    """Let transformers read the file and write the directory; returns the parameter count."""
+def _check(out: Path, dtype: str) -> None:
+    if dtype not in _DTYPES:
+        raise UsageError(f"dtype {dtype!r} is none of {', '.join(_DTYPES)}")
+    refuse_taken(out)
+
+
+def _convert(source: GgufFile, build: Path, dtype: str, loaded: Callable[[], None]) -> int:
+    """Let transformers read the file and write the directory; returns the parameter count.
+
+    `loaded` is called in between.
+    """
     with tempfile.TemporaryDirectory() as alone, _quiet_transformers():
         # Read through a link of its own, so that no file beside the source is taken for a part.
         (Path(alone) / _SOURCE_NAME).symlink_to(source.path.resolve())
         tokenizer, model = _load(source, Path(alone), _DTYPES[dtype])
         _split_digits(tokenizer, source.pre_tokenizer)
+    loaded()
+    with _quiet_transformers():
         model.save_pretrained(build, max_shard_size="4GB")
         tokenizer.save_pretrained(build)
     _drop_traces_of_loading(build / "tokenizer_config.json")

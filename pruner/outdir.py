@@ -7,7 +7,13 @@ from pathlib import Path
 
 from ..errors import RefusedError, UsageError
 from ..files import sync_directory
-from ..kernels.schema import JOURNAL_FILE, MANIFEST_FILE, MEASURED_DIRECTORY
+from ..kernels.schema import (
+    JOURNAL_FILE,
+    MANIFEST_FILE,
+    MEASURED_DIRECTORY,
+    REPORT_DIRECTORY,
+    REPORT_FILE,
+)
 from .journal import blank, is_begun
 from .recover.state import STATE_FILE
 from .save import is_leftover, is_ours
@@ -16,7 +22,7 @@ from .source import Source
 # Where a run with several steps keeps what only the next step needs; gone when it is complete.
 STEPS_DIRECTORY = ".halfweave-steps"
 # What was measured of an old model goes with it.
-_OUR_DIRECTORIES = (STEPS_DIRECTORY, MEASURED_DIRECTORY)
+_OUR_DIRECTORIES = (STEPS_DIRECTORY, MEASURED_DIRECTORY, REPORT_DIRECTORY)
 
 
 def prepare_directory(source: Source, out: Path, resume: bool, overwrite: bool) -> Path:
@@ -111,4 +117,4 @@ def _clear(directory: Path) -> None:
 
 
 def _is_ours(entry: Path) -> bool:
-    return entry.name in _OUR_DIRECTORIES or is_ours(entry.name)
+    return entry.name in (*_OUR_DIRECTORIES, REPORT_FILE) or is_ours(entry.name)

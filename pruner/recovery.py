@@ -18,7 +18,7 @@ from .journal import Journal, locked
 from .oneshot import Progress, Sample, draw_sample
 from .outdir import STEPS_DIRECTORY, prepare_directory, settle, tidy
 from .recipe import Recipe
-from .recover.distill import check, check_pair, distill
+from .recover.distill import TrainingPlan, check, check_pair, distill
 from .recover.settings import Distillation, DistillProgress, DistillResult
 from .source import Source
 from .staged import StagedRecovery, check_steps
@@ -54,6 +54,27 @@ class Recovery:
         return Distillation(
             minutes=self.minutes, tokens=self.tokens, precision=self.precision, seed=self.seed
         )
+
+
+def plan_recover(
+    pruned: str | Path,
+    parent: str | Path,
+    out: str | Path,
+    recovery: Recovery | None = None,
+    device: str = "cpu",
+) -> TrainingPlan:
+    """What `recover` will do and take, without writing anything; raises as it does.
+
+    Whether `out` is taken is for the run to say.
+    """
+    recovery = recovery or Recovery()
+    source, student = Source.open(parent, device), find_directory(pruned)
+    _recipe_of(student, recovery)
+    text = load_text(recovery.calib)
+    if recovery.bits == 4:
+        check_steps(source, recovery.settings)
+    check_pair(source, Checkpoint.open(student), Path(out))
+    return check(source, text.text, recovery.settings)
 
 
 def recover(

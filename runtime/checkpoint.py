@@ -62,6 +62,8 @@ class Checkpoint:
         if config.get("quantization_config") is not None:
             linears = parse_quantization_config(config["quantization_config"]).linears
         manifest = _read_manifest(directory, packed=bool(linears))
+        if manifest is not None:
+            manifest.check_sizes(directory)  # says more of a file cut off than its reader can
         tensors = ShardedTensors.open(directory)
         stamps = {file: _stamp(file) for file in tensors.files}
         _refuse_extra_shards(directory, tensors)
@@ -205,6 +207,5 @@ def _check_files(
     unlisted = sorted({file.name for file in tensors.files} - manifest.files.keys())
     if unlisted:
         raise CheckpointError(f"{directory / unlisted[0]} is not in {MANIFEST_FILE}")
-    manifest.check_sizes(directory)
     if verify:
         manifest.check_hashes(directory)

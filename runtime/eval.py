@@ -112,6 +112,12 @@ def evaluate(
     )
 
 
+def count_windows(model: Model, text: str, window: int, max_windows: int | None = None) -> int:
+    """How many windows `evaluate` would measure; raises as it does."""
+    ids = _token_ids(model, None, text)
+    return len(_windows(ids, _checked_window(model, None, window), max_windows))
+
+
 @dataclass
 class _Sums:
     """Running totals over tokens."""

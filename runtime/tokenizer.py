@@ -90,6 +90,18 @@ class Tokenizer:
         return "ByteLevel" in repr(self._inner.backend_tokenizer.decoder)
 
     @property
+    def bos_id(self) -> int | None:
+        """The token that begins a text, if the tokenizer names one."""
+        found: int | None = self._inner.bos_token_id
+        return found
+
+    @property
+    def eos_id(self) -> int | None:
+        """The token that the tokenizer itself says ends a text; `eos_ids` has the model's too."""
+        found: int | None = self._inner.eos_token_id
+        return found
+
+    @property
     def control_ids(self) -> frozenset[int]:
         """The tokens that `decode` leaves out."""
         return self._control_ids

@@ -14,15 +14,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("kernels", "runtime", "bench", "pruner", "server", "cli")
+ROOMS = ("kernels", "runtime", "bench", "pruner", "evaluation", "report", "server", "cli")
 # What a room may import besides itself and the leaf modules at the root.
 ALLOWED = {
     "kernels": set(),
     "runtime": {"kernels"},
     "bench": {"kernels", "runtime"},
     "pruner": {"kernels", "runtime"},  # the runtime only to evaluate what was pruned
+    "evaluation": {"runtime"},
+    "report": {"kernels", "runtime", "bench", "pruner"},  # the pruner only for its model card
     "server": {"runtime"},
-    "cli": {"kernels", "runtime", "bench", "pruner", "server"},
+    "cli": {"kernels", "runtime", "bench", "pruner", "evaluation", "report", "server"},
 }
 LEAVES = {"errors", "files"}
 GPU_ONLY = ("kernels/cuda/", "runtime/gpu_decoder.py")

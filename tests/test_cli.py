@@ -25,7 +25,18 @@ from halfweave.cli.flags import Pruning
 from support.command import ENTRY, QUICK, Command, assert_error
 from support.tiny import edit_json
 
-VERBS = ("prune", "recover", "inspect", "eval", "bench", "generate", "chat", "serve", "import")
+VERBS = (
+    "prune",
+    "recover",
+    "inspect",
+    "eval",
+    "report",
+    "bench",
+    "generate",
+    "chat",
+    "serve",
+    "import",
+)
 TEXT = "Two foxes keep every fourth weight; nobody minds the lazy zero. " * 60
 START_BUDGET_S = 0.3
 # On a processor too slow for that: so many times what the libraries it is made of take to start.
@@ -116,7 +127,9 @@ def test_a_wrong_call_exits_2(
     assert_error(halfweave(*arguments), 2, error, hint)
 
 
-@pytest.mark.parametrize("verb", ["prune", "inspect", "eval", "bench", "generate", "chat", "serve"])
+@pytest.mark.parametrize(
+    "verb", ["prune", "inspect", "eval", "report", "bench", "generate", "chat", "serve"]
+)
 def test_row_1_a_path_that_is_no_directory_exits_2_and_says_which(
     halfweave: Command, tmp_path: Path, verb: str
 ) -> None:
@@ -260,7 +273,8 @@ def test_inspect_of_a_dense_model_says_that_nothing_vouches(
 def test_eval_prints_the_dense_model_first(
     halfweave: Command, packed_model: Path, tiny_model: Path, text: Path
 ) -> None:
-    ran = halfweave("eval", packed_model, "--against", tiny_model, "--text", text, "--window", 64)
+    flags = ("--text", text, "--window", 64, "--no-save")
+    ran = halfweave("eval", packed_model, "--against", tiny_model, *flags)
     rows = ran.out.splitlines()
     assert rows[0].split()[:2] == ["model", "perplexity"]
     assert [row.split()[0] for row in rows[1:3]] == ["tiny", "packed"]
@@ -269,7 +283,7 @@ def test_eval_prints_the_dense_model_first(
 
 
 def test_eval_json_has_exact_counts(halfweave: Command, tiny_model: Path, text: Path) -> None:
-    flags = ("--text", text, "--window", 64, "--max-windows", 3, "--json")
+    flags = ("--text", text, "--window", 64, "--max-windows", 3, "--no-save", "--json")
     result = halfweave("eval", tiny_model, *flags).document["result"]
     assert result["tokens"] == result["windows"] * 63
     assert result["kl"] is None

@@ -67,6 +67,7 @@ def test_the_wheel_has_the_package_its_data_and_the_library_and_nothing_else(whe
         "halfweave/server/app.py",
         "halfweave/pruner/data/calibration.txt",
         "halfweave/server/playground.html",
+        "halfweave/report/page.html",
         "halfweave/kernels/cpu/library.py",
         "halfweave/kernels/cpu/libhalfweave_cpu.so",
     ):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +83,29 @@ def distill(
     return Run(job, trainer, targets, progress).go(saved)
 
 
-def check(source: Source, text: str, settings: Distillation) -> None:
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What a training will do and take. `minutes` count where no tokens were asked for."""
+
+    windows: int
+    length: int
+    minutes: float
+    tokens: int
+    precision: str
+    peak_memory_bytes: int
+
+
+def check(source: Source, text: str, settings: Distillation) -> TrainingPlan:
     """What can be told before there is a student; raises as `distill` does."""
-    _prepare(source, text, settings)
+    fitted, windows, targets_bytes = _prepare(source, text, settings)
+    return TrainingPlan(
+        len(windows.train),
+        fitted.length,
+        fitted.minutes,
+        fitted.tokens,
+        fitted.precision,
+        needed_bytes(source, fitted, targets_bytes),
+    )
 
 
 def _prepare(

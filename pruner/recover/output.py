@@ -16,7 +16,7 @@ from ...files import sha256_file, write_bytes, write_json, write_text
 from ...kernels.formats import PackedLinear
 from ...kernels.schema import MANIFEST_FILE
 from ...kernels.shards import INDEX_FILE, SINGLE_FILE, ShardedTensors
-from ..card import without_budget
+from ..card import without_budget, without_measured
 from ..tensors import save_tensors
 from .settings import DistillResult
 
@@ -65,7 +65,8 @@ def write_checkpoint(
     if (student / _CARD).is_file():
         card = (student / _CARD).read_text()
         told = _section(DistillResult.of_record(out, recovery))
-        write_text(out / _CARD, (without_budget(card) if changed else card) + told)
+        kept = without_measured(without_budget(card)) if changed else card
+        write_text(out / _CARD, kept + told)
     _drop_other_shards(out, written)
     write_json(out / MANIFEST_FILE, _manifest(out, manifest, changed, recovery))
 

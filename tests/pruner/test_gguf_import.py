@@ -12,7 +12,7 @@ import pytest
 import torch
 from halfweave.errors import CheckpointError, RefusedError, UsageError
 from halfweave.pruner.gguf_file import GgufFile, locate_smollm2
-from halfweave.pruner.importers import IMPORT_RECORD, import_gguf
+from halfweave.pruner.importers import IMPORT_RECORD, import_gguf, plan_import
 from safetensors.torch import load_file
 
 gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
@@ -203,9 +203,17 @@ def test_files_beside_the_source_are_not_taken_for_parts_of_it(tmp_path: Path) -
 def test_progress_says_what_is_read_and_the_result_what_became_of_it(
     tiny_gguf: Path, tmp_path: Path
 ) -> None:
-    lines: list[str] = []
-    result = import_gguf(tiny_gguf, tmp_path / "out", progress=lines.append)
-    assert lines == [f"reading {tiny_gguf.name}", "converting 20 tensors to bfloat16"]
+    steps: list[tuple[int, int, str]] = []
+    plan = plan_import(tiny_gguf, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    result = import_gguf(tiny_gguf, tmp_path / "out", progress=lambda *step: steps.append(step))
+    assert steps == [
+        (1, 3, f"read {tiny_gguf.name}"),
+        (2, 3, "converted 20 tensors to bfloat16"),
+        (3, 3, "wrote out"),
+    ]
+    assert plan.source.parameters == result.parameters
+    assert plan.output_bytes == pytest.approx(result.nbytes, rel=0.05)
     assert "DEQUANTIZED to bfloat16" in result.notice
     assert result.nbytes == (tmp_path / "out" / "model.safetensors").stat().st_size
 
