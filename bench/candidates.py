@@ -7,6 +7,7 @@ called from Python once for a product.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from ctypes import byref
@@ -22,7 +23,9 @@ from ..kernels.cpu.packed import PackedWeight
 from ..kernels.cpu.room import aligned_bytes
 
 COLD_BYTES = 128 * 2**20  # beyond the last cache of most machines
-_SAMPLE_S = 0.004
+_BURST_S = 0.0005
+_BURSTS = 9
+_SAMPLE_S = 0.02  # of one with products that take long, which has fewer bursts
 
 # Computes the product with the copy of a number, and gives y [M, N].
 Run = Callable[[int], Tensor]
@@ -37,31 +40,38 @@ class Candidate:
     copies: int
     bind: Callable[[Tensor], Run]
     turn: int = 0  # which copy is next
-    calls: int = 1  # of a sample
 
     def output(self, x: Tensor) -> Tensor:
         """y fp32 [M, N]."""
         return self.bind(x)(0).float().clone()
 
-    def warm_up(self, x: Tensor) -> None:
-        """Touch every copy, and find how many calls make a sample that a clock can tell."""
-        run = self.bind(x)
-        for copy in range(self.copies):
-            run(copy)
-        self.calls = 1
-        took = self.seconds(run)
-        self.calls = max(1, round(_SAMPLE_S / max(took, 1e-7)))
 
-    def seconds(self, run: Run) -> float:
-        """Of one product, the mean over a sample's calls."""
-        turn, copies = self.turn, self.copies
+class Sampler:
+    """Times one candidate with one x, in bursts of so many calls that a clock can tell."""
+
+    def __init__(self, candidate: Candidate, x: Tensor) -> None:
+        """Warm up: touch every copy, and find the number of calls."""
+        self.candidate, self._run = candidate, candidate.bind(x)
+        self.calls = self.bursts = 1
+        for copy in range(candidate.copies):
+            self._run(copy)
+        once = max(self.seconds(), 1e-7)
+        self.calls = max(1, round(_BURST_S / once))
+        self.bursts = min(_BURSTS, max(1, round(_SAMPLE_S / (self.calls * once))))
+
+    def seconds(self) -> float:
+        """Of one product: the median of bursts, since the system may interrupt some of them."""
+        return statistics.median(self._burst() for _ in range(self.bursts)) / self.calls
+
+    def _burst(self) -> float:
+        run, turn, copies = self._run, self.candidate.turn, self.candidate.copies
         started = time.perf_counter()
         for _ in range(self.calls):
             run(turn)
             turn = (turn + 1) % copies
         took = time.perf_counter() - started
-        self.turn = turn
-        return took / self.calls
+        self.candidate.turn = turn
+        return took
 
 
 def copies_of(size: int) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 
 from ..errors import RefusedError, UsageError
 from .metrics import Metric, metrics
+from .quiet import BUSY, KEPT
 from .significance import ALPHA, Shift, holm, least_p, shift
 
 NO_CHANGE = "no significant change"
@@ -83,7 +84,7 @@ def compare(
         raise UsageError("these measurements have no quantity in common")
     changes = _changes(pairs, floor)
     left = len(ours) + len(theirs) - 2 * len(pairs)
-    notes = [*differences, *_power_notes(changes)]
+    notes = [*differences, *_busy_notes(first, second), *_power_notes(changes)]
     if left:
         notes.append(f"{left} quantities are in one of the two only")
     return Comparison(_overall(changes), floor, tuple(changes), tuple(notes))
@@ -154,6 +155,21 @@ def _overall(changes: list[Change]) -> str:
     if not found:
         return NO_CHANGE
     return found.pop() if len(found) == 1 else "mixed"
+
+
+def _busy_notes(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    """What of the machine may be the difference: others at work, or other cores."""
+    kept = [
+        [str(note) for note in each.get("notes") or () if str(note).startswith(KEPT)]
+        for each in (first, second)
+    ]
+    moved = [f"A: {kept[0][0]}, B: {kept[1][0]}"] if all(kept) and kept[0] != kept[1] else []
+    return moved + [
+        f"{name}: {note}; what differs may be that"
+        for name, document in (("A", first), ("B", second))
+        for note in document.get("notes") or ()
+        if str(note).startswith(BUSY)
+    ]
 
 
 def _power_notes(changes: list[Change]) -> list[str]:

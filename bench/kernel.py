@@ -23,7 +23,7 @@ from ..kernels.formats import Dense, Int4, PackedLinear
 from ..kernels.groups import group_count
 from ..kernels.measured import DENSE, SPARSE, Measured, Product
 from ..runtime.checkpoint import Checkpoint
-from .candidates import COLD_BYTES, Candidate, native_candidate, torch_candidate
+from .candidates import COLD_BYTES, Candidate, Sampler, native_candidate, torch_candidate
 from .offline import LEAST_REPETITIONS
 from .products import ModelProduct, model_products
 from .significance import ALPHA, shift
@@ -147,15 +147,16 @@ def bench_kernel(
         weight = each.weight()
         candidates, left_out = _candidates(native, each, weight)
         notes += left_out
-        for place, tokens in enumerate(plan.tokens):
-            x = torch.randn(tokens, each.product.K, generator=torch.Generator().manual_seed(tokens))
-            samples = _samples(candidates, x, plan.repetitions)
+        inputs = {tokens: _inputs(tokens, each.product.K) for tokens in plan.tokens}
+
+        def told(turn: int, number: int = number, product: Product = each.product) -> None:
+            done, rounds = number * plan.repetitions + turn, len(products) * plan.repetitions
+            tell(done, rounds, f"{product.format} {product.N}x{product.K}")
+
+        samples = _samples(candidates, inputs, plan.repetitions, told)
+        for tokens, x in inputs.items():
             error = _error(candidates[0], x, weight)
-            rows.append(_row(each, tokens, candidates[0].bytes, samples, error))
-            done = number * len(plan.tokens) + place + 1
-            product = each.product
-            what = f"{product.format} {product.N}x{product.K}, {tokens} tokens"
-            tell(done, len(products) * len(plan.tokens), what)
+            rows.append(_row(each, tokens, candidates[0].bytes, samples[tokens], error))
         reads.append(read_bandwidth(native))
     best = max(reads)
     return KernelResult(
@@ -212,18 +213,37 @@ def _int4(native: Library, dense: Tensor, group: int) -> Any:
     return pack_weight(native, Int4.from_codes(codes, scale, group))
 
 
+def _inputs(tokens: int, columns: int) -> Tensor:
+    """fp32 [tokens, columns], always the same."""
+    return torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens))
+
+
 def _samples(
-    candidates: list[Candidate], x: Tensor, repetitions: int
-) -> dict[str, tuple[float, ...]]:
-    """Microseconds of each candidate in each repetition, in turns."""
-    bound = [(candidate, candidate.bind(x)) for candidate in candidates]
-    for candidate, _ in bound:
-        candidate.warm_up(x)
-    found: dict[str, list[float]] = {candidate.name: [] for candidate in candidates}
-    for _ in range(repetitions):
-        for candidate, run in bound:
-            found[candidate.name].append(1e6 * candidate.seconds(run))
-    return {name: tuple(samples) for name, samples in found.items()}
+    candidates: list[Candidate],
+    inputs: Mapping[int, Tensor],
+    repetitions: int,
+    told: Callable[[int], None],
+) -> dict[int, dict[str, tuple[float, ...]]]:
+    """Microseconds by number of tokens and candidate.
+
+    A repetition is a turn of all: what else the machine does for a second then falls on one
+    repetition of many rows, and not on all repetitions of one.
+    """
+    samplers = {
+        tokens: [Sampler(candidate, x) for candidate in candidates] for tokens, x in inputs.items()
+    }
+    found: dict[int, dict[str, list[float]]] = {
+        tokens: {candidate.name: [] for candidate in candidates} for tokens in inputs
+    }
+    for turn in range(repetitions):
+        for tokens, each in samplers.items():
+            for sampler in each:
+                found[tokens][sampler.candidate.name].append(1e6 * sampler.seconds())
+        told(turn + 1)
+    return {
+        tokens: {name: tuple(samples) for name, samples in each.items()}
+        for tokens, each in found.items()
+    }
 
 
 def _error(ours: Candidate, x: Tensor, weight: PackedLinear) -> float:

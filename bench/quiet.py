@@ -16,6 +16,8 @@ from ..errors import RefusedError
 from ..kernels.cpu.cores import one_cpu_a_core
 from ..runtime.hardware import Hardware
 
+BUSY = "the machine was busy"
+KEPT = "threads were kept to"
 _LOOK_S = 0.5
 _BUSY_CORES = 0.5  # as `Hardware.busy`: over half a core is taken
 _STILL_BUSY = 0.1  # cores; less than that is a machine at rest whose load average lags behind
@@ -79,7 +81,7 @@ def check_quiet(
             f"the machine is busy, and would measure the other work too: {said}",
             "wait until it is idle, or add --even-if-busy",
         )
-    return [f"the machine was busy before the run: {said}"]
+    return [f"{BUSY} before the run: {said}"]
 
 
 @contextmanager

@@ -56,7 +56,7 @@ def _quiet(
     asked: Asked, keeping: Keeping, pin: bool = True
 ) -> Iterator[tuple[Hardware, list[str]]]:
     """A machine to measure on, and what to say of it; threads keep to cores if `pin`."""
-    from ..bench.quiet import check_quiet, others_at_work, pinned
+    from ..bench.quiet import KEPT, check_quiet, others_at_work, pinned
     from ..kernels.cpu.cores import granted_cores
     from ..runtime.hardware import this_machine
 
@@ -68,7 +68,7 @@ def _quiet(
         return
     with pinned(min(machine.threads, granted_cores()), shares) as cpus:
         where = f"CPUs {', '.join(map(str, cpus))}" if cpus else "no CPUs of their own"
-        yield machine, [*notes, f"threads were kept to {where}"]
+        yield machine, [*notes, f"{KEPT} {where}"]
 
 
 def _offline(console: Console, asked: Asked, keeping: Keeping) -> dict[str, Any]:
@@ -113,6 +113,7 @@ def _offline(console: Console, asked: Asked, keeping: Keeping) -> dict[str, Any]
 def _kernel(console: Console, asked: Asked, keeping: Keeping) -> dict[str, Any]:
     from ..bench.document import about_model, document
     from ..bench.kernel import KernelPlan, bench_kernel
+    from ..bench.quiet import BUSY
 
     if asked.loading.device != "cpu":
         raise UsageError(f"products are measured on the CPU, not on {asked.loading.device}")
@@ -123,7 +124,7 @@ def _kernel(console: Console, asked: Asked, keeping: Keeping) -> dict[str, Any]:
         asked.loading.head_bits,
     )
     with _quiet(asked, keeping) as (machine, notes), console.progress("product") as bar:
-        busy = len(notes) > 1
+        busy = any(note.startswith(BUSY) for note in notes)
         result = bench_kernel(asked.needed_model, plan, bar.step)
         notes = [*notes, *result.notes, _keep_table(result, keeping, busy)]
     console.table(bench_tables.KERNEL_HEADER, bench_tables.kernel(result), words=(0, -1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -48,6 +49,7 @@ def available_memory_bytes(device: torch.device | None = None) -> int | None:
     return None
 
 
+@cache
 def cpu_model() -> str:
     """What the processor calls itself."""
     try:

@@ -159,6 +159,23 @@ def test_another_load_or_number_of_repetitions_is_the_same_thing() -> None:
     assert compare(first, second).changes[0].repetitions == (7, 9)
 
 
+def test_a_busy_machine_is_told_of() -> None:
+    dice = np.random.default_rng(1)
+    first, second = offline(dice), offline(dice)
+    assert not any("busy" in note for note in compare(first, second).notes)
+    second["notes"] = ["the machine was busy before the run: load 3"]
+    assert any(note.startswith("B: the machine was busy") for note in compare(first, second).notes)
+
+
+def test_other_cores_are_told_of() -> None:
+    dice = np.random.default_rng(1)
+    first, second = offline(dice), offline(dice)
+    first["notes"], second["notes"] = (["threads were kept to CPUs 0"] for _ in range(2))
+    assert not any("CPUs" in note for note in compare(first, second).notes)
+    second["notes"] = ["threads were kept to CPUs 1"]
+    assert any("CPUs 0, B: threads were kept to CPUs 1" in n for n in compare(first, second).notes)
+
+
 def test_different_kinds_are_never_compared() -> None:
     dice = np.random.default_rng(1)
     with pytest.raises(RefusedError, match="kind offline and kernel"):

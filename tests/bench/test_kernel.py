@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from halfweave.bench import kernel as kernel_module
-from halfweave.bench.candidates import COLD_BYTES, Candidate, copies_of, native_candidate
+from halfweave.bench.candidates import COLD_BYTES, Candidate, Sampler, copies_of, native_candidate
 from halfweave.bench.kernel import KernelPlan, KernelResult, bench_kernel
 from halfweave.bench.products import model_products
 from halfweave.errors import UsageError
@@ -29,14 +29,14 @@ PLAN = KernelPlan(tokens=(1, 8), repetitions=5)
 def few_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiny weights would need ten thousand copies to be out of the caches."""
     monkeypatch.setattr("halfweave.bench.candidates.COLD_BYTES", 2**16)
-    monkeypatch.setattr("halfweave.bench.candidates._SAMPLE_S", 0.0005)
+    monkeypatch.setattr("halfweave.bench.candidates._BURST_S", 0.0001)
 
 
 @pytest.fixture(scope="module")
 def result(packed_model: Path) -> KernelResult:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("halfweave.bench.candidates.COLD_BYTES", 2**16)
-        patch.setattr("halfweave.bench.candidates._SAMPLE_S", 0.0005)
+        patch.setattr("halfweave.bench.candidates._BURST_S", 0.0001)
         return bench_kernel(str(packed_model), PLAN)
 
 
@@ -137,9 +137,10 @@ def test_copies_are_equal_and_take_turns() -> None:
     wanted = torch.nn.functional.linear(x, weight)
     for copy in range(made.copies):
         torch.testing.assert_close(run(copy), wanted)
-    made.calls, made.turn = 3, made.copies - 1
-    assert made.seconds(run) > 0
-    assert made.turn == 2 % made.copies
+    sampler = Sampler(made, x)
+    sampler.calls, sampler.bursts, made.turn = 3, 9, made.copies - 1
+    assert sampler.seconds() > 0
+    assert made.turn == (made.copies - 1 + 9 * 3) % made.copies
 
 
 def test_products_read_their_weights(packed_model: Path) -> None:
