@@ -41,11 +41,12 @@ class Change:
     shift: Shift
     p: float
     verdict: str
+    decides: bool
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All changes, and one word for them: faster, slower, mixed or "no significant change"."""
+    """All changes, and one word for those that decide: faster, slower, mixed or `NO_CHANGE`."""
 
     verdict: str
     floor: float
@@ -87,7 +88,8 @@ def compare(
     notes = [*differences, *_busy_notes(first, second), *_power_notes(changes)]
     if left:
         notes.append(f"{left} quantities are in one of the two only")
-    return Comparison(_overall(changes), floor, tuple(changes), tuple(notes))
+    verdict = _overall([change for change in changes if change.decides])
+    return Comparison(verdict, floor, tuple(changes), tuple(notes))
 
 
 def _differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
@@ -139,6 +141,7 @@ def _changes(pairs: list[tuple[Metric, Metric]], floor: float) -> list[Change]:
             found,
             p,
             _verdict(found, p, ours.more_is_better),
+            ours.decides,
         )
         for (ours, theirs), found, p in zip(pairs, shifts, adjusted, strict=True)
     ]

@@ -55,16 +55,20 @@ class Run:
         self.seconds[title] = time.monotonic() - started
 
     def halfweave(self, *arguments: str | Path) -> None:
-        """Run one command, shown as typed.
+        """Run one command, shown as typed, without the document of all samples that ends it.
 
         Raises:
             SystemExit: with the command's exit code, if that is not 0.
         """
         words = list(map(str, arguments))
         print(f"$ halfweave {shlex.join(shown(word) for word in words)}", flush=True)
-        code = subprocess.run([HALFWEAVE, *words]).returncode
-        if code:
-            raise SystemExit(code)
+        with subprocess.Popen([HALFWEAVE, *words], stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if not line.startswith('{"schema_version"'):
+                    print(line, end="", flush=True)
+        if process.returncode:
+            raise SystemExit(process.returncode)
 
     def path(self, variant: str) -> Path:
         return self.work / variant

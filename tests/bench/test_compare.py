@@ -63,13 +63,17 @@ def offline(dice: np.random.Generator, slower: float = 1.0, repetitions: int = 7
     return {**about("offline", repetitions), "models": models}
 
 
-def kernel(dice: np.random.Generator, slower: float = 1.0) -> Document:
-    rows = [
-        {"format": "int4", "N": n, "K": 64, "M": m, "samples_us": [n * m * f * slower for f in f_]}
-        for n in (64, 128, 256)
-        for m in (1, 2, 4, 8, 16, 32, 64, 128, 512)
-        for f_ in [noise(dice, 11)]
-    ]
+def kernel(dice: np.random.Generator, slower: float = 1.0, moved: float = 0.2) -> Document:
+    """On a machine that is up to `moved` slower or faster in each run, for all products alike."""
+    machine, rows = float(np.exp(dice.uniform(-moved, moved))), []
+    for n in (64, 128, 256):
+        for m in (1, 2, 4, 8, 16, 32, 64, 128, 512):
+            ours, theirs = (
+                [n * m * machine * factor * each for each in noise(dice, 11)]
+                for factor in (slower, 1.2)
+            )
+            row = {"format": "sparse24_int4", "N": n, "K": 64, "M": m, "samples_us": ours}
+            rows.append({**row, "others": {"int4": {"samples_us": theirs}}})
     return {**about("kernel", 11), "rows": rows}
 
 
@@ -106,6 +110,30 @@ def test_two_runs_of_the_same_thing_do_not_differ_in_nine_of_ten_repeats(make: A
     assert slow.count("slower") >= 45
     quick = compare(make(np.random.default_rng(0)), make(np.random.default_rng(1), slower=0.8))
     assert quick.verdict == "faster"
+
+
+def test_details_are_marked_but_do_not_decide() -> None:
+    """A machine that became another one moves times, not what they are relative to."""
+    dice = np.random.default_rng(3)
+    found = compare(kernel(dice, moved=0), {**kernel(dice, slower=1.3, moved=0)})
+    assert found.verdict == "slower"
+    slow_machine = kernel(dice, moved=0)
+    for row in slow_machine["rows"]:
+        for samples in (row["samples_us"], row["others"]["int4"]["samples_us"]):
+            samples[:] = [1.3 * each for each in samples]
+    moved = compare(kernel(dice, moved=0), slow_machine)
+    assert moved.verdict == NO_CHANGE
+    assert {each.name for each in moved.changes if each.main} == {"all products, to dense int4"}
+    assert any(each.verdict == "slower" for each in moved.changes if not each.main)
+
+
+def test_without_dense_int4_beside_times_decide() -> None:
+    dice = np.random.default_rng(4)
+    both = kernel(dice, moved=0), kernel(dice, slower=1.2, moved=0)
+    for document in both:
+        for row in document["rows"]:
+            del row["others"]
+    assert compare(*both).verdict == "slower"
 
 
 def test_five_repetitions_suffice_for_the_main_quantities() -> None:
