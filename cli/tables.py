@@ -182,7 +182,9 @@ def inspection(found: Inspection) -> list[str]:
         lines.append("recipe " + ", ".join(f"{k} {v}" for k, v in list(found.recipe.items())[:4]))
     if found.provenance:
         base = found.provenance.get("base", {})
-        lines.append(f"pruned from {base.get('name')} by halfweave {found.provenance['halfweave']}")
+        made = "imported" if (found.recipe or {}).get("method") == "imported" else "pruned"
+        version = found.provenance["halfweave"]
+        lines.append(f"{made} from {base.get('name')} by halfweave {version}")
     if found.verified_files is None:
         lines.append("no file was compared with a hash")
     else:

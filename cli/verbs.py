@@ -366,16 +366,28 @@ def serve(
 
 @verb(app, "import")
 def import_model(
-    file: Annotated[Path, Argument(metavar="FILE", help="GGUF file.", show_default=False)],
+    file: Annotated[
+        Path,
+        Argument(
+            metavar="SOURCE",
+            help="GGUF file, or a directory that another tool made 2:4.",
+            show_default=False,
+        ),
+    ],
     out: OutDir,
     output: Output,
-    dtype: Annotated[str, Flag(help="bfloat16, float16 or float32.")] = "bfloat16",
+    dtype: Annotated[
+        str, Flag(help="Of a GGUF file's weights: bfloat16, float16 or float32.")
+    ] = "bfloat16",
     dry_run: Annotated[bool, Flag("--dry-run", help="Say what would be written and stop.")] = False,
 ) -> None:
-    """Turn a GGUF file into a dense model directory."""
+    """Turn a GGUF file into a dense model, or another tool's 2:4 directory into one of ours."""
     from ..pruner.importers import import_gguf, plan_import
 
     console = Console(output.json)
+    if file.is_dir():
+        _import_orphan(file, out, console, dry_run)
+        return
     if dry_run:
         plan = plan_import(file, Path(out), dtype)
         console.say(f"plan: {plan.source.parameters} parameters of {file.name} to {dtype} in {out}")
@@ -388,6 +400,24 @@ def import_model(
     console.say(fill(result.notice, WIDTH))
     console.say(f"next: halfweave prune {out} OUT")
     console.document({"verb": "import", "result": result, "notice": result.notice})
+
+
+def _import_orphan(directory: Path, out: str, console: Console, dry_run: bool) -> None:
+    from ..pruner.orphans import import_orphan, plan_orphan
+
+    if dry_run:
+        plan = plan_orphan(directory, out)
+        console.say(
+            f"plan: {directory.name}, stored as {plan.layout}, {size(plan.nbytes)}, to {out}"
+        )
+        console.document({"verb": "import", "dry_run": True, "plan": plan})
+        return
+    with console.progress("file") as bar:
+        result = import_orphan(directory, out, bar.step)
+    counts = ", ".join(f"{count} {kind}" for kind, count in sorted(result.linears.items()))
+    console.say(f"{result.path}: {counts} linears, from {result.layout}; {size(result.nbytes)}")
+    console.say(f"next: halfweave inspect {out}")
+    console.document({"verb": "import", "result": result})
 
 
 @verb(app, "export")
