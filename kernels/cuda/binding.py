@@ -19,6 +19,7 @@ from .linear import (
     limits_of,
     multiply,
     multiply_in_parts,
+    sparse_linear,
 )
 from .plain_linear import expanded_linear, int4_linear
 
@@ -74,8 +75,17 @@ class SparseLinear:
         rows, columns = self.weight.shape
         missing = -columns % COLUMNS_MULTIPLE
         inputs = functional.pad(x, (0, missing)) if missing else x
-        y = multiply(inputs, self.weight, self.rows, self.bias)
+        y = self._multiply(inputs)
         return y if rows == self.rows else y[..., :rows].contiguous()
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        """By the operator where torch compiles: it sees no kernel's insides otherwise."""
+        weight = self.weight
+        if not torch.compiler.is_compiling():
+            return multiply(x, weight, self.rows, self.bias)
+        packed = weight.values, weight.meta, weight.scales
+        y: Tensor = sparse_linear(x, *packed, self.bias, None, self.rows, weight.group)
+        return y
 
     def parts(self, x: Tensor) -> Tensor:
         """The same [M, N] of x [M, K], or fp32 parts of it [splits, M, N] to be added up."""

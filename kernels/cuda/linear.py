@@ -83,9 +83,9 @@ def sparse_linear(
     rows: int,
     group: int,
 ) -> Tensor:
-    """`multiply` by a 2:4 weight in fragment order (fragments.py)."""
-    dtype = None if group else x.dtype
-    weight = FragmentWeight((rows, x.shape[-1]), values, meta, scales, group, dtype)
+    """`multiply` by the parts of a weight in fragment order, whose metadata is empty if dense."""
+    dtype, dense = None if group else x.dtype, meta.shape[-1] == 0
+    weight = FragmentWeight((rows, x.shape[-1]), values, meta, scales, group, dtype, dense)
     return multiply(x, weight, rows, bias, residual)
 
 

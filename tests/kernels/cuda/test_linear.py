@@ -80,6 +80,25 @@ def test_the_operator_can_be_part_of_a_compiled_graph() -> None:
     torch.testing.assert_close(compiled(x), model(x))
 
 
+@pytest.mark.parametrize("kind", ["sparse24", "sparse24_int4", "int4"])
+def test_a_bound_weight_can_be_part_of_a_compiled_graph(kind: str) -> None:
+    if kind == "int4":
+        codes = torch.randint(-8, 8, (64, 128), generator=torch.Generator().manual_seed(0))
+        weight: Sparse24 | Sparse24Int4 | Int4 = Int4.from_codes(
+            codes, torch.rand(64, 2).half(), 64
+        )
+    else:
+        weight = stored(64, 128, 64 if kind == "sparse24_int4" else 0)
+    linear_ = SparseLinear.of(weight, torch.randn(64).half(), CPU, torch.float16)
+
+    def model(x: Tensor) -> Tensor:
+        return linear_(x * 2) + 1
+
+    x = torch.randn(3, 128).half()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), model(x))
+
+
 def test_dispatch_knows_what_a_gpu_multiplies_as_packed() -> None:
     packed = {
         kind
