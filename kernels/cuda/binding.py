@@ -37,7 +37,7 @@ def bind(
     """A function from x [..., K] to [..., N], both of `dtype` (one of KINDS) on `device`."""
     offset = None if bias is None else bias.to(device, dtype)
     assert isinstance(weight, Sparse24 | Sparse24Int4 | Int4)
-    if _has_sparse_cores(device) and (device.type == "cuda" or not isinstance(weight, Int4)):
+    if _has_sparse_cores(device):
         return SparseLinear.of(weight, offset, device, dtype)
     if isinstance(weight, Int4):
         return _bind_int4(weight, offset, device)

@@ -89,14 +89,20 @@ def test_a_bound_weight_can_be_part_of_a_compiled_graph(kind: str) -> None:
         )
     else:
         weight = stored(64, 128, 64 if kind == "sparse24_int4" else 0)
-    linear_ = SparseLinear.of(weight, torch.randn(64).half(), CPU, torch.float16)
+    bias = torch.randn(64).half()
+    bound = bind(weight, bias, CPU, torch.float16)
+    assert isinstance(bound, SparseLinear)
 
     def model(x: Tensor) -> Tensor:
-        return linear_(x * 2) + 1
+        return bound(x * 2) + 1
 
     x = torch.randn(3, 128).half()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), model(x))
+    wanted = linear(2 * x, weight, bias) + 1
+    torch.testing.assert_close(
+        model(x).float(), wanted, rtol=1e-2, atol=1e-2 * float(wanted.abs().max())
+    )
 
 
 def test_dispatch_knows_what_a_gpu_multiplies_as_packed() -> None:
