@@ -213,6 +213,7 @@ def _what_is_wrong(answer: Answer) -> str | None:
         return answer.error
     if not answer.done:
         return "the stream ended without [DONE]"
-    if not answer.arrivals:
+    # Tokens may well have no text: special ones, and pieces of a character.
+    if not answer.arrivals and not answer.output_tokens:
         return "the stream brought no text"
     return None
