@@ -26,6 +26,7 @@ from ..runtime.checkpoint import Checkpoint
 from .candidates import COLD_BYTES, Candidate, Sampler, native_candidate, torch_candidate
 from .offline import LEAST_REPETITIONS
 from .products import ModelProduct, model_products
+from .progress import Progress, silent
 from .significance import ALPHA, shift
 from .stats import Spread
 
@@ -33,9 +34,6 @@ TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
 INT4 = "int4"
 _INT4_GROUP = 64
 _FLOOR = 0.03  # a product loses if a dense one is faster by more than this, beyond chance
-
-# Told after each step: steps done, steps in all, and what was done.
-KernelProgress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -126,14 +124,14 @@ class KernelResult:
 
 
 def bench_kernel(
-    path: str, plan: KernelPlan | None = None, progress: KernelProgress | None = None
+    path: str, plan: KernelPlan | None = None, progress: Progress | None = None
 ) -> KernelResult:
     """Measure all products of a model directory.
 
     Raises:
         RefusedError: the CPU kernels are not installed, or as `Checkpoint.open`.
     """
-    plan, tell = plan or KernelPlan(), progress or _silent
+    plan, tell = plan or KernelPlan(), progress or silent
     native = library()
     if native is None:
         raise RefusedError(
@@ -166,10 +164,6 @@ def bench_kernel(
         native.level,
         tuple(notes),
     )
-
-
-def _silent(done: int, total: int, what: str) -> None:
-    """Progress that nobody asked for."""
 
 
 def _candidates(

@@ -8,7 +8,7 @@ prefill time. Knows models, not tables.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -22,21 +22,20 @@ from ..kernels.dispatch import choose
 from ..kernels.formats import Dense
 from ..runtime.checkpoint import Checkpoint
 from ..runtime.engine_settings import EngineSettings
-from ..runtime.eval import EvalResult, evaluate
+from ..runtime.eval import EvalResult, evaluate, flattered
 from ..runtime.hardware import Hardware, peak_memory_bytes, this_machine, versions
 from ..runtime.model import LoadSettings, Model, load_model
 from ..runtime.threads import in_passing_thread
 from .batches import BatchBench, BatchSample, batch_row, decode_length, one_batch
 from .document import about_model
 from .footprint import Footprint, measure_footprint
+from .progress import Progress, silent
 from .requests import carry_out
 from .stats import Spread, percentiles
 from .token_bytes import token_bytes
 
 LEAST_REPETITIONS = 5
 
-# Told after each step: steps done, steps in all of this phase, and what was done.
-BenchProgress = Callable[[int, int, str], None]
 _STEP_TOKENS = EngineSettings().tokens_per_step
 
 
@@ -145,7 +144,7 @@ def bench_offline(
     *,
     text_origin: str = "the given text",
     plan: BenchPlan | None = None,
-    progress: BenchProgress | None = None,
+    progress: Progress | None = None,
     loading: LoadSettings | None = None,
 ) -> BenchResult:
     """Measure the models in `paths` (by the name to print), quality on `text` included.
@@ -156,7 +155,7 @@ def bench_offline(
         UsageError: there is no dense model, or text or context are too short for the plan.
         RefusedError: the models do not share a tokenizer; or as `load_model`.
     """
-    plan, tell, settings = plan or BenchPlan(), progress or _silent, loading or LoadSettings()
+    plan, tell, settings = plan or BenchPlan(), progress or silent, loading or LoadSettings()
     machine = this_machine()  # before our own work adds to the load
     ordered = baseline_first(paths)
     models = {}
@@ -197,10 +196,6 @@ def bench_offline(
         read_samples_gb_per_s=tuple(each / 1e9 for each in read.samples),
         notes=_notes(models, rows, evaluated, plan),
     )
-
-
-def _silent(done: int, total: int, what: str) -> None:
-    """Progress that nobody asked for."""
 
 
 def is_dense(checkpoint: Checkpoint) -> bool:
@@ -251,7 +246,7 @@ def _answer_lengths(plan: BenchPlan) -> list[int]:
 
 
 def _quality(
-    models: Mapping[str, Model], text: str, plan: BenchPlan, tell: BenchProgress
+    models: Mapping[str, Model], text: str, plan: BenchPlan, tell: Progress
 ) -> dict[str, EvalResult]:
     """Quality of every model on one text; the others' distance from the first."""
     baseline = next(iter(models.values()))
@@ -268,7 +263,7 @@ def _quality(
     }
 
 
-def _labelled(tell: BenchProgress, label: str) -> BenchProgress:
+def _labelled(tell: Progress, label: str) -> Progress:
     return lambda done, total, figure: tell(done, total, f"{label} {figure}")
 
 
@@ -298,7 +293,7 @@ def _samples(
     models: Mapping[str, Model],
     prompt: tuple[int, ...],
     plan: BenchPlan,
-    tell: BenchProgress,
+    tell: Progress,
     read: _ReadBandwidth,
 ) -> tuple[dict[str, list[Sample]], dict[str, dict[int, list[BatchSample]]]]:
     """In turns, A B A B, so that whatever else the machine does falls on all alike."""
@@ -413,10 +408,10 @@ def _model_notes(
     notes = []
     baseline, *others = rows
     for row in others:
-        manifest = models[row.name].checkpoint.manifest or {}
-        provenance = manifest.get("provenance", {})
-        if provenance.get("calibration", {}).get("text_sha256") == quality.text_sha256:
-            notes.append(f"{row.name} was calibrated on this very text: its perplexity flatters it")
+        model = models[row.name]
+        if note := flattered(model, quality):
+            notes.append(note)
+        provenance = (model.checkpoint.manifest or {}).get("provenance", {})
         hashes = provenance.get("base", {}).get("sha256")
         if hashes is not None and not _is_parent(Path(baseline.path), hashes):
             notes.append(f"{baseline.name} is not the model that {row.name} was pruned from")

@@ -9,13 +9,14 @@ the server's usage, never by chunks.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
 from ..errors import HalfweaveError
 from .client import Target, ask
+from .progress import Progress, silent
 from .prompts import Prompts
 from .serve_plan import ServePlan
 from .stats import distribution, percentiles
@@ -24,9 +25,6 @@ from .traffic import Load, Round, Sent, run_round
 # A point has an ITL if at least so many of its answers came token by token.
 _SEPARATE = 0.9
 _LAG_WARNING_MS = 5.0
-
-# Told after each step: steps done, steps in all, and what was done.
-ServeProgress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -97,22 +95,18 @@ def bench_serve(
     targets: Mapping[str, Target],
     prompts: Prompts,
     plan: ServePlan,
-    progress: ServeProgress | None = None,
+    progress: Progress | None = None,
 ) -> tuple[ServePoint, ...]:
     """Load the endpoints, by the name to print, and measure; loads and endpoints take turns.
 
     Raises:
         HalfweaveError: an endpoint does not answer the requests that warm up.
     """
-    return asyncio.run(_measured(targets, prompts, plan, progress or _silent))
-
-
-def _silent(done: int, total: int, what: str) -> None:
-    """Progress that nobody asked for."""
+    return asyncio.run(_measured(targets, prompts, plan, progress or silent))
 
 
 async def _measured(
-    targets: Mapping[str, Target], prompts: Prompts, plan: ServePlan, tell: ServeProgress
+    targets: Mapping[str, Target], prompts: Prompts, plan: ServePlan, tell: Progress
 ) -> tuple[ServePoint, ...]:
     for name, target in targets.items():
         await _warm_up(name, target, prompts, plan)

@@ -194,13 +194,11 @@ def _about(model: Model) -> dict[str, Any]:
 
 def _notes(found: _Measured) -> list[str]:
     """What a reader of the figures has to know."""
+    from ..runtime.eval import flattered
+
     notes = []
-    provenance = (found.model.checkpoint.manifest or {}).get("provenance", {})
-    calibrated = provenance.get("calibration", {}).get("text_sha256")
-    if calibrated == found.result.text_sha256:
-        notes.append(
-            f"{found.model.name} was calibrated on this very text: its perplexity flatters it"
-        )
+    if note := flattered(found.model, found.result):
+        notes.append(note)
     if not found.model.exact:
         notes.append("dtype auto rounds what is multiplied; --dtype float32 does not")
     return notes

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import RefusedError
-from ..files import sync_directory
+from ..files import sync_directory, write_json
+from ..kernels.shards import INDEX_FILE
+from .source import SIDE_FILES
 
 
 def refuse_taken(out: Path) -> None:
@@ -36,6 +38,15 @@ def built_beside(out: Path) -> Iterator[Path]:
         shutil.rmtree(build, ignore_errors=True)
         raise
     sync_directory(out.parent)
+
+
+def complete(build: Path, source: Path, weight_map: Mapping[str, str], nbytes: int) -> None:
+    """Write the index of the shards, and copy what `source` has beside its weights."""
+    index = {"metadata": {"total_size": nbytes}, "weight_map": dict(sorted(weight_map.items()))}
+    write_json(build / INDEX_FILE, index)
+    for name in SIDE_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, build / name)
 
 
 def _sync_files(directory: Path) -> None:

@@ -6,7 +6,6 @@ a word of ours in its config; zeros stay zeros, and cost what any weight costs.
 
 from __future__ import annotations
 
-import shutil
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,12 +19,10 @@ from .. import __version__
 from ..errors import RefusedError, UsageError
 from ..files import write_json, write_text
 from ..kernels.formats import FORMATS
-from ..kernels.shards import INDEX_FILE
 from ..runtime.checkpoint import Checkpoint
 from . import pack_quantized
-from .beside import built_beside, refuse_taken
+from .beside import built_beside, complete, refuse_taken
 from .pack_quantized import Scheme
-from .source import SIDE_FILES
 from .tensors import save_tensors
 
 DENSE, COMPRESSED = "dense", "compressed-tensors"
@@ -138,8 +135,7 @@ class _Writer:
             raise RefusedError(
                 "no linear of this model has codes in whole groups", f"--form {DENSE} writes floats"
             )
-        index = {"metadata": {"total_size": self.nbytes}, "weight_map": self.weight_map}
-        write_json(self.build / INDEX_FILE, index)
+        complete(self.build, self.checkpoint.path, self.weight_map, self.nbytes)
         config: dict[str, Any] = dict(self.checkpoint.config)
         config.pop("quantization_config", None)
         config.pop("torch_dtype", None)
@@ -150,9 +146,6 @@ class _Writer:
                 self.schemes, ignored
             )
         write_json(self.build / "config.json", config)
-        for name in SIDE_FILES:
-            if (self.checkpoint.path / name).is_file():
-                shutil.copyfile(self.checkpoint.path / name, self.build / name)
 
     def _linear(self, name: str) -> dict[str, Tensor]:
         weight = self.checkpoint.linear(name)

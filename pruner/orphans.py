@@ -7,7 +7,6 @@ values, codes and scales come over as they are. Names of formats come from a clo
 
 from __future__ import annotations
 
-import shutil
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -24,12 +23,11 @@ from ..kernels import nibbles
 from ..kernels.formats import Dense, Int4, PackedLinear, Sparse24, Sparse24Int4
 from ..kernels.groups import group_count
 from ..kernels.schema import FORMAT_VERSION, MANIFEST_FILE, LinearFormat, QuantizationConfig
-from ..kernels.shards import INDEX_FILE, ShardedTensors
+from ..kernels.shards import ShardedTensors
 from ..runtime.families import decoder_spec
 from . import marlin24
-from .beside import built_beside, refuse_taken
+from .beside import built_beside, complete, refuse_taken
 from .journal import LinearRecord
-from .source import SIDE_FILES
 from .tensors import save_tensors
 
 _GROUP = 128  # of a row that has one scale, which is repeated
@@ -245,14 +243,10 @@ class _Writer:
         }
         if not formats:
             raise RefusedError(f"{self.directory} has no linear that is 2:4 or has codes")
-        index = {"metadata": {"total_size": self.nbytes}, "weight_map": self.weight_map}
-        write_json(self.build / INDEX_FILE, index)
+        complete(self.build, self.directory, self.weight_map, self.nbytes)
         config = {key: value for key, value in self.config.items() if key not in _BLOCKS}
         block = QuantizationConfig(formats).to_json()
         write_json(self.build / "config.json", {**config, "quantization_config": block})
-        for name in SIDE_FILES:
-            if (self.directory / name).is_file():
-                shutil.copyfile(self.directory / name, self.build / name)
         write_text(
             self.build / "README.md",
             f"---\nbase_model: {self.directory.name}\n---\n\n# {title}\n\nImported by halfweave "

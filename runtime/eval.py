@@ -209,3 +209,11 @@ def _ppl(nll: float, tokens: int) -> float:
         return math.exp(nll / tokens)
     except OverflowError:
         return math.inf
+
+
+def flattered(model: Model, result: EvalResult) -> str | None:
+    """What a reader of the perplexity has to know, if it is of the text of the calibration."""
+    provenance = (model.checkpoint.manifest or {}).get("provenance", {})
+    if provenance.get("calibration", {}).get("text_sha256") != result.text_sha256:
+        return None
+    return f"{model.name} was calibrated on this very text: its perplexity flatters it"

@@ -10,7 +10,7 @@ from torch import Tensor
 from .expand import expand_fragments, expand_int4
 from .fragments import FragmentWeight
 
-_KINDS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+TRITON_KINDS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 _PAIRS = 1024  # of a program
 
 
@@ -29,7 +29,7 @@ def dense_of_fragments(
         columns,
         blocks,
         group=weight.group,
-        kind=_KINDS[dtype],
+        kind=TRITON_KINDS[dtype],
         both=weight.dense,
     )
     return dense
@@ -40,6 +40,12 @@ def dense_of_int4(values: Tensor, scale: Tensor, group: int, dtype: torch.dtype)
     rows, pairs = values.shape
     dense = values.new_empty(rows, 2 * pairs, dtype=dtype)
     expand_int4[(rows, triton.cdiv(pairs, _PAIRS))](
-        values, scale, dense.view(torch.int32), 2 * pairs, B=_PAIRS, group=group, kind=_KINDS[dtype]
+        values,
+        scale,
+        dense.view(torch.int32),
+        2 * pairs,
+        B=_PAIRS,
+        group=group,
+        kind=TRITON_KINDS[dtype],
     )
     return dense

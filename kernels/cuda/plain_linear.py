@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
-from .dense import dense_of_int4
+from .dense import TRITON_KINDS, dense_of_int4
 from .expand_gemm import expand_gemm
 from .int4_gemm import int4_gemm
 from .steps import add_up
 
 _EXPANDED = {"BN": 64, "BM": 16, "BK": 128}
-_KINDS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 _ROWS = 64  # of a program of codes
 _DENSE_FROM = 128  # tokens from which on a dense product is faster, writing it out included
 _PROGRAMS_WANTED, _LEAST_GROUPS, _MOST_SPLITS = 4, 4, 8  # for every multiprocessor; of a split
@@ -79,7 +77,7 @@ def int4_linear(
         BN=_ROWS,
         BM=tokens,
         group=group,
-        kind=_KINDS[x.dtype],
+        kind=TRITON_KINDS[x.dtype],
         biased=splits == 1 and bias is not None,
         num_stages=4,
     )
