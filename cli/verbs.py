@@ -96,6 +96,7 @@ def prune(
     model: ModelDir, out: OutDir, pruning: Pruning, run: Run, working: Working, output: Output
 ) -> None:
     """Prune a dense model directory into a new one."""
+    from ..pruner.coverage import coverage
     from ..pruner.pipeline import plan_prune
     from ..pruner.pipeline import prune as prune_model
 
@@ -122,6 +123,9 @@ def prune(
         console.tell("next: the same command with --resume goes on from the last finished block")
         raise
     console.table(tables.LINEARS_HEADER, tables.linears(result.linears))
+    seen = coverage(result.linears.values())
+    if seen is not None:
+        console.say(f"experts: {seen}")
     console.say(f"{result.path} is complete, {result.seconds:.1f} s")
     if result.budget is not None:
         console.say(tables.budget(result.budget))

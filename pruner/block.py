@@ -16,7 +16,7 @@ from .guard import Solved, held_out_windows, solve_guarded
 from .journal import LinearRecord
 from .masks import is_n_of_m
 from .methods import admm
-from .methods.base import Pruned, Target, relative_error
+from .methods.base import InputStatistics, Pruned, Target, relative_error
 from .pack import pack
 from .plan import Plan
 from .recipe import Recipe
@@ -29,6 +29,7 @@ from .reorder import (
     reordered_solution,
 )
 from .source import Source, Trained, first_nonfinite
+from .starved import is_starved, shrunk
 from .stream import BlockStream
 from .walk import Observation, Walk
 
@@ -46,6 +47,7 @@ class _Block:
     module: nn.Module
     parent: nn.Module | None  # the same, never to be changed
     reordered: bool = False  # passes that wait in the module have another order of channels
+    routed: InputStatistics | None = None  # of all tokens that a router shares out to experts
 
     def original(self, short: str) -> Tensor:
         """The source's weight [N, K] of one of its linears."""
@@ -58,7 +60,7 @@ class _Linear:
 
     target: Target | None  # None: it stays as it is, for `reason`
     reason: str | None
-    hessian: Tensor  # of the inputs it was last observed with
+    fit: InputStatistics  # of the inputs it was last observed with
     packed: PackedLinear  # as it would be stored now
     solved: Solved | None = None
 
@@ -70,6 +72,7 @@ class BlockPruner:
         self._source, self._recipe, self._report = source, recipe, report
         self._planned = {linear.name: linear for linear in plan.linears}
         self._tunes = recipe.recover == "blocks"
+        self._readers = {channels.reader: channels for channels in source.family.free}
 
     @property
     def held_out(self) -> int:
@@ -140,13 +143,13 @@ class BlockPruner:
         Ours sees each stage behind the already pruned ones before it; the published baselines, and
         `fast`, see the whole block dense.
         """
-        stages = self._source.family.stages
+        stages = self._source.family.observed
         return [(stage,) for stage in stages] if is_staged(self._recipe) else [stages]
 
     def _walk(self, block: _Block, stream: BlockStream) -> Walk:
         # What was computed with weights that have changed since cannot be gone on from.
         waits = is_staged(self._recipe)
-        return Walk(stream, block.module, self._source.family.stages, block.parent, waits)
+        return Walk(stream, block.module, block.parent, waits)
 
     def _leave(self, block: _Block, walk: Walk) -> None:
         if block.index + 1 < self._source.block_count:
@@ -155,9 +158,12 @@ class BlockPruner:
     def _solve_all(self, block: _Block, walk: Walk) -> dict[str, _Linear]:
         linears: dict[str, _Linear] = {}
         for stages in self._passes():
-            for short, observation in walk.observe(stages).items():
+            for short, seen in walk.observe(stages).items():
+                if self._is_router(short):
+                    block.routed = seen.fit
+                    continue
                 started = time.perf_counter()
-                observation = self._reorder(block, short, observation, linears)
+                observation = self._reorder(block, short, self._fed(block, short, seen), linears)
                 linear = self._begin(block, short, observation)
                 if linear.target is not None:
                     weight = block.original(short).float()
@@ -168,6 +174,19 @@ class BlockPruner:
                     self._tell(block, short, linear, started)
         return linears
 
+    def _is_router(self, short: str) -> bool:
+        experts = self._source.family.experts
+        return experts is not None and short == experts.router
+
+    def _fed(self, block: _Block, short: str, seen: Observation) -> Observation:
+        """What is known of a linear's inputs; an expert that saw few tokens leans on its layer."""
+        if not self._source.family.is_routed(short) or not is_starved(seen.fit):
+            return seen
+        layer = block.routed
+        same = layer is not None and layer.hessian.shape == seen.fit.hessian.shape
+        reads_layer = same and short not in self._readers
+        return replace(seen, fit=shrunk(seen.fit, layer if reads_layer else None))
+
     def _reorder(
         self, block: _Block, short: str, observation: Observation, linears: dict[str, _Linear]
     ) -> Observation:
@@ -176,10 +195,10 @@ class BlockPruner:
         The block, and those of its `linears` that are solved, are in the new order from then on, as
         is the observation that is returned.
         """
-        free, name = self._source.family.free, block.prefix + short
+        free, name = self._readers.get(short), block.prefix + short
         target = self._planned[name].target
         asked = self._recipe.reorder and self._recipe.method == "admm"
-        if not asked or free is None or short != free.reader or target is None:
+        if not asked or free is None or target is None:
             return observation
         if name in block.broken or isinstance(self._source, Trained):
             return observation
@@ -204,7 +223,7 @@ class BlockPruner:
         target = None if reason else planned.target
         if target is not None and target.bits == 4 and self._tunes:
             target = replace(target, bits=16)  # codes come after the tuning
-        return _Linear(target, reason, observation.fit.hessian, Dense(original))
+        return _Linear(target, reason, observation.fit, Dense(original))
 
     def _solve(self, weight: Tensor, observation: Observation, target: Target) -> Solved:
         pattern = target.pattern
@@ -251,13 +270,18 @@ class BlockPruner:
         targets = {short: self._planned[block.prefix + short].target for short in linears}
         coded = {short for short, target in targets.items() if target and target.bits == 4}
         for stages in self._passes() if coded else ():
-            for short, observation in walk.observe(stages, drift=False).items():
-                linear, target = linears[short], targets[short]
-                if linear.solved is None or target is None or short not in coded:
+            for short, seen in walk.observe(stages, drift=False).items():
+                if self._is_router(short):
+                    block.routed = seen.fit
+                if short not in coded:
                     continue
+                linear, target = linears[short], targets[short]
+                if linear.solved is None or target is None:
+                    continue
+                observation = self._fed(block, short, seen)
                 tuned = linear.solved.pruned
                 pruned = admm.quantize(tuned.weight, tuned.keep, observation.fit, target)
-                linear.target, linear.hessian = target, observation.fit.hessian
+                linear.target, linear.fit = target, observation.fit
                 # What it was compared as is no longer what is stored.
                 method = "admm" if target.pattern.is_dense else linear.solved.method
                 linear.solved = Solved(replace(pruned, note=tuned.note), method)
@@ -277,14 +301,23 @@ class BlockPruner:
         self._report(name, self._record(block, short, linear), time.perf_counter() - started)
 
     def _record(self, block: _Block, short: str, linear: _Linear) -> LinearRecord:
-        packed, original = linear.packed, block.original(short)
-        solved, group = linear.solved, self._planned[block.prefix + short].group
+        packed, solved = linear.packed, linear.solved
+        tokens = linear.fit.tokens if self._source.family.is_routed(short) else None
         if solved is None:
-            return LinearRecord(packed.kind, packed.shape, None, "none", None, linear.reason or "")
-        error = relative_error(original.float(), packed.unpack(), linear.hessian)
-        compared = (solved.held_out_error, solved.baseline_error)
-        note = solved.pruned.note
-        return LinearRecord(packed.kind, packed.shape, group, solved.method, error, note, *compared)
+            record = LinearRecord(packed.kind, packed.shape, None, "none", None)
+            return replace(record, note=linear.reason or "", tokens=tokens)
+        original = block.original(short).float()
+        return LinearRecord(
+            format=packed.kind,
+            shape=packed.shape,
+            group=self._planned[block.prefix + short].group,
+            method=solved.method,
+            relative_error=relative_error(original, packed.unpack(), linear.fit.hessian),
+            note=solved.pruned.note,
+            held_out_error=solved.held_out_error,
+            baseline_error=solved.baseline_error,
+            tokens=tokens,
+        )
 
     def _stored(
         self, block: _Block, linears: dict[str, _Linear]

@@ -9,6 +9,7 @@ from statistics import median
 from typing import Any
 
 from .budget.check import BudgetCheck
+from .coverage import coverage
 from .journal import LinearRecord, ShardRecord
 from .source import Source, Trained
 
@@ -35,6 +36,8 @@ def model_card(
     )
     text = provenance["calibration"]
     spread = f"{median(errors):.4f} (worst {max(errors):.4f})" if errors else _NOT_MEASURED
+    seen = coverage(linears.values())
+    experts = f"| calibration of the experts | {seen} |\n" if seen else ""
     return f"""---
 base_model: {source.path.name}
 library_name: halfweave
@@ -51,7 +54,7 @@ Made by halfweave {provenance["halfweave"]} from `{source.path.name}`; its licen
 | weight files | {before} -> {after} bytes ({after / before:.3f}) |
 | relative layer error on the calibration tokens, median | {spread} |
 | calibration tokens | {text["windows"]} x {text["length"]}, seed {text["seed"]} |
-| calibration text | {text["origin"]} |
+{experts}| calibration text | {text["origin"]} |
 | calibration text, SHA-256 | {text["text_sha256"]} |
 | perplexity | {_NOT_MEASURED} |
 | speed | {_NOT_MEASURED} |

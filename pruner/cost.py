@@ -91,7 +91,7 @@ def _search(source: Source, linears: Sequence[Linear], recipe: Recipe) -> tuple[
     """Of a budget's search, as `_solver`: sensitivities, candidates, and models measured."""
     length, family = recipe.calib_length, source.family
     block = linears[: len(family.linears)]
-    forward = source.block_count * _forward_flops(block, length)
+    forward = source.block_count * _forward_flops(source, block, length)
     head = 2 * prod(source.tensors.shape(f"{family.embedding}.weight"))
     first = [block[family.linears.index(stage[0])] for stage in family.stages]
     hessians = source.block_count * sum(2 * linear.shape[1] ** 2 for linear in first)
@@ -111,25 +111,32 @@ def _search(source: Source, linears: Sequence[Linear], recipe: Recipe) -> tuple[
     return flops, seconds
 
 
-def _forward_flops(block: Sequence[Linear], length: int) -> float:
+def _forward_flops(source: Source, block: Sequence[Linear], length: int) -> float:
     """Of one block and one token."""
     # Half of the scores are above the diagonal and are never computed; q's rows are all heads.
-    return sum(2 * prod(linear.shape) for linear in block) + 2 * length * block[0].shape[0]
+    return _linear_flops(source, block) + 2 * length * block[0].shape[0]
+
+
+def _linear_flops(source: Source, linears: Sequence[Linear]) -> float:
+    """Of some linears of the first block and one token; few of a router's experts see it."""
+    prefix, share = source.family.block_prefix(0), source.family.share
+    return sum(2 * prod(x.shape) * share(x.name.removeprefix(prefix)) for x in linears)
 
 
 def _block_flops(source: Source, block: Sequence[Linear], recipe: Recipe, again: float) -> float:
     """Of the passes through one block and of its Hessians; `again` of them start anew each time."""
     tokens = recipe.calib_windows * recipe.calib_length
     weights = {linear.name.removeprefix(source.family.block_prefix(0)): linear for linear in block}
-    forward = _forward_flops(block, recipe.calib_length)
-    attention = forward - sum(2 * prod(linear.shape) for linear in block)
+    forward = _forward_flops(source, block, recipe.calib_length)
+    attention = forward - _linear_flops(source, block)
     staged = is_staged(recipe)
     copies = 2 if looks_back(recipe) else 1
     passes, before, hessians = 0.0, 0.0, 0.0
     for stage in source.family.stages:
         passes += again * before if staged else 0.0
-        hessians += copies * 2 * weights[stage[0]].shape[1] ** 2
-        before += sum(2 * prod(weights[short].shape) for short in stage)
+        share = source.family.share(stage[0])
+        hessians += share * copies * 2 * weights[stage[0]].shape[1] ** 2
+        before += _linear_flops(source, [weights[short] for short in stage])
         before += attention if stage is source.family.stages[0] else 0.0
     passes += forward * (1 if staged else 2)
     if recipe.recover == "blocks":
@@ -185,7 +192,7 @@ def _distillation_memory(source: Source, recipe: Recipe) -> int:
     if recipe.recover != "distill":
         return 0
     settings = Distillation(minutes=recipe.recover_minutes, tokens=recipe.recover_tokens)
-    fitted = settings.fitted(source.config.get("max_position_embeddings"))
+    fitted = settings.fitted(source.family.context)
     return needed_bytes(source, fitted, MOST_TARGETS_BYTES)
 
 

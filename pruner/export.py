@@ -22,6 +22,8 @@ from ..kernels.formats import FORMATS
 from ..runtime.checkpoint import Checkpoint
 from . import pack_quantized
 from .beside import built_beside, complete, refuse_taken
+from .families import family_of
+from .family import Family
 from .pack_quantized import Scheme
 from .tensors import save_tensors
 
@@ -56,6 +58,7 @@ def export(
     Raises:
         UsageError: there is no such form or dtype, or no such directory.
         RefusedError: `out` is taken, or nothing in the model can be stored in this form.
+        UnsupportedModel: the architecture is not known.
         CheckpointError: the model is damaged.
         CapacityError: the disk is full.
     """
@@ -64,9 +67,14 @@ def export(
     destination = Path(out)
     refuse_taken(destination)
     checkpoint = Checkpoint.open(model)
-    floats = _float_dtype(checkpoint, dtype)
+    floats, family = _float_dtype(checkpoint, dtype), family_of(checkpoint.config)
+    if form == COMPRESSED and (family.transposed or family.experts is not None):
+        raise RefusedError(
+            "transformers keeps this kind of model in other modules than compressed-tensors knows",
+            f"--form {DENSE} writes floats",
+        )
     with built_beside(destination) as build:
-        writer = _Writer(checkpoint, build, form, _DTYPES[floats])
+        writer = _Writer(checkpoint, family, build, form, _DTYPES[floats])
         files = writer.plan()
         for number, (name, entries) in enumerate(files.items(), start=1):
             writer.write(name, entries)
@@ -93,6 +101,7 @@ class _Writer:
     """Shards of the output, and what they hold so far."""
 
     checkpoint: Checkpoint
+    family: Family
     build: Path
     form: str
     dtype: torch.dtype
@@ -141,7 +150,7 @@ class _Writer:
         config.pop("torch_dtype", None)
         config["dtype"] = dtype
         if self.schemes:
-            ignored = sorted({*self.dense, "lm_head"})
+            ignored = sorted({*self.dense, self.family.head})
             config["quantization_config"] = pack_quantized.quantization_config(
                 self.schemes, ignored
             )
@@ -152,7 +161,8 @@ class _Writer:
         scheme = Scheme.of(weight) if self.form == COMPRESSED else None
         if scheme is None:
             self.dense.append(name)
-            return {"weight": weight.unpack(self.dtype)}
+            floats = weight.unpack(self.dtype)
+            return {"weight": floats.T if self.family.transposed else floats}
         self.schemes[name] = scheme
         return pack_quantized.tensors_of(weight, self.dtype)
 

@@ -32,6 +32,7 @@ class LinearRecord:
     note: str = ""
     held_out_error: float | None = None  # to the mixed target, on windows pruning did not see
     baseline_error: float | None = None  # SparseGPT's, on the same windows
+    tokens: int | None = None  # that calibration sent to an expert; None: all of them
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> LinearRecord:

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from ..files import read_json
-from ..kernels.formats import FORMATS, from_tensors
+from ..kernels.formats import FORMATS, Dense, from_tensors
 from ..kernels.schema import JOURNAL_FILE, MANIFEST_FILE
 from ..kernels.shards import read_shard
 from .block import BlockPruner
@@ -132,14 +132,28 @@ class OneShot:
             self._resumed += 1
             self._done += len(shard.linears)
             if index + 1 < self._source.block_count:
-                block = stream.load_block(index, _unpacked(stored, shard.linears))
+                block = stream.load_block(index, self._unpacked(stored, shard.linears))
                 stream.advance(block, self._blocks.parent(index, stream))
         else:
             stored, linears = self._blocks.prune(index, stream)
             name = shard_name(index + 1, self._count)
-            shard = write_shard(self._directory, name, stored, linears)
+            shard = write_shard(self._directory, name, self._source.turned(stored), linears)
             journal.add(shard)
         stream.drop_block(index)
+
+    def _unpacked(
+        self, stored: Mapping[str, Tensor], linears: Mapping[str, LinearRecord]
+    ) -> dict[str, Tensor]:
+        """A block's tensors with every packed linear as a dense fp32 weight."""
+        floats, unpacked = dict(stored), {}
+        for name, record in linears.items():
+            if record.format == Dense.kind:
+                continue
+            suffixes = FORMATS[record.format].suffixes
+            parts = {suffix: floats.pop(f"{name}.{suffix}") for suffix in suffixes}
+            packed = from_tensors(record.format, parts, record.shape, record.group, name)
+            unpacked[f"{name}.weight"] = packed.unpack()
+        return {**self._source.turned(floats), **unpacked}
 
     def _provenance(self) -> dict[str, Any]:
         recipe = self._recipe
@@ -166,19 +180,6 @@ class OneShot:
         eta = elapsed / fresh * left if fresh >= per_block else self._plan.seconds - elapsed
         eta = max(eta, 0.0)
         self._progress(Progress(name, record, self._done, len(self._plan.linears), seconds, eta))
-
-
-def _unpacked(
-    stored: Mapping[str, Tensor], linears: Mapping[str, LinearRecord]
-) -> dict[str, Tensor]:
-    """A block's tensors with every packed linear as a dense fp32 weight."""
-    dense = dict(stored)
-    for name, record in linears.items():
-        suffixes = FORMATS[record.format].suffixes
-        parts = {suffix: dense.pop(f"{name}.{suffix}") for suffix in suffixes}
-        packed = from_tensors(record.format, parts, record.shape, record.group, name)
-        dense[f"{name}.weight"] = packed.unpack()
-    return dense
 
 
 def draw_sample(source: Source, text: CalibrationText, recipe: Recipe) -> Sample:

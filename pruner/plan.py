@@ -11,6 +11,7 @@ from pathlib import Path
 from ..errors import CapacityError, UsageError
 from ..kernels.device import available_memory_bytes, parse_device
 from ..kernels.formats import Dense, expected_tensors, needs_group
+from .budget.head import check_head
 from .cost import estimate_memory, estimate_scratch, estimate_seconds
 from .methods.base import Target
 from .pack import stored_format, why_not
@@ -68,10 +69,13 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     """Plan a run.
 
     Raises:
+        UnsupportedModel: the recipe has a budget, and the model's scores cannot be computed here.
         UsageError: the windows are longer than the model's context; a choice is of a linear that
             the model does not have; or `recipe.strict`, and some linear cannot take the pattern.
     """
     _check_length(source, recipe)
+    if recipe.has_budget:
+        check_head(source.family)
     linears = tuple(
         _plan_linear(name, source.linear_shape(name), target_of(recipe, name))
         for index in range(source.block_count)
@@ -128,11 +132,11 @@ def check_capacity(plan: Plan, out: Path, held: int) -> None:
 
 
 def _check_length(source: Source, recipe: Recipe) -> None:
-    context = source.config.get("max_position_embeddings")
-    if isinstance(context, int) and recipe.calib_length > context:
+    context = source.family.context
+    if context is not None and recipe.calib_length > context:
         raise UsageError(
             f"calib_length {recipe.calib_length} is more than the {context} positions that the "
-            "model has learned (max_position_embeddings)",
+            "model has learned",
             f"--calib-length {context} at most",
         )
 

@@ -11,10 +11,11 @@ from collections.abc import Mapping, MutableMapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..kernels.formats import PackedLinear
-from .families import FreeChannels
+from .family import FreeChannels
 from .masks import is_n_of_m
 from .methods.base import InputStatistics, Pruned, Target
 from .solvers.reorder import find_order, saliency
@@ -40,7 +41,7 @@ def reorder_weights(
         for suffix in ("weight", "bias"):
             name = f"{prefix}{maker}.{suffix}"
             if name in weights:
-                weights[name] = weights[name][order]
+                weights[name] = weights[name][_rows(order, len(weights[name]))]
     reader = f"{prefix}{channels.reader}.weight"
     weights[reader] = weights[reader][:, order].contiguous()
 
@@ -57,14 +58,23 @@ def reorder_module(block: nn.Module, channels: FreeChannels, order: Tensor) -> N
 
 def reordered_rows(packed: PackedLinear, order: Tensor) -> PackedLinear:
     """A maker as stored. Every format keeps rows apart, so its tensors are merely reordered."""
-    moved: Mapping[str, Any] = {name: tensor[order] for name, tensor in packed.tensors().items()}
+    rows = _rows(order, packed.shape[0])
+    moved: Mapping[str, Any] = {name: tensor[rows] for name, tensor in packed.tensors().items()}
     return replace(packed, **moved)
 
 
 def reordered_solution(pruned: Pruned, order: Tensor) -> Pruned:
     """A maker's solution."""
-    codes = None if pruned.codes is None else pruned.codes[order]
-    scale = None if pruned.scale is None else pruned.scale[order]
+    rows = _rows(order, len(pruned.weight))
+    codes = None if pruned.codes is None else pruned.codes[rows]
+    scale = None if pruned.scale is None else pruned.scale[rows]
     return replace(
-        pruned, weight=pruned.weight[order], keep=pruned.keep[order], codes=codes, scale=scale
+        pruned, weight=pruned.weight[rows], keep=pruned.keep[rows], codes=codes, scale=scale
     )
+
+
+def _rows(order: Tensor, count: int) -> Tensor:
+    """The order of a maker's rows: of each of the linears that are fused in it."""
+    channels = len(order)
+    starts = torch.arange(0, count, channels, device=order.device)
+    return (starts[:, None] + order).flatten()

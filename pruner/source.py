@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,8 @@ from ..kernels.device import parse_device
 from ..kernels.formats import FLOAT_DTYPES
 from ..kernels.shards import ShardedTensors
 from ..runtime.checkpoint import Checkpoint
-from .families import Family, family_of
+from .families import family_of
+from .family import Family
 
 # What a model directory carries beside its weights, copied as it is.
 SIDE_FILES = (
@@ -77,7 +79,7 @@ class Source:
     @property
     def block_count(self) -> int:
         """Number of decoder blocks."""
-        return int(self.config["num_hidden_layers"])
+        return self.family.layers
 
     @cached_property
     def hashes(self) -> dict[str, str]:
@@ -102,19 +104,43 @@ class Source:
                 f"tensor {name}.weight: expected a float matrix, "
                 f"found {info.dtype} {list(info.shape)}"
             )
-        return info.shape[0], info.shape[1]
+        rows, columns = reversed(info.shape) if self.family.transposed else info.shape
+        return rows, columns
 
     def block_tensors(self, index: int) -> dict[str, Tensor]:
-        """All tensors of a block, by full name, as stored, on `device`."""
+        """All tensors of a block, by full name, in their stored dtype, on `device`.
+
+        Weights of linears are [N, K], however they are stored.
+        """
+        tensors = {name: self.tensors.read(name) for name in self.names_of_block(index)}
+        return {name: t.to(self.device) for name, t in self.turned(tensors).items()}
+
+    def names_of_block(self, index: int) -> list[str]:
+        """Full names of a block's tensors."""
         prefix = self.family.block_prefix(index)
-        names = [name for name in self.tensors.names() if name.startswith(prefix)]
-        return {name: self.tensors.read(name).to(self.device) for name in names}
+        return [name for name in self._weights if name.startswith(prefix)]
 
     def other_tensors(self) -> dict[str, Tensor]:
         """Everything that belongs to no block: embeddings, final norm, head."""
         inside = self.family.blocks + "."
-        names = [name for name in self.tensors.names() if not name.startswith(inside)]
+        names = [name for name in self._weights if not name.startswith(inside)]
         return {name: self.tensors.read(name) for name in names}
+
+    @cached_property
+    def _weights(self) -> list[str]:
+        """Names of the tensors that are weights."""
+        ignored = self.family.ignored
+        return [name for name in self.tensors.names() if not name.endswith(ignored)]
+
+    def turned(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A block's tensors from [N, K] to how the family stores linears of floats, or back."""
+        if not self.family.transposed:
+            return dict(tensors)
+        ends = tuple(f".{short}.weight" for short in self.family.linears)
+        return {
+            name: tensor.T.contiguous() if name.endswith(ends) else tensor
+            for name, tensor in tensors.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -140,14 +166,14 @@ class Trained(Source):
 
     def block_tensors(self, index: int) -> dict[str, Tensor]:
         """All tensors of a block; packed linears as fp32 weights, what they are served as."""
-        prefix, tensors = self.family.block_prefix(index), {}
-        for name in (n for n in self.tensors.names() if n.startswith(prefix)):
+        floats, packed = {}, {}
+        for name in self.names_of_block(index):
             if name in self.checkpoint:
-                tensors[name] = self.checkpoint.tensor(name).to(self.device)
+                floats[name] = self.checkpoint.tensor(name)
             else:
                 linear = self.checkpoint.linear(name.removesuffix(".weight"))
-                tensors[name] = linear.to(self.device).unpack()
-        return tensors
+                packed[name] = linear.to(self.device).unpack()
+        return {**{n: t.to(self.device) for n, t in self.turned(floats).items()}, **packed}
 
     def other_tensors(self) -> dict[str, Tensor]:
         """Everything that belongs to no block, as trained."""

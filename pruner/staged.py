@@ -134,4 +134,4 @@ def for_codes(settings: Distillation, float_tokens: int) -> Distillation:
 
 
 def _fitted(source: Source, settings: Distillation) -> Distillation:
-    return settings.fitted(source.config.get("max_position_embeddings"))
+    return settings.fitted(source.family.context)

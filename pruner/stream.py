@@ -8,30 +8,31 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from .families import Family
+from .family import Family
+from .modules import adapt
 from .source import Source
 
 TOKENS_PER_BATCH = 4096
 
 
-class _FirstBlockReached(Exception):  # noqa: N818 - a signal, not an error
-    """Carries the first block's arguments out of the model's forward pass."""
+@dataclass(frozen=True)
+class _Call:
+    """What a block is called with beside its hidden states: masks, positions, and the like."""
 
-    def __init__(self, hidden: Tensor, arguments: dict[str, Any]) -> None:
-        super().__init__()
-        self.hidden = hidden
-        self.arguments = arguments
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
 
 
-class _Catcher(nn.Module):
-    def forward(self, hidden: Tensor, *args: Any, **arguments: Any) -> Tensor:
-        raise _FirstBlockReached(hidden, arguments)
+class _LastBlockReached(Exception):  # noqa: N818 - a signal, not an error
+    """Ends a model's forward pass once all blocks have been called."""
 
 
 class BlockStream:
@@ -45,33 +46,66 @@ class BlockStream:
     def __init__(
         self, source: Source, windows: Tensor, held_out: int = 0, parallel: bool = False
     ) -> None:
-        """Embed `windows` [n, length] on the source's device; reads the embedding only.
+        """Embed `windows` [n, length] on the source's device; reads nothing of the blocks.
 
         Raises:
             CheckpointError: the embedding is missing or does not fit the config.
         """
         self._source, self._device = source, source.device
-        self._family: Family = source.family
-        self._skeleton = skeleton(source)
-        self._blocks = list(self._skeleton.get_submodule(self._family.blocks).children())
-        self.hidden, self._arguments = self._embed(windows)
+        self.family: Family = source.family
+        model = skeleton(source)
+        self._blocks = list(model.get_submodule(self.family.blocks).children())
+        self._indices: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
         self._batch = max(1, TOKENS_PER_BATCH // windows.shape[1])
         self._fitted = len(windows) - held_out
+        self._calls: dict[int, list[_Call]] = {}
+        self.hidden = self._embed(model, windows)
         self.dense = self.hidden.clone() if parallel else None
 
     @torch.no_grad()
-    def _embed(self, windows: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        name = f"{self._family.embedding}.weight"
-        embedding = self._skeleton.get_submodule(self._family.embedding)
-        _load(embedding, {"weight": self._source.tensors.read(name).to(self._device)}, name)
-        parent, _, child = self._family.blocks.rpartition(".")
-        setattr(self._skeleton.get_submodule(parent), child, nn.ModuleList([_Catcher()]))
+    def _embed(self, model: nn.Module, windows: Tensor) -> Tensor:
+        """What enters the first block; notes what all are called with, for each size of a batch."""
+        inner: Any = model.get_submodule(self.family.inner)
+        self._load_outside(inner)
+        found = []
+        for batch, _ in self._parts(len(windows)):
+            hidden, calls = self._calls_of(inner, windows[batch])
+            self._calls.setdefault(len(hidden), calls)
+            found.append(hidden)
+        self._calls.setdefault(1, self._calls_of(inner, windows[:1])[1])
+        return torch.cat(found)
+
+    def _load_outside(self, inner: nn.Module) -> None:
+        """Read everything that is neither in a block nor the head."""
+        prefix = self.family.inner + "."
+        inside = self.family.blocks.removeprefix(prefix) + "."
+        names = [name for name in inner.state_dict() if not name.startswith(inside)]
+        tensors = {name: self._source.tensors.read(prefix + name) for name in names}
+        tensors = {name: tensor.to(self._device) for name, tensor in tensors.items()}
+        _load(inner, tensors, f"what is outside of {self.family.blocks}", strict=False)
+
+    def _calls_of(self, inner: Any, windows: Tensor) -> tuple[Tensor, list[_Call]]:
+        """What enters the first block, fp32, and the calls of all blocks."""
+        entering: list[Tensor] = []
+        calls: list[_Call] = []
+
+        def note(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            entering.append(hidden)
+            calls.append(_Call(args, kwargs))
+            if len(calls) == len(self._blocks):
+                raise _LastBlockReached
+            return (hidden,) if self.family.tuples else hidden
+
+        for block in self._blocks:
+            block.forward = note  # hides the method
         try:
-            self._skeleton(input_ids=windows.to(self._device), use_cache=False)
-        except _FirstBlockReached as reached:
-            embedding.to_empty(device="meta")
-            return reached.hidden.float(), reached.arguments
-        raise CheckpointError(f"{self._source.path}: the model has no blocks")
+            inner(input_ids=windows.to(self._device), use_cache=False)
+        except _LastBlockReached:
+            return entering[0].float(), calls
+        finally:
+            for block in self._blocks:
+                del block.forward
+        raise CheckpointError(f"{self._source.path}: the model does not call its blocks")
 
     def load_block(self, index: int, tensors: Mapping[str, Tensor]) -> nn.Module:
         """The block's module in fp32, filled with `tensors` (full names; NaN and inf become 0).
@@ -86,12 +120,13 @@ class BlockStream:
         return self._filled(copy.deepcopy(self._blocks[index]), index, tensors)
 
     def _filled(self, block: nn.Module, index: int, tensors: Mapping[str, Tensor]) -> nn.Module:
-        prefix = self._family.block_prefix(index)
+        prefix = self.family.block_prefix(index)
         finite = {
             name.removeprefix(prefix): torch.nan_to_num(tensor.float(), posinf=0.0, neginf=0.0)
             for name, tensor in ((name, t.to(self._device)) for name, t in tensors.items())
         }
         _load(block, finite, prefix.rstrip("."))
+        self._indices[block] = index
         return block.requires_grad_(False)
 
     def drop_block(self, index: int) -> None:
@@ -110,7 +145,10 @@ class BlockStream:
 
     def batches(self) -> list[tuple[slice, bool]]:
         """Windows that run together, and whether they are held out: the same in every pass."""
-        edges = (0, self._fitted), (self._fitted, len(self.hidden))
+        return self._parts(len(self.hidden))
+
+    def _parts(self, windows: int) -> list[tuple[slice, bool]]:
+        edges = (0, self._fitted), (self._fitted, windows)
         return [
             (slice(start, min(start + self._batch, last)), held_out)
             for (first, last), held_out in zip(edges, (False, True), strict=True)
@@ -124,41 +162,56 @@ class BlockStream:
         return torch.cat([self.run(parent, self.dense[windows]) for windows, _ in self.batches()])
 
     def run(self, block: nn.Module, batch: Tensor) -> Tensor:
-        """One forward pass of the block on [n, length, hidden]."""
-        output = block(batch, **self._arguments)
+        """One forward pass of a loaded block on [n, length, hidden]; n is 1, or that of a batch."""
+        call = self._calls[len(batch)][self._indices[block]]
+        output = block(batch, *call.args, **call.kwargs)
         hidden: Tensor = output[0] if isinstance(output, tuple) else output
         return hidden
 
 
 def skeleton(source: Source) -> nn.Module:
-    """The model without any weights; only its rotary table, which is no weight, is real.
+    """The model without any weights, its blocks adapted; only tables that are no weights are real.
 
     Raises:
         CheckpointError: transformers does not take its config.json.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    family = source.family
     try:
         config = AutoConfig.from_pretrained(
             source.path, local_files_only=True, trust_remote_code=False
         )
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
+                config,
+                dtype=torch.float32,
+                attn_implementation=family.attention,
+                trust_remote_code=False,
             )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{source.path / 'config.json'} is not usable: {error}") from error
-    inner = model.get_submodule(source.family.blocks.partition(".")[0])
-    if hasattr(inner, "rotary_emb"):
-        inner.rotary_emb = type(inner.rotary_emb)(config=config).to(source.device)
+    for block in model.get_submodule(family.blocks).children():
+        adapt(block, family)
+    _fill_tables(model, source.device)
     built: nn.Module = model.eval()
     return built
 
 
-def _load(module: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
+def _fill_tables(model: Any, device: torch.device) -> None:
+    """Compute what a config alone gives: rotary frequencies, the scale of an embedding."""
+    for module in model.modules():
+        tables = [name for name, table in module.named_buffers(recurse=False) if table.is_meta]
+        for name in tables:
+            setattr(module, name, torch.empty_like(getattr(module, name), device=device))
+        if tables:
+            model._init_weights(module)  # of its parameters, none has memory yet
+
+
+def _load(module: nn.Module, tensors: dict[str, Tensor], where: str, strict: bool = True) -> None:
     try:
         module.load_state_dict(
-            {name: tensor.float() for name, tensor in tensors.items()}, strict=True, assign=True
+            {name: tensor.float() for name, tensor in tensors.items()}, strict=strict, assign=True
         )
     except RuntimeError as error:
         detail = " ".join(str(error).split())

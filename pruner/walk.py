@@ -58,16 +58,15 @@ class Walk:
         self,
         stream: BlockStream,
         block: nn.Module,
-        stages: Sequence[Sequence[str]],
         parent: nn.Module | None = None,
         waits: bool = True,
     ) -> None:
-        """`stages` are the family's; `parent`, for a parallel stream, is the block as it was.
+        """`parent`, for a parallel stream, is the block as it was.
 
         Without `waits` every call begins at the block's input.
         """
         self._stream, self._block, self._parent = stream, block, parent
-        self._firsts = [stage[0] for stage in stages]
+        self._firsts = [stage[0] for stage in stream.family.observed]
         self._batches = self._passes(self._waiting() if waits else 0.0)
         self._stops = ExitStack()
 
@@ -94,7 +93,8 @@ class Walk:
     ) -> dict[str, Observation]:
         """Run every window on to the linears of some stages, for the statistics of their inputs.
 
-        Linears of one stage share theirs. With a parent, `drift` from it is observed too.
+        Linears of one stage share theirs. With a parent, `drift` from it is observed too, but not
+        of experts: the parent's router may have sent them other tokens.
 
         Raises:
             CheckpointError: the block calls one of them never, or before one observed earlier.
@@ -104,7 +104,8 @@ class Walk:
         for batch in self._batches:
             for first, total in zip(firsts, sums[batch.judging], strict=True):
                 dense = None
-                if drift and batch.dense is not None and self._parent is not None:
+                routed = self._stream.family.is_routed(first)
+                if drift and not routed and batch.dense is not None and self._parent is not None:
                     dense = batch.dense.until(self._parent.get_submodule(first))
                 total.add(batch.ours.until(self._block.get_submodule(first)), dense)
             if not batch.waits:
@@ -177,10 +178,11 @@ class _Sums:
 
     def result(self) -> InputStatistics:
         assert self._gram is not None, "no window was observed"
+        tokens = max(self._tokens, 1)  # no token at all may have reached an expert
         drift, shift = (
-            None if total is None else total / self._tokens for total in (self._drift, self._shift)
+            None if total is None else total / tokens for total in (self._drift, self._shift)
         )
-        return InputStatistics(self._gram / self._tokens, self._tokens, drift, shift)
+        return InputStatistics(self._gram / tokens, self._tokens, drift, shift)
 
 
 def _plus(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:

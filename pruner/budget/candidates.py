@@ -65,7 +65,7 @@ def make_candidates(
         for index in range(missing[-1] + 1):
             tensors = source.block_tensors(index)
             block = stream.load_block(index, tensors)
-            with Walk(stream, block, source.family.stages) as walk:
+            with Walk(stream, block) as walk:
                 if known[index] is None:
                     observed = walk.observe(source.family.stages)
                     known[index] = maker.make(index, tensors, observed)

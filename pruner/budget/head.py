@@ -8,10 +8,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...errors import UnsupportedModel
+from ..family import Family
 from ..source import Source
 from ..stream import skeleton
 
 _ROWS = 128  # positions whose scores are held at a time
+
+
+def check_head(family: Family) -> None:
+    """Refuse a model whose scores take more than a norm and a matrix.
+
+    Raises:
+        UnsupportedModel: for that reason.
+    """
+    reason = "it caps its scores" if family.capped else "" if family.norm else "it has no last norm"
+    if reason:
+        raise UnsupportedModel(
+            f"a quality budget does not know how to score this model: {reason}",
+            "prune it to one format: --pattern and --bits, without a budget",
+        )
 
 
 class Head:
@@ -23,15 +39,20 @@ class Head:
         Raises:
             CheckpointError: a tensor is missing.
         """
-        inner = source.family.blocks.partition(".")[0]
-        device = source.device
-        self._norm = skeleton(source).get_submodule(f"{inner}.norm")
-        weight = source.tensors.read(f"{inner}.norm.weight").to(device).float()
-        self._norm.load_state_dict({"weight": weight}, strict=True, assign=True)
+        family = source.family
+
+        def read(name: str) -> Tensor:
+            return source.tensors.read(name).to(source.device).float()
+
+        self._norm = skeleton(source).get_submodule(family.norm)
+        state = {
+            name: source.tensors.read(f"{family.norm}.{name}") for name in self._norm.state_dict()
+        }
+        state = {name: tensor.to(source.device).float() for name, tensor in state.items()}
+        self._norm.load_state_dict(state, strict=True, assign=True)
         self._norm.requires_grad_(False)
-        tied = bool(source.config.get("tie_word_embeddings"))
-        name = f"{source.family.embedding}.weight" if tied else "lm_head.weight"
-        self._weight = source.tensors.read(name).to(device).float()
+        name = family.embedding if family.tied else family.head
+        self._weight = read(f"{name}.weight")
 
     @torch.no_grad()
     def loss(self, hidden: Tensor, tokens: Tensor) -> float:

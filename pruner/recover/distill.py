@@ -27,7 +27,7 @@ from ..source import Source, token_ids
 from ..surroundings import surroundings
 from .latents import Latent
 from .memory import MOST_TARGETS_BYTES, check_memory, needed_bytes
-from .network import Network, evenly_spaced
+from .network import Network, check_family, evenly_spaced
 from .precision import resolved
 from .run import Job, Run
 from .settings import Distillation, DistillResult, ProgressCallback
@@ -112,7 +112,8 @@ def _prepare(
     source: Source, text: str, settings: Distillation
 ) -> tuple[Distillation, Windows, int]:
     """Settings that fit the model, the windows, and bytes for the parent's outputs."""
-    settings = settings.fitted(source.config.get("max_position_embeddings"))
+    check_family(source.family)
+    settings = settings.fitted(source.family.context)
     settings = replace(settings, precision=resolved(settings.precision, source.device))
     windows = Windows.cut(token_ids(source, text), settings.length, settings.held_out)
     targets_bytes = min(MOST_TARGETS_BYTES, _targets_bytes(source, windows, settings))

@@ -11,12 +11,33 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, UnsupportedModel
+from ..family import Family
 from ..source import Source
 from ..stream import skeleton
 from .precision import autocast
 
 ReadTensor = Callable[[str], Tensor]
+
+
+def check_family(family: Family) -> None:
+    """Refuse a model that cannot be trained as a whole here.
+
+    Raises:
+        UnsupportedModel: its scores are more than a matrix times a state, its experts are stacked,
+            or its weights are stored the other way round.
+    """
+    reasons = {
+        "it caps its scores": family.capped,
+        "it has experts": family.experts is not None,
+        "its weights are stored transposed": family.transposed,
+    }
+    found = [reason for reason, holds in reasons.items() if holds]
+    if found:
+        raise UnsupportedModel(
+            f"distillation does not know this kind of model: {found[0]}",
+            "--recover blocks trains one block at a time, whatever is in it",
+        )
 
 
 class Network:
@@ -29,17 +50,16 @@ class Network:
             CheckpointError: a tensor is missing or has another shape than config.json says.
         """
         model = skeleton(source)
-        inner = source.family.blocks.partition(".")[0]
         _fill(model, source, read)
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
         for parameter in self.parameters.values():
             parameter.requires_grad_(False)
-        self._inner: Any = model.get_submodule(inner)
+        self._inner: Any = model.get_submodule(source.family.inner)
         self._tapped: dict[int, Tensor] = {}
         for tap in taps:
             block = model.get_submodule(source.family.block_prefix(tap).rstrip("."))
             block.register_forward_hook(self._tap(tap))
-        self.head = self.parameters["lm_head.weight"].detach()
+        self.head = self.parameters[f"{source.family.head}.weight"].detach()
 
     def forward(
         self, windows: Tensor, precision: str = "float32"
@@ -69,8 +89,8 @@ def evenly_spaced(blocks: int, count: int) -> list[int]:
 
 def _fill(model: nn.Module, source: Source, read: ReadTensor) -> None:
     """Put weights into the modules; a tied head shares the embedding's memory."""
-    head, embedding = "lm_head.weight", f"{source.family.embedding}.weight"
-    tied = bool(source.config.get("tie_word_embeddings"))
+    family = source.family
+    head, embedding, tied = f"{family.head}.weight", f"{family.embedding}.weight", family.tied
     state = {name: read(name) for name in model.state_dict() if not (tied and name == head)}
     if tied and head in model.state_dict():
         state[head] = state[embedding]

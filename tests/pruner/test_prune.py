@@ -183,9 +183,9 @@ def test_row_3_a_model_without_config_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"model_type": "mamba"}, "supported: llama"),
-        ({"model_type": "../llama"}, "supported: llama"),
-        ({"model_type": None}, "supported: llama"),
+        ({"model_type": "mamba"}, "supported: .*llama"),
+        ({"model_type": "../llama"}, "supported: .*llama"),
+        ({"model_type": None}, "supported: .*llama"),
         ({"auto_map": {"AutoModelForCausalLM": "evil.Model"}}, "never run"),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 import torch
 from halfweave.errors import CheckpointError
 from halfweave.pruner import walk as walk_module
-from halfweave.pruner.families import FAMILIES
+from halfweave.pruner.families import family_of
 from halfweave.pruner.pausing import PausingPass, stops
 from halfweave.pruner.pipeline import prune
 from halfweave.pruner.source import Source
@@ -19,7 +19,7 @@ from halfweave.pruner.walk import Walk
 from support.pruning import everything, recipe
 from torch import Tensor, nn
 
-STAGES = FAMILIES["llama"].stages
+STAGES = family_of({"model_type": "llama", "num_hidden_layers": 1}).stages
 FIRST = STAGES[0][0]
 
 
@@ -107,7 +107,7 @@ def walked(source: Source, waits: bool) -> tuple[list[Tensor], int]:
     calls: list[int] = []
     block.get_submodule(FIRST).register_forward_hook(lambda *_: calls.append(1))
     seen = []
-    with Walk(stream, block, STAGES, parent, waits) as walk:
+    with Walk(stream, block, parent, waits) as walk:
         for stage in STAGES:
             for name, found in walk.observe([stage]).items():
                 assert found.check is not None

@@ -156,8 +156,7 @@ def _config(tiny: Tiny) -> PreTrainedConfig:
         tie_word_embeddings=tiny.tied,
         bos_token_id=backend.token_to_id("<|endoftext|>"),
         eos_token_id=backend.token_to_id(EOS),
-        **_sizes(tiny),
-        **tiny.options,
+        **{**_sizes(tiny), **tiny.options},
     )
 
 
