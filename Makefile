@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # Pinned: an unpinned torch is a CUDA build of several GB. A GPU user installs torch first.
 TORCH  := torch==2.13.0
 
-.PHONY: setup test test-sanitize test-arm test-gpu-static test-triton-matrix gpu demo bench check lint typecheck format quality layer-error bench-peers serving soak clean
+.PHONY: setup test test-sanitize test-arm test-gpu-static test-triton-matrix gpu demo bench check lint typecheck format quality layer-error scale bench-peers serving soak clean
 
 setup: $(VENV)/.ready
 
@@ -48,6 +48,10 @@ bench: work/SmolLM2-135M-Instruct
 # Every method on layers of several families; a quarter of an hour.
 layer-error: work/SmolLM2-135M-Instruct $(VENV)/.text-ready
 	$(BIN)/python benchmarks/layer_error.py --model $< --text work/text/calib.wiki.txt --blocks 5 14
+
+# Blocks of OPT-175B's size, pruned here; 16 GB of disk, 20 GiB of memory, most of an hour.
+scale: work/SmolLM2-135M-Instruct
+	$(BIN)/python benchmarks/scale.py --work work/scale --tokenizer $<
 
 # Beside llama.cpp, OpenVINO and ONNX Runtime, each in an environment of its own; the first run builds
 # llama.cpp from source.

@@ -6,7 +6,7 @@ follow torch: a weight is [N, K] = [out, in]. Knows nothing of models, files, or
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -231,6 +231,16 @@ PackedLinear = Dense | Sparse24 | Sparse24Int4 | Int4 | Int8
 FORMATS: Mapping[str, type[PackedLinear]] = {
     kind.kind: kind for kind in (Dense, Sparse24, Sparse24Int4, Int4, Int8)
 }
+
+
+def stacked(parts: Sequence[PackedLinear]) -> PackedLinear:
+    """One linear with the rows of several, in order; all are of one format and group, and of K."""
+    if len(parts) == 1:
+        return parts[0]
+    rows: dict[str, Any] = {
+        suffix: torch.cat([getattr(part, suffix) for part in parts]) for suffix in parts[0].suffixes
+    }
+    return replace(parts[0], **rows)
 
 
 def needs_group(kind: str) -> bool:

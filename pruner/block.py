@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..kernels.formats import Dense, PackedLinear
+from ..kernels.formats import Dense, Sparse24
 from .cost import is_staged, looks_back
-from .guard import Solved, held_out_windows, solve_guarded
+from .guard import Solved, held_out_windows
 from .journal import LinearRecord
-from .masks import is_n_of_m
+from .linear import Linear, Solver
 from .methods import admm
-from .methods.base import InputStatistics, Pruned, Target, relative_error
+from .methods.base import InputStatistics
 from .pack import pack
 from .plan import Plan
 from .recipe import Recipe
@@ -34,6 +34,7 @@ from .stream import BlockStream
 from .walk import Observation, Walk
 
 Report = Callable[[str, LinearRecord, float], None]
+_FLOATS = (Dense.kind, Sparse24.kind)
 
 
 @dataclass
@@ -54,17 +55,6 @@ class _Block:
         return self.tensors[f"{self.prefix}{short}.weight"]
 
 
-@dataclass
-class _Linear:
-    """One linear on its way: what it has to become, and the best answer so far."""
-
-    target: Target | None  # None: it stays as it is, for `reason`
-    reason: str | None
-    fit: InputStatistics  # of the inputs it was last observed with
-    packed: PackedLinear  # as it would be stored now
-    solved: Solved | None = None
-
-
 class BlockPruner:
     """Prunes the blocks of one model, each from its stream of activations."""
 
@@ -72,6 +62,7 @@ class BlockPruner:
         self._source, self._recipe, self._report = source, recipe, report
         self._planned = {linear.name: linear for linear in plan.linears}
         self._tunes = recipe.recover == "blocks"
+        self._solver = Solver(recipe.method, isinstance(source, Trained))
         self._readers = {channels.reader: channels for channels in source.family.free}
 
     @property
@@ -155,23 +146,26 @@ class BlockPruner:
         if block.index + 1 < self._source.block_count:
             walk.finish(anew=block.reordered)
 
-    def _solve_all(self, block: _Block, walk: Walk) -> dict[str, _Linear]:
-        linears: dict[str, _Linear] = {}
+    def _solve_all(self, block: _Block, walk: Walk) -> dict[str, Linear]:
+        linears: dict[str, Linear] = {}
         for stages in self._passes():
-            for short, seen in walk.observe(stages).items():
+            observed = walk.observe(stages)
+            for short in list(observed):
+                seen = observed.pop(short)  # a Hessian may take more memory than the block
                 if self._is_router(short):
                     block.routed = seen.fit
                     continue
                 started = time.perf_counter()
                 observation = self._reorder(block, short, self._fed(block, short, seen), linears)
-                linear = self._begin(block, short, observation)
+                linear = linears[short] = self._begin(block, short, observation)
                 if linear.target is not None:
-                    weight = block.original(short).float()
-                    linear.solved = self._solve(weight, observation, linear.target)
+                    original = block.original(short)
+                    self._solver.solve(linear, original, observation, whole=self._tunes)
                     self._put(block, short, linear)
-                linears[short] = linear
                 if not self._tunes:
-                    self._tell(block, short, linear, started)
+                    linear.forget()
+                    del block.tensors[f"{linear.name}.weight"]
+                    self._report(linear.name, linear.record, time.perf_counter() - started)
         return linears
 
     def _is_router(self, short: str) -> bool:
@@ -188,7 +182,7 @@ class BlockPruner:
         return replace(seen, fit=shrunk(seen.fit, layer if reads_layer else None))
 
     def _reorder(
-        self, block: _Block, short: str, observation: Observation, linears: dict[str, _Linear]
+        self, block: _Block, short: str, observation: Observation, linears: dict[str, Linear]
     ) -> Observation:
         """Before a reader of free channels is solved, put them into the order that suits it best.
 
@@ -216,34 +210,18 @@ class BlockPruner:
         block.reordered = True
         return observation.reordered(order)
 
-    def _begin(self, block: _Block, short: str, observation: Observation) -> _Linear:
-        name, original = block.prefix + short, block.original(short)
+    def _begin(self, block: _Block, short: str, observation: Observation) -> Linear:
+        name, packed = block.prefix + short, Dense(block.original(short))
         planned = self._planned[name]
         reason = planned.reason or ("not finite" if name in block.broken else None)
         target = None if reason else planned.target
         if target is not None and target.bits == 4 and self._tunes:
             target = replace(target, bits=16)  # codes come after the tuning
-        return _Linear(target, reason, observation.fit, Dense(original))
+        tokens = observation.fit.tokens if self._source.family.is_routed(short) else None
+        record = LinearRecord(packed.kind, packed.shape, None, "none", None, reason or "")
+        return Linear(name, target, packed, replace(record, tokens=tokens), planned.group)
 
-    def _solve(self, weight: Tensor, observation: Observation, target: Target) -> Solved:
-        pattern = target.pattern
-        if pattern.is_dense and target.bits > 4:
-            everything = torch.ones_like(weight, dtype=torch.bool)
-            return Solved(Pruned(weight, everything), "round to nearest")
-        method = self._recipe.method
-        if isinstance(self._source, Trained) and target.bits == 4:
-            # Its masks were chosen before the training.
-            return Solved(admm.quantize(weight, weight != 0, observation.fit, target), "round")
-        if pattern.of and is_n_of_m(weight, pattern.kept, pattern.of):
-            if target.bits == 16:
-                note = f"is {pattern.text} already: nothing to do, repacked"
-                return Solved(Pruned(weight, weight != 0, note=note), "repack")
-            if method == "admm":
-                rounded = admm.quantize(weight, weight != 0, observation.fit, target)
-                return Solved(replace(rounded, note=f"was {pattern.text} already"), "round")
-        return solve_guarded(method, weight, observation.fit, observation.check, target)
-
-    def _tune(self, block: _Block, linears: dict[str, _Linear], stream: BlockStream) -> None:
+    def _tune(self, block: _Block, linears: dict[str, Linear], stream: BlockStream) -> None:
         """Train the block as a whole against its parent, the masks as they are."""
         assert block.parent is not None
         masks = {
@@ -262,10 +240,10 @@ class BlockPruner:
                 block.tensors[full] = parameter.data.to(block.tensors[full].dtype)
                 parameter.copy_(block.tensors[full])
             elif (solved := linears[short].solved) is not None:
-                linears[short].solved = _tuned(solved, parameter.data.clone(), result)
-                self._put(block, short, linears[short])
+                tuned = _tuned(solved, parameter.data.clone(), result)
+                self._take(block, short, linears[short], tuned)
 
-    def _quantize_all(self, block: _Block, linears: dict[str, _Linear], walk: Walk) -> None:
+    def _quantize_all(self, block: _Block, linears: dict[str, Linear], walk: Walk) -> None:
         """Round the tuned weights, stage by stage, each on the inputs that it will really have."""
         targets = {short: self._planned[block.prefix + short].target for short in linears}
         coded = {short for short, target in targets.items() if target and target.bits == 4}
@@ -281,54 +259,37 @@ class BlockPruner:
                 observation = self._fed(block, short, seen)
                 tuned = linear.solved.pruned
                 pruned = admm.quantize(tuned.weight, tuned.keep, observation.fit, target)
-                linear.target, linear.fit = target, observation.fit
                 # What it was compared as is no longer what is stored.
                 method = "admm" if target.pattern.is_dense else linear.solved.method
-                linear.solved = Solved(replace(pruned, note=tuned.note), method)
-                self._put(block, short, linear)
-        for short, linear in linears.items():
-            self._tell(block, short, linear, time.perf_counter())
+                linear.target, linear.fit = target, observation.fit
+                self._take(block, short, linear, Solved(replace(pruned, note=tuned.note), method))
+        for linear in linears.values():
+            self._report(linear.name, linear.record, 0.0)
 
-    def _put(self, block: _Block, short: str, linear: _Linear) -> None:
-        """Pack a solved linear, and fill the module with it, for the stages behind it."""
-        assert linear.target is not None and linear.solved is not None
-        name, dtype = block.prefix + short, block.original(short).dtype
-        linear.packed = pack(linear.solved.pruned, linear.target, dtype, name)
-        block.module.get_parameter(f"{short}.weight").copy_(linear.packed.unpack())
+    def _take(self, block: _Block, short: str, linear: Linear, solved: Solved) -> None:
+        """Let a linear be what `solved` says."""
+        assert linear.target is not None
+        original = block.original(short)
+        packed = pack(solved.pruned, linear.target, original.dtype, linear.name)
+        linear.take(solved, packed, original)
+        self._put(block, short, linear)
 
-    def _tell(self, block: _Block, short: str, linear: _Linear, started: float) -> None:
-        name = block.prefix + short
-        self._report(name, self._record(block, short, linear), time.perf_counter() - started)
-
-    def _record(self, block: _Block, short: str, linear: _Linear) -> LinearRecord:
-        packed, solved = linear.packed, linear.solved
-        tokens = linear.fit.tokens if self._source.family.is_routed(short) else None
-        if solved is None:
-            record = LinearRecord(packed.kind, packed.shape, None, "none", None)
-            return replace(record, note=linear.reason or "", tokens=tokens)
-        original = block.original(short).float()
-        return LinearRecord(
-            format=packed.kind,
-            shape=packed.shape,
-            group=self._planned[block.prefix + short].group,
-            method=solved.method,
-            relative_error=relative_error(original, packed.unpack(), linear.fit.hessian),
-            note=solved.pruned.note,
-            held_out_error=solved.held_out_error,
-            baseline_error=solved.baseline_error,
-            tokens=tokens,
-        )
+    def _put(self, block: _Block, short: str, linear: Linear) -> None:
+        """Fill the module with a linear as it is stored, for the stages behind it."""
+        floats = block.original(short).dtype
+        dtype = floats if linear.packed.kind in _FLOATS and not self._tunes else torch.float32
+        block.module.get_parameter(f"{short}.weight").data = linear.packed.unpack(dtype)
 
     def _stored(
-        self, block: _Block, linears: dict[str, _Linear]
+        self, block: _Block, linears: dict[str, Linear]
     ) -> tuple[dict[str, Tensor], dict[str, LinearRecord]]:
         stored = dict(block.tensors)
-        records = {}
-        for short, linear in linears.items():
-            name = block.prefix + short
-            del stored[f"{name}.weight"]
-            stored.update({f"{name}.{suffix}": t for suffix, t in linear.packed.tensors().items()})
-            records[name] = self._record(block, short, linear)
+        for linear in linears.values():
+            stored.pop(f"{linear.name}.weight", None)
+            stored |= {
+                f"{linear.name}.{suffix}": t for suffix, t in linear.packed.tensors().items()
+            }
+        records = {linear.name: linear.record for linear in linears.values()}
         return {name: tensor.cpu() for name, tensor in stored.items()}, records
 
 

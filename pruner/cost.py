@@ -24,8 +24,11 @@ from .pack import why_not
 from .recipe import CHOICES, Pattern, Recipe
 from .recover.memory import MOST_TARGETS_BYTES, needed_bytes
 from .recover.settings import Distillation
+from .rows import MOST_WEIGHTS, rows_are_alone
+from .solvers.wide import WIDE
 from .source import Source
-from .stream import TOKENS_PER_BATCH
+from .spill import is_spilled
+from .stream import tokens_per_batch
 from .walk import waiting_bytes, waiting_share
 
 _INTERPRETER_BYTES = 700 * 2**20  # torch and transformers, imported
@@ -208,36 +211,68 @@ def _waiting(source: Source, linears: Sequence[Linear], recipe: Recipe) -> tuple
 
 
 def _least_memory(source: Source, linears: Sequence[Linear], recipe: Recipe) -> int:
-    """One block, its activations and Hessians, and the widest matrix's working copies."""
-    tokens = recipe.calib_windows * recipe.calib_length
+    """One block, its activations and Hessians, and the working copies of one matrix."""
+    block = linears[: len(source.family.linears)]
     copies = 2 if looks_back(recipe) else 1
-    block = sum(prod(linear.shape) for linear in linears[: len(source.family.linears)])
-    widest = max(linear.shape[1] for linear in linears)
-    largest = max(prod(linear.shape) for linear in linears)
-    firsts = tuple("." + stage[0] for stage in source.family.stages)
-    together = [
-        linear.shape[1] ** 2
-        for linear in linears[: len(source.family.linears)]
-        if linear.name.endswith(firsts)
-    ]
+    states = _states_bytes(source, block, recipe, copies)
+    embedding = 4 * prod(source.tensors.shape(f"{source.family.embedding}.weight"))
+    pruning = _block_bytes(source, block, recipe, copies) + _solving_bytes(source, block, recipe)
+    return _INTERPRETER_BYTES + int(_HEAP_SLACK * (max(pruning, 2 * embedding) + states))
+
+
+def _block_bytes(source: Source, block: Sequence[Linear], recipe: Recipe, copies: int) -> int:
+    """The weights of a block: as they are, or as pruned and packed; and the dense block's."""
+    total = 0
+    for linear in block:
+        stored = source.tensors.dtype(f"{linear.name}.weight").itemsize
+        coded = linear.target is not None and linear.target.bits < 16
+        served = 4 if coded or recipe.recover == "blocks" else stored
+        # A matrix is read into the module, and then there is what it became, packed beside it.
+        here = served + stored if recipe.recover != "blocks" else 4 * served
+        total += prod(linear.shape) * (here + (copies - 1) * stored)
+    return total
+
+
+def _solving_bytes(source: Source, block: Sequence[Linear], recipe: Recipe) -> int:
+    """Hessians, and what a method holds beside one of them."""
+    prefix = source.family.block_prefix(0)
+    short = {linear.name.removeprefix(prefix): linear for linear in block}
+    together = [4 * short[stage[0]].shape[1] ** 2 for stage in source.family.stages]
+    staged, copies = is_staged(recipe), 2 if looks_back(recipe) else 1
+    judged = held_out_windows(recipe) > 0
     # Of fit and check: the Hessian, and where the dense model goes along its drift and shift.
-    staged = is_staged(recipe)
-    hessians = (max(together) if staged else sum(together)) * (2 if copies == 1 else 5)
-    working = (8 if recipe.method == "admm" else 4) * widest**2 + 6 * largest
-    hidden = source.linear_shape(linears[0].name)[1]
-    embedding = prod(source.tensors.shape(f"{source.family.embedding}.weight"))
-    streams = copies * tokens * hidden
-    if recipe.recover == "blocks":
-        streams += tokens * hidden
-    widths = 4 * (hidden + max(linear.shape[0] for linear in linears))
-    passing = min(tokens, TOKENS_PER_BATCH) * widths
-    elements = (1 + copies) * block + hessians + working + streams + passing
-    return _INTERPRETER_BYTES + int(4 * _HEAP_SLACK * max(elements, 2 * embedding + streams))
+    kinds = (5 if copies == 2 else 2) if judged else copies
+    hessians = (max(together) if staged else sum(together)) * kinds
+    return hessians + max(_method_bytes(linear, recipe) for linear in block)
+
+
+def _method_bytes(linear: Linear, recipe: Recipe) -> int:
+    weights, square = prod(linear.shape), 4 * linear.shape[1] ** 2
+    target, whole = linear.target, recipe.recover == "blocks"
+    if target is not None and not whole and rows_are_alone(recipe.method, target.pattern):
+        weights = min(weights, MOST_WEIGHTS)
+    if recipe.method == "admm":
+        return 8 * square + 6 * 4 * weights
+    factors = 3 * square if recipe.method == "sparsegpt" and linear.shape[1] < WIDE else 0
+    return factors + 6 * 4 * weights
+
+
+def _states_bytes(source: Source, block: Sequence[Linear], recipe: Recipe, copies: int) -> int:
+    """Activations that enter the block, and those of one pass through it."""
+    tokens, hidden = recipe.calib_windows * recipe.calib_length, block[0].shape[1]
+    streams = tokens * hidden * (copies + (1 if recipe.recover == "blocks" else 0))
+    if is_spilled(4 * tokens * hidden, source.device):
+        streams = 0
+    widest = max(max(linear.shape) for linear in block)
+    passing = min(tokens, tokens_per_batch(widest)) * 4 * (hidden + widest)
+    return 4 * (streams + passing)
 
 
 def estimate_scratch(source: Source, linears: Sequence[Linear], recipe: Recipe, output: int) -> int:
     """Bytes on the disk that only an unfinished run holds, beside its `output`."""
-    scratch = 0
+    states = 4 * recipe.calib_windows * recipe.calib_length * linears[0].shape[1]
+    spilled = is_spilled(states, source.device) and not recipe.is_for_budget
+    scratch = states * (2 if looks_back(recipe) else 1) if spilled else 0
     if recipe.has_budget:  # candidates; the model is made beside them and moved, not copied
         scratch += sum(
             stored_bytes(source, linear.name, kind, recipe.group)

@@ -1,7 +1,8 @@
 """Transformers' modules as the pruner wants them: every prunable linear a module of its own.
 
-Its parameters have the names that weights are stored under, and a weight is [N, K]. What a block
-computes stays the same. Works on modules without memory (meta), before any weight is there.
+Its parameters have the names that weights are stored under, and a weight is [N, K] of whatever
+dtype it is given. What a block computes stays the same. Works on modules without memory (meta),
+before any weight is there.
 """
 
 from __future__ import annotations
@@ -12,12 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from .family import Experts, Family
+from .rows import StoredLinear
 
 
 def adapt(block: nn.Module, family: Family) -> None:
     """Change a block of transformers' in place."""
-    if family.transposed:
-        _straighten(block)
     if family.experts is not None:
         mlp: Any = block.get_submodule("mlp")
         mlp.experts = ListedExperts(mlp.experts, family.experts)
@@ -26,18 +26,22 @@ def adapt(block: nn.Module, family: Family) -> None:
         mlp = block._modules.pop("mlp")
         block.add_module(family.stored_mlp, mlp)
         block.__dict__["mlp"] = mlp
+    for name in family.linears:
+        if not family.is_routed(name):
+            _replace(block, name)
 
 
-def _straighten(block: nn.Module) -> None:
-    """Replace GPT-2's Conv1D, a linear that holds its weight as [K, N]."""
-    from transformers.pytorch_utils import Conv1D
+def _replace(block: nn.Module, name: str) -> None:
+    """Put a `StoredLinear` in the place of a linear, or of GPT-2's, whose weight is [K, N]."""
+    old: Any = block.get_submodule(name)
+    rows, columns = old.weight.shape if isinstance(old, nn.Linear) else reversed(old.weight.shape)
+    parent, _, child = name.rpartition(".")
+    setattr(block.get_submodule(parent), child, _linear(columns, rows, old.bias is not None))
 
-    for name, module in list(block.named_modules()):
-        if isinstance(module, Conv1D):
-            columns, rows = module.weight.shape
-            parent, _, child = name.rpartition(".")
-            with torch.device("meta"):
-                setattr(block.get_submodule(parent), child, nn.Linear(columns, rows))
+
+def _linear(columns: int, rows: int, bias: bool = False) -> StoredLinear:
+    with torch.device("meta"):
+        return StoredLinear(columns, rows, bias)
 
 
 class ListedExperts(nn.Module):
@@ -51,12 +55,11 @@ class ListedExperts(nn.Module):
         super().__init__()
         hidden, middle = stacked.hidden_dim, stacked.intermediate_dim
         for index in range(experts.count):
-            with torch.device("meta"):
-                linears = {
-                    experts.gate: nn.Linear(hidden, middle, bias=False),
-                    experts.up: nn.Linear(hidden, middle, bias=False),
-                    experts.down: nn.Linear(middle, hidden, bias=False),
-                }
+            linears = {
+                experts.gate: _linear(hidden, middle),
+                experts.up: _linear(hidden, middle),
+                experts.down: _linear(middle, hidden),
+            }
             self.add_module(str(index), nn.ModuleDict(linears))
         self._experts, self.activation = experts, stacked.act_fn
 

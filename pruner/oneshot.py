@@ -115,7 +115,11 @@ class OneShot:
             self._blocks.check(others, frozenset())
             journal.add(write_shard(self._directory, name, others, {}))
         stream = BlockStream(
-            self._source, self._sample.windows, self._blocks.held_out, self._blocks.needs_parent
+            self._source,
+            self._sample.windows,
+            self._blocks.held_out,
+            self._blocks.needs_parent,
+            self._directory,
         )
         for index in range(self._source.block_count):
             self._one_block(index, stream, journal)

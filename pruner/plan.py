@@ -119,8 +119,8 @@ def check_capacity(plan: Plan, out: Path, held: int) -> None:
         raise CapacityError(
             f"the run needs about {plan.peak_memory_bytes / 2**30:.1f} GiB of memory, "
             f"{available / 2**30:.1f} GiB are available",
-            "use fewer or shorter calibration windows (--calib-windows, --calib-length), and no "
-            "--recover distill",
+            "use fewer or shorter calibration windows (--calib-windows, --calib-length), no "
+            "--recover distill, and for matrices as wide as this machine --method sparsegpt",
         )
     free = shutil.disk_usage(out).free
     needed = plan.output_bytes + plan.scratch_bytes

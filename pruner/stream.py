@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,8 +20,9 @@ from ..errors import CheckpointError
 from .family import Family
 from .modules import adapt
 from .source import Source
+from .spill import states
 
-TOKENS_PER_BATCH = 4096
+_TOKENS_PER_BATCH, _STATES_PER_BATCH = 4096, 2**26
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,16 @@ class BlockStream:
     """
 
     def __init__(
-        self, source: Source, windows: Tensor, held_out: int = 0, parallel: bool = False
+        self,
+        source: Source,
+        windows: Tensor,
+        held_out: int = 0,
+        parallel: bool = False,
+        scratch: Path | None = None,
     ) -> None:
         """Embed `windows` [n, length] on the source's device; reads nothing of the blocks.
+
+        Large activations go to files in `scratch`, if there is one.
 
         Raises:
             CheckpointError: the embedding is missing or does not fit the config.
@@ -56,24 +65,28 @@ class BlockStream:
         model = skeleton(source)
         self._blocks = list(model.get_submodule(self.family.blocks).children())
         self._indices: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
-        self._batch = max(1, TOKENS_PER_BATCH // windows.shape[1])
+        widest = max(max(weight.shape) for weight in self._blocks[0].parameters())
+        self._batch = max(1, tokens_per_batch(widest) // windows.shape[1])
         self._fitted = len(windows) - held_out
         self._calls: dict[int, list[_Call]] = {}
+        self._scratch = scratch
         self.hidden = self._embed(model, windows)
-        self.dense = self.hidden.clone() if parallel else None
+        self.dense = None
+        if parallel:
+            self.dense = states(tuple(self.hidden.shape), self._device, scratch)
+            self.dense.copy_(self.hidden)
 
     @torch.no_grad()
     def _embed(self, model: nn.Module, windows: Tensor) -> Tensor:
         """What enters the first block; notes what all are called with, for each size of a batch."""
         inner: Any = model.get_submodule(self.family.inner)
         self._load_outside(inner)
-        found = []
+        first, self._calls[1] = self._calls_of(inner, windows[:1])
+        entering = states((len(windows), *first.shape[1:]), self._device, self._scratch)
         for batch, _ in self._parts(len(windows)):
-            hidden, calls = self._calls_of(inner, windows[batch])
-            self._calls.setdefault(len(hidden), calls)
-            found.append(hidden)
-        self._calls.setdefault(1, self._calls_of(inner, windows[:1])[1])
-        return torch.cat(found)
+            entering[batch], calls = self._calls_of(inner, windows[batch])
+            self._calls.setdefault(batch.stop - batch.start, calls)
+        return entering
 
     def _load_outside(self, inner: nn.Module) -> None:
         """Read everything that is neither in a block nor the head."""
@@ -81,7 +94,7 @@ class BlockStream:
         inside = self.family.blocks.removeprefix(prefix) + "."
         names = [name for name in inner.state_dict() if not name.startswith(inside)]
         tensors = {name: self._source.tensors.read(prefix + name) for name in names}
-        tensors = {name: tensor.to(self._device) for name, tensor in tensors.items()}
+        tensors = {name: tensor.to(self._device).float() for name, tensor in tensors.items()}
         _load(inner, tensors, f"what is outside of {self.family.blocks}", strict=False)
 
     def _calls_of(self, inner: Any, windows: Tensor) -> tuple[Tensor, list[_Call]]:
@@ -108,7 +121,9 @@ class BlockStream:
         raise CheckpointError(f"{self._source.path}: the model does not call its blocks")
 
     def load_block(self, index: int, tensors: Mapping[str, Tensor]) -> nn.Module:
-        """The block's module in fp32, filled with `tensors` (full names; NaN and inf become 0).
+        """The block's module, filled with `tensors` (full names; NaN and inf become 0).
+
+        It computes in fp32; weights of linears may share memory with `tensors`, in their dtype.
 
         Raises:
             CheckpointError: a tensor is missing, unexpected, or of another shape.
@@ -121,9 +136,11 @@ class BlockStream:
 
     def _filled(self, block: nn.Module, index: int, tensors: Mapping[str, Tensor]) -> nn.Module:
         prefix = self.family.block_prefix(index)
+        linears = {f"{name}.weight" for name in self.family.linears}
+        here = {name.removeprefix(prefix): t.to(self._device) for name, t in tensors.items()}
         finite = {
-            name.removeprefix(prefix): torch.nan_to_num(tensor.float(), posinf=0.0, neginf=0.0)
-            for name, tensor in ((name, t.to(self._device)) for name, t in tensors.items())
+            name: _finite(tensor if name in linears else tensor.float())
+            for name, tensor in here.items()
         }
         _load(block, finite, prefix.rstrip("."))
         self._indices[block] = index
@@ -169,6 +186,11 @@ class BlockStream:
         return hidden
 
 
+def tokens_per_batch(widest: int) -> int:
+    """Tokens that go through a block together, by the widest state inside it."""
+    return min(_TOKENS_PER_BATCH, _STATES_PER_BATCH // widest)
+
+
 def skeleton(source: Source) -> nn.Module:
     """The model without any weights, its blocks adapted; only tables that are no weights are real.
 
@@ -208,11 +230,15 @@ def _fill_tables(model: Any, device: torch.device) -> None:
             model._init_weights(module)  # of its parameters, none has memory yet
 
 
+def _finite(tensor: Tensor) -> Tensor:
+    if bool(torch.isfinite(tensor).all()):
+        return tensor
+    return torch.nan_to_num(tensor, posinf=0.0, neginf=0.0)
+
+
 def _load(module: nn.Module, tensors: dict[str, Tensor], where: str, strict: bool = True) -> None:
     try:
-        module.load_state_dict(
-            {name: tensor.float() for name, tensor in tensors.items()}, strict=strict, assign=True
-        )
+        module.load_state_dict(tensors, strict=strict, assign=True)
     except RuntimeError as error:
         detail = " ".join(str(error).split())
         raise CheckpointError(f"{where} does not fit config.json: {detail[:400]}") from error

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..kernels.device import available_memory_bytes
 from .methods.base import InputStatistics
 from .pausing import PausingPass, stops
+from .solvers.wide import SAMPLED_TOKENS, WIDE, add_gram, mirror
 from .stream import BlockStream
 
 _SPARE = 4  # passes that wait may hold one part in so many of the memory that is left
@@ -156,7 +157,10 @@ class Walk:
 
 
 class _Sums:
-    """X^T X of the inputs it is given, in fp32, and their drift from the dense model's."""
+    """X^T X of the inputs it is given, in fp32, and their drift from the dense model's.
+
+    Of wide inputs only the upper triangle is summed, and some inputs are kept; no drift.
+    """
 
     def __init__(self, judging: bool) -> None:
         self._judging = judging
@@ -164,9 +168,13 @@ class _Sums:
         self._gram: Tensor | None = None
         self._drift: Tensor | None = None
         self._shift: Tensor | None = None
+        self._sample: list[Tensor] = []
 
     def add(self, seen: Tensor, dense: Tensor | None) -> None:
         x = seen.float().flatten(0, -2)
+        if x.shape[1] >= WIDE:
+            self._add_wide(x)
+            return
         self._tokens += len(x)
         self._gram = _plus(self._gram, x, x)
         if dense is None:
@@ -176,9 +184,20 @@ class _Sums:
         if self._judging:  # only a judge needs to know how far the target itself is
             self._shift = _plus(self._shift, difference, difference)
 
+    def _add_wide(self, x: Tensor) -> None:
+        if self._gram is None:
+            self._gram = x.new_zeros(x.shape[1], x.shape[1])
+        add_gram(self._gram, x)
+        missing = SAMPLED_TOKENS - min(self._tokens, SAMPLED_TOKENS)
+        self._sample.append(x[:missing].clone())
+        self._tokens += len(x)
+
     def result(self) -> InputStatistics:
         assert self._gram is not None, "no window was observed"
         tokens = max(self._tokens, 1)  # no token at all may have reached an expert
+        if self._sample:
+            mirror(self._gram.div_(tokens))
+            return InputStatistics(self._gram, self._tokens, sample=torch.cat(self._sample))
         drift, shift = (
             None if total is None else total / tokens for total in (self._drift, self._shift)
         )

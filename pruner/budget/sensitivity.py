@@ -82,7 +82,7 @@ class _Squares:
         for name in names:
             linear = block.get_submodule(name)
             weight = block.get_parameter(f"{name}.weight")
-            self.sums[name] = weight.new_zeros(len(weight))
+            self.sums[name] = weight.new_zeros(len(weight), dtype=torch.float32)
             self._handles.append(linear.register_forward_hook(self._watch(name)))
 
     def _watch(self, name: str) -> Callable[..., None]:

@@ -11,7 +11,21 @@ from torch import Tensor
 from ...kernels.groups import expand_groups
 from ..int4 import round_to_nearest
 from ..recipe import Pattern
+from ..solvers.factor import inverse_factor
 from ..solvers.objective import Curvature, damp
+from ..solvers.wide import factorize
+
+
+@dataclass(frozen=True)
+class Factor:
+    """U, in the upper triangle [K, K], with U^T U the inverse of the damped Hessian.
+
+    None where no damping was enough. `dead` inputs [K] were always zero.
+    """
+
+    upper: Tensor | None
+    damping: float
+    dead: Tensor
 
 
 @dataclass(frozen=True)
@@ -26,13 +40,30 @@ class InputStatistics:
     tokens: int
     drift: Tensor | None = None  # [K, K], see solvers/objective.py; None: not collected
     shift: Tensor | None = None  # [K, K], second moment of what `drift` is the first of
+    sample: Tensor | None = None  # [tokens, K], some inputs of a linear whose Hessian is used up
     _curvatures: dict[float, Curvature] = field(default_factory=dict, repr=False, compare=False)
+    _factors: dict[float, Factor] = field(default_factory=dict, repr=False, compare=False)
 
     def curvature(self, damping: float) -> Curvature:
         """The damped Hessian, made once for all linears that share these statistics."""
         if damping not in self._curvatures:
             self._curvatures[damping] = damp(self.hessian, damping)
         return self._curvatures[damping]
+
+    def factor(self, damping: float) -> Factor:
+        """What SparseGPT needs of the Hessian, made once for all linears that share it.
+
+        Of a wide one it takes the place of the Hessian (solvers/wide.py), which is then gone.
+        """
+        if damping not in self._factors:
+            dead = self.hessian.diagonal() == 0
+            if self.sample is None:
+                upper, raised = inverse_factor(self.hessian, damping)
+            else:
+                taken = factorize(self.hessian, damping)
+                upper, raised = (None, damping) if taken is None else (self.hessian, taken)
+            self._factors[damping] = Factor(upper, raised, dead)
+        return self._factors[damping]
 
     def reordered(self, order: Tensor) -> InputStatistics:
         """The statistics of the same inputs in the order `order` [K]."""
@@ -42,7 +73,8 @@ class InputStatistics:
         )
         assert hessian is not None
         known = {damping: each.reordered(order) for damping, each in self._curvatures.items()}
-        return InputStatistics(hessian, self.tokens, drift, shift, known)
+        sample = None if self.sample is None else self.sample[:, order]
+        return InputStatistics(hessian, self.tokens, drift, shift, sample, known)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from . import magnitude
 from .base import InputStatistics, Pruned, Target
 
 BLOCK = 128  # columns per lazy update; every group size and every M divides it
-_LADDER = 4  # damping, then up to three times ten times more
 
 
 def prune(weight: Tensor, statistics: InputStatistics, target: Target) -> Pruned:
@@ -28,42 +27,23 @@ def prune(weight: Tensor, statistics: InputStatistics, target: Target) -> Pruned
     Falls back to magnitude, and says so in the result's note, when no damping of the ladder makes
     the Hessian positive definite.
     """
-    factor, damping = inverse_factor(statistics.hessian, target.damping)
-    if factor is None:
+    factor = statistics.factor(target.damping)
+    if factor.upper is None:
         fallback = magnitude.prune(weight, statistics, target)
         note = "singular Hessian: fell back to magnitude"
         return Pruned(fallback.weight, fallback.keep, fallback.codes, fallback.scale, note)
-    weight = torch.where(statistics.hessian.diagonal() == 0, 0, weight)
-    note = "" if damping == target.damping else f"damping raised to {damping:g}"
-    return _sweep(weight.clone(), factor, target, note)
-
-
-def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor | None, float]:
-    """Upper triangular U with U^T U = (H + damping * mean(diag H) * I)^-1, and the damping used.
-
-    U[j, j]^2 is then the first diagonal element of the inverse of H[j:, j:]: what is left when the
-    columns before j are fixed. Inputs that are always zero get a one on the diagonal. Damping rises
-    tenfold, up to three times, when H is not positive definite; then U is None.
-    """
-    dead = hessian.diagonal() == 0
-    alive = hessian + torch.diag(dead.to(hessian.dtype))
-    mean = alive.diagonal().mean()
-    for step in range(_LADDER):
-        raised = damping * 10**step
-        damped = alive + torch.eye(len(alive), device=alive.device) * (raised * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if int(failed) == 0:
-            factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if int(failed) == 0 and bool(torch.isfinite(factor).all()):
-                return factor, raised
-    return None, damping
+    weight = torch.where(factor.dead, 0, weight)
+    raised = factor.damping != target.damping
+    note = f"damping raised to {factor.damping:g}" if raised else ""
+    return _sweep(weight, factor.upper, target, note)
 
 
 def _sweep(weight: Tensor, factor: Tensor, target: Target, note: str) -> Pruned:
+    """Prune `weight` [N, K], which is used up, by `factor` [K, K], whose upper triangle counts."""
     columns = weight.shape[1]
     result = torch.zeros_like(weight)
     keep = torch.ones_like(weight, dtype=torch.bool)
-    codes = torch.zeros_like(weight)
+    codes = torch.zeros_like(weight if target.bits == 4 else weight[:0])
     scales: list[Tensor] = []
     for start in range(0, columns, BLOCK):
         stop = min(start + BLOCK, columns)

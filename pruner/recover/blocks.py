@@ -70,6 +70,8 @@ def tune_block(
     Deterministic for one thread count.
     """
     assert activations.held_out > 0, "nothing to judge the tuning by"
+    for parameter in block.parameters():
+        parameter.data = parameter.data.to(torch.float32, copy=True)
     untouched = copy.deepcopy(block.state_dict())
     parameters = {n: p for n, p in block.named_parameters() if n not in fixed}
     fitted = len(activations.inputs) - activations.held_out

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...errors import HalfweaveError
 
-_LADDER = 4  # damping, then up to three times ten times more
+LADDER = 4  # damping, then up to three times ten times more
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def damp(hessian: Tensor, damping: float) -> Curvature:
     """
     diagonal = hessian.diagonal()
     floor = diagonal.mean().clamp_min(torch.finfo(torch.float32).tiny)
-    for step in range(_LADDER):
+    for step in range(LADDER):
         raised = damping * 10**step
         damped = hessian + torch.diag(0.5 * raised * (floor + diagonal))
         if int(torch.linalg.cholesky_ex(damped.double())[1]) == 0:
