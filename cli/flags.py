@@ -121,6 +121,9 @@ class Run:
     resume: Annotated[bool, Flag("--resume", help="Go on with a killed run.")] = False
     overwrite: Annotated[bool, Flag("--overwrite", help="Replace a model in OUT.")] = False
     dry_run: Annotated[bool, Flag("--dry-run", help="Print the plan and stop.")] = False
+    ray: Annotated[
+        str | None, Flag(help="Share the work out: local, auto, or a Ray's HOST:PORT.")
+    ] = None
 
 
 @dataclass(frozen=True)

@@ -117,6 +117,7 @@ def prune(
                 resume=run.resume,
                 overwrite=run.overwrite,
                 device=working.device,
+                ray=run.ray,
                 progress=lambda step: _tell_progress(console, bar, step),
             )
     except KeyboardInterrupt:

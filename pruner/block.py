@@ -14,6 +14,7 @@ from ..kernels.formats import Dense, Sparse24
 from .cost import is_staged, looks_back
 from .guard import Solved, held_out_windows
 from .journal import LinearRecord
+from .judge import Lost, lost
 from .linear import Linear, Solver
 from .methods import admm
 from .methods.base import InputStatistics
@@ -62,7 +63,7 @@ class BlockPruner:
         self._source, self._recipe, self._report = source, recipe, report
         self._planned = {linear.name: linear for linear in plan.linears}
         self._tunes = recipe.recover == "blocks"
-        self._solver = Solver(recipe.method, isinstance(source, Trained))
+        self._solver = Solver(recipe.method, isinstance(source, Trained), self._tunes)
         self._readers = {channels.reader: channels for channels in source.family.free}
 
     @property
@@ -150,23 +151,36 @@ class BlockPruner:
         linears: dict[str, Linear] = {}
         for stages in self._passes():
             observed = walk.observe(stages)
-            for short in list(observed):
-                seen = observed.pop(short)  # a Hessian may take more memory than the block
-                if self._is_router(short):
+            for stage in stages:
+                for short in stage:
+                    seen = observed.pop(short)  # they share it
+                if self._is_router(stage[0]):
                     block.routed = seen.fit
-                    continue
-                started = time.perf_counter()
-                observation = self._reorder(block, short, self._fed(block, short, seen), linears)
-                linear = linears[short] = self._begin(block, short, observation)
-                if linear.target is not None:
-                    original = block.original(short)
-                    self._solver.solve(linear, original, observation, whole=self._tunes)
-                    self._put(block, short, linear)
-                if not self._tunes:
-                    linear.forget()
-                    del block.tensors[f"{linear.name}.weight"]
-                    self._report(linear.name, linear.record, time.perf_counter() - started)
+                else:
+                    self._solve_stage(block, stage, seen, linears)
         return linears
+
+    def _solve_stage(
+        self, block: _Block, stage: tuple[str, ...], seen: Observation, linears: dict[str, Linear]
+    ) -> None:
+        """All linears of a stage, which do not ask for each other."""
+        started, tasks = time.perf_counter(), self._source.tasks
+        observation = self._reorder(block, stage[0], self._fed(block, stage[0], seen), linears)
+        linears |= {short: self._begin(block, short, observation) for short in stage}
+        shared, waiting = tasks.share(observation), {}
+        for short in stage:
+            if linears[short].target is not None:
+                original = block.original(short)
+                waiting[short] = self._solver.begin(tasks, linears[short], original, shared)
+        for short in stage:
+            linear = linears[short]
+            if short in waiting:
+                waiting[short]()
+                self._put(block, short, linear)
+            if not self._tunes:
+                linear.forget()
+                del block.tensors[f"{linear.name}.weight"]
+                self._report(linear.name, linear.record, time.perf_counter() - started)
 
     def _is_router(self, short: str) -> bool:
         experts = self._source.family.experts
@@ -219,7 +233,8 @@ class BlockPruner:
             target = replace(target, bits=16)  # codes come after the tuning
         tokens = observation.fit.tokens if self._source.family.is_routed(short) else None
         record = LinearRecord(packed.kind, packed.shape, None, "none", None, reason or "")
-        return Linear(name, target, packed, replace(record, tokens=tokens), planned.group)
+        record = replace(record, tokens=tokens)
+        return Linear(name, target, packed, record, planned.group, observation.fit)
 
     def _tune(self, block: _Block, linears: dict[str, Linear], stream: BlockStream) -> None:
         """Train the block as a whole against its parent, the masks as they are."""
@@ -271,7 +286,8 @@ class BlockPruner:
         assert linear.target is not None
         original = block.original(short)
         packed = pack(solved.pruned, linear.target, original.dtype, linear.name)
-        linear.take(solved, packed, original)
+        assert linear.fit is not None
+        linear.take(solved, packed, Lost.relative([lost(original, packed, linear.fit)]))
         self._put(block, short, linear)
 
     def _put(self, block: _Block, short: str, linear: Linear) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -10,19 +13,32 @@ from .methods.base import InputStatistics
 from .rows import row_ranges
 
 
-def stored_error(original: Tensor, stored: PackedLinear, fit: InputStatistics) -> float:
-    """||(W - W') X||^2 / ||W X||^2 on the calibration tokens; 0 when the layer saw no signal.
+@dataclass(frozen=True)
+class Lost:
+    """||(W - W') X||^2 and ||W X||^2 of some rows, per calibration token."""
 
-    `original` is [N, K] of any float dtype. X are all tokens, or where the Hessian is used up those
-    that were sampled.
+    lost: float
+    whole: float
+
+    @staticmethod
+    def relative(parts: Iterable[Lost]) -> float:
+        """What all rows lost, as a part of what was there; 0 when the layer saw no signal."""
+        each = list(parts)
+        whole = sum(part.whole for part in each)
+        return sum(part.lost for part in each) / whole if whole > 0 else 0.0
+
+
+def lost(original: Tensor, stored: PackedLinear, fit: InputStatistics) -> Lost:
+    """Of `original` [N, K] of any float dtype, and of what is stored for it.
+
+    The tokens are all, or where the Hessian is used up those that were sampled.
     """
-    lost = whole = 0.0
+    parts = []
     for part in row_ranges(*original.shape):
         before = original[part].float()
         after = stored.rows(torch.arange(part.start, part.stop, device=original.device)).unpack()
-        lost += _energy(before - after, fit)
-        whole += _energy(before, fit)
-    return lost / whole if whole > 0 else 0.0
+        parts.append(Lost(_energy(before - after, fit), _energy(before, fit)))
+    return Lost(sum(part.lost for part in parts), sum(part.whole for part in parts))
 
 
 def _energy(weight: Tensor, fit: InputStatistics) -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,12 +12,13 @@ from torch import Tensor
 from ..kernels.formats import PackedLinear, stacked
 from .guard import Solved, solve_guarded
 from .journal import LinearRecord
-from .judge import stored_error
+from .judge import Lost, lost
 from .masks import is_n_of_m
 from .methods import admm
 from .methods.base import InputStatistics, Pruned, Target
 from .pack import pack
 from .rows import row_ranges, rows_are_alone
+from .tasks import Tasks
 from .walk import Observation
 
 
@@ -32,19 +35,18 @@ class Linear:
     packed: PackedLinear  # as it would be stored now
     record: LinearRecord  # what is to be said of it now
     group: int | None
+    fit: InputStatistics | None
     solved: Solved | None = None
-    fit: InputStatistics | None = None
 
-    def take(self, solved: Solved, packed: PackedLinear, original: Tensor) -> None:
-        """Hold another answer, whose error is that on the inputs observed last."""
-        assert self.fit is not None
+    def take(self, solved: Solved, packed: PackedLinear, error: float) -> None:
+        """Hold another answer, with its error on the inputs observed last."""
         self.solved, self.packed = solved, packed
         self.record = replace(
             self.record,
             format=packed.kind,
             group=self.group,
             method=solved.method,
-            relative_error=stored_error(original, packed, self.fit),
+            relative_error=error,
             note=solved.pruned.note,
             held_out_error=solved.held_out_error,
             baseline_error=solved.baseline_error,
@@ -57,28 +59,56 @@ class Linear:
 
 @dataclass(frozen=True)
 class Solver:
-    """How linears are solved: by which method, and whether their masks were `trained` before."""
+    """How linears are solved: by which method, whether their masks were `trained` before, and
+    whether all rows are wanted as a `whole` afterwards."""
 
     method: str
     trained: bool
+    whole: bool
 
-    def solve(self, linear: Linear, original: Tensor, seen: Observation, whole: bool) -> None:
-        """Find the weights that are to stand for `original` [N, K].
+    def begin(
+        self, tasks: Tasks, linear: Linear, original: Tensor, seen: Any
+    ) -> Callable[[], None]:
+        """Have the weights found that are to stand for `original` [N, K]; the linear holds them
+        when what is returned has been called.
 
-        Rows that do not ask for each other are taken some at a time, unless all are wanted as a
-        `whole`: then `linear.solved` holds them.
+        `seen` are its inputs' statistics, shared with `tasks`. Rows that do not ask for each other
+        are parted among all workers.
         """
-        target = linear.target
+        target, parts = linear.target, [original]
         assert target is not None
-        linear.fit = seen.fit
-        parts = [slice(0, len(original))]
-        if not whole and rows_are_alone(self.method, target.pattern):
-            parts = list(row_ranges(*original.shape))
+        if self._parts(target) and tasks.workers > 1:
+            parts = list(original.tensor_split(tasks.workers))
+        waiting = [
+            tasks.submit(solve_rows, self, linear.name, target, rows, seen)
+            for rows in parts
+            if len(rows)
+        ]
+
+        def take() -> None:
+            found = [wait() for wait in waiting]
+            error = Lost.relative(part.lost for part in found)
+            linear.take(found[-1].solved, stacked([part.packed for part in found]), error)
+
+        return take
+
+    def _parts(self, target: Target) -> bool:
+        return not self.whole and rows_are_alone(self.method, target.pattern)
+
+    def solve(self, name: str, target: Target, rows: Tensor, seen: Observation) -> SolvedRows:
+        """Some rows of a linear [n, K], few at a time where they do not ask for each other."""
+        ranges = [slice(0, len(rows))]
+        if self._parts(target):
+            ranges = list(row_ranges(*rows.shape))
         packed = []
-        for part in parts:
-            solved = self._solved(original[part].float(), seen, target)
-            packed.append(pack(solved.pruned, target, original.dtype, linear.name))
-        linear.take(solved, stacked(packed), original)
+        for part in ranges:
+            solved = self._solved(rows[part].float(), seen, target)
+            packed.append(pack(solved.pruned, target, rows.dtype, name))
+        if not self.whole:
+            nothing = Pruned(rows.new_empty(0), rows.new_empty(0), note=solved.pruned.note)
+            solved = replace(solved, pruned=nothing)
+        stored = stacked(packed)
+        return SolvedRows(stored, solved, lost(rows, stored, seen.fit))
 
     def _solved(self, weight: Tensor, seen: Observation, target: Target) -> Solved:
         pattern = target.pattern
@@ -96,3 +126,19 @@ class Solver:
                 rounded = admm.quantize(weight, weight != 0, seen.fit, target)
                 return Solved(replace(rounded, note=f"was {pattern.text} already"), "round")
         return solve_guarded(self.method, weight, seen.fit, seen.check, target)
+
+
+@dataclass(frozen=True)
+class SolvedRows:
+    """Rows as stored, and what was lost; `solved` has their weights only if they were wanted."""
+
+    packed: PackedLinear
+    solved: Solved
+    lost: Lost
+
+
+def solve_rows(
+    solver: Solver, name: str, target: Target, rows: Tensor, seen: Observation
+) -> SolvedRows:
+    """`Solver.solve`, as a task."""
+    return solver.solve(name, target, rows, seen)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ..errors import UsageError
 from .budget.check import BudgetCheck
 from .budget.choose import check_reachable
 from .calibrate import CalibrationText, load_text
@@ -19,6 +21,7 @@ from .recipe import Recipe
 from .recover.settings import DistillResult
 from .source import Source
 from .steps import InSteps, ProgressCallback, StepsResult
+from .tasks import Tasks
 
 
 @dataclass(frozen=True)
@@ -54,16 +57,19 @@ def prune(
     resume: bool = False,
     overwrite: bool = False,
     device: str = "cpu",
+    ray: str | None = None,
     progress: ProgressCallback | None = None,
 ) -> PruneResult:
     """Prune the dense model in `model` into the directory `out`.
 
     `out` is complete when its manifest is there. Killed at any instant, the same call with
     `resume=True` yields the same bytes (same recipe, library versions, device and thread count).
-    `device`, cpu, cuda or cuda:N, is where blocks are worked on.
+    `device`, cpu, cuda or cuda:N, is where blocks are worked on. `ray`, "local", "auto" or the
+    address of a cluster, has the workers of a Ray solve the linears and sum the Hessians.
 
     Raises:
-        UsageError: bad paths, recipe, calibration text, or device; both `resume` and `overwrite`.
+        UsageError: bad paths, recipe, calibration text, or device; both `resume` and `overwrite`;
+            no such Ray, or a GPU beside it.
         RefusedError: `out` is taken, locked, or belongs to another run; or the model is unsafe.
         CheckpointError: the model is damaged; NaN and infinity count unless allowed.
         CapacityError: the run does not fit in memory or on the disk.
@@ -74,9 +80,10 @@ def prune(
     plan = _planned(source, recipe)
     text = load_text(recipe.calib)
     directory = prepare_directory(source, Path(out), resume, overwrite)
-    with locked(directory), explained_memory():
+    with locked(directory), explained_memory(), _tasks(ray, source) as tasks:
         # All that can refuse the run comes before the one call that may remove a finished model.
         check_capacity(plan, directory, held_bytes(directory))
+        source = replace(source, tasks=tasks)
         go = _ready(source, directory, recipe, plan, text, progress)
         settle(directory, overwrite)
         result = go(resume)
@@ -89,6 +96,20 @@ def prune(
         recovery=result.recovery,
         budget=result.budget,
     )
+
+
+@contextmanager
+def _tasks(ray: str | None, source: Source) -> Iterator[Tasks]:
+    """Who does the tasks of a run."""
+    if ray is None:
+        yield source.tasks
+        return
+    if source.device.type != "cpu":
+        raise UsageError("workers of a Ray compute on CPUs", "leave out --ray, or --device")
+    from .ray_tasks import on_ray
+
+    with on_ray(ray) as tasks:
+        yield tasks
 
 
 def _planned(source: Source, recipe: Recipe) -> Plan:

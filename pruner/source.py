@@ -19,6 +19,7 @@ from ..kernels.shards import ShardedTensors
 from ..runtime.checkpoint import Checkpoint
 from .families import family_of
 from .family import Family
+from .tasks import Here, Tasks
 
 # What a model directory carries beside its weights, copied as it is.
 SIDE_FILES = (
@@ -44,6 +45,7 @@ class Source:
     """A dense Hugging Face directory of a known family. Make it with `open`.
 
     `device` is where its blocks are worked on: `block_tensors` are there, all else is on the CPU.
+    `tasks` do the work that may be done elsewhere.
     """
 
     path: Path
@@ -51,6 +53,7 @@ class Source:
     family: Family
     tensors: ShardedTensors
     device: torch.device = field(kw_only=True, default=torch.device("cpu"))
+    tasks: Tasks = field(kw_only=True, default=Here())
 
     @classmethod
     def open(cls, path: str | Path, device: str = "cpu") -> Source:
@@ -162,6 +165,7 @@ class Trained(Source):
             parent.tensors,
             checkpoint,
             device=parent.device,
+            tasks=parent.tasks,
         )
 
     def block_tensors(self, index: int) -> dict[str, Tensor]:

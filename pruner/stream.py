@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from .family import Family
 from .modules import adapt
 from .source import Source
 from .spill import states
@@ -61,7 +60,7 @@ class BlockStream:
             CheckpointError: the embedding is missing or does not fit the config.
         """
         self._source, self._device = source, source.device
-        self.family: Family = source.family
+        self.family, self.tasks = source.family, source.tasks
         model = skeleton(source)
         self._blocks = list(model.get_submodule(self.family.blocks).children())
         self._indices: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()

@@ -7,7 +7,7 @@ the same bits either way. Knows activations and Hessians; knows nothing of masks
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +21,7 @@ from .methods.base import InputStatistics
 from .pausing import PausingPass, stops
 from .solvers.wide import SAMPLED_TOKENS, WIDE, add_gram, mirror
 from .stream import BlockStream
+from .tasks import Tasks
 
 _SPARE = 4  # passes that wait may hold one part in so many of the memory that is left
 
@@ -101,7 +102,8 @@ class Walk:
             CheckpointError: the block calls one of them never, or before one observed earlier.
         """
         firsts = [stage[0] for stage in stages]
-        sums = {judging: [_Sums(judging) for _ in firsts] for judging in (False, True)}
+        tasks = self._stream.tasks
+        sums = {judging: [_Sums(judging, tasks) for _ in firsts] for judging in (False, True)}
         for batch in self._batches:
             for first, total in zip(firsts, sums[batch.judging], strict=True):
                 dense = None
@@ -162,12 +164,11 @@ class _Sums:
     Of wide inputs only the upper triangle is summed, and some inputs are kept; no drift.
     """
 
-    def __init__(self, judging: bool) -> None:
+    def __init__(self, judging: bool, tasks: Tasks) -> None:
         self._judging = judging
         self._tokens = 0
-        self._gram: Tensor | None = None
-        self._drift: Tensor | None = None
-        self._shift: Tensor | None = None
+        self._gram, self._drift, self._shift = (_Total(tasks) for _ in range(3))
+        self._wide: Tensor | None = None
         self._sample: list[Tensor] = []
 
     def add(self, seen: Tensor, dense: Tensor | None) -> None:
@@ -176,39 +177,63 @@ class _Sums:
             self._add_wide(x)
             return
         self._tokens += len(x)
-        self._gram = _plus(self._gram, x, x)
+        self._gram.add(x, x)
         if dense is None:
             return
         difference = dense.flatten(0, -2) - x
-        self._drift = _plus(self._drift, difference, x)
+        self._drift.add(difference, x)
         if self._judging:  # only a judge needs to know how far the target itself is
-            self._shift = _plus(self._shift, difference, difference)
+            self._shift.add(difference, difference)
 
     def _add_wide(self, x: Tensor) -> None:
-        if self._gram is None:
-            self._gram = x.new_zeros(x.shape[1], x.shape[1])
-        add_gram(self._gram, x)
+        if self._wide is None:
+            self._wide = x.new_zeros(x.shape[1], x.shape[1])
+        add_gram(self._wide, x)
         missing = SAMPLED_TOKENS - min(self._tokens, SAMPLED_TOKENS)
         self._sample.append(x[:missing].clone())
         self._tokens += len(x)
 
     def result(self) -> InputStatistics:
-        assert self._gram is not None, "no window was observed"
         tokens = max(self._tokens, 1)  # no token at all may have reached an expert
-        if self._sample:
-            mirror(self._gram.div_(tokens))
-            return InputStatistics(self._gram, self._tokens, sample=torch.cat(self._sample))
-        drift, shift = (
-            None if total is None else total / tokens for total in (self._drift, self._shift)
+        if self._wide is not None:
+            mirror(self._wide.div_(tokens))
+            return InputStatistics(self._wide, self._tokens, sample=torch.cat(self._sample))
+        gram, drift, shift = (
+            None if total is None else total.div_(tokens)
+            for total in (self._gram.sum(), self._drift.sum(), self._shift.sum())
         )
-        return InputStatistics(self._gram / tokens, self._tokens, drift, shift)
+        assert gram is not None, "no window was observed"
+        return InputStatistics(gram, self._tokens, drift, shift)
 
 
-def _plus(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """total + A^T B, in place."""
-    if total is None:
-        total = a.new_zeros(a.shape[1], b.shape[1])
-    return total.addmm_(a.T, b)
+class _Total:
+    """A sum of A^T B, always in the order of `add`, whoever multiplies."""
+
+    def __init__(self, tasks: Tasks) -> None:
+        self._tasks = tasks
+        self._ahead = 2 * tasks.workers if tasks.workers > 1 else 0
+        self._pending: list[Callable[[], Tensor]] = []
+        self._sum: Tensor | None = None
+
+    def add(self, a: Tensor, b: Tensor) -> None:
+        """Ask for one more product; few are on their way at a time."""
+        self._pending.append(self._tasks.submit(_product, a, b))
+        if len(self._pending) > self._ahead:
+            self._take()
+
+    def sum(self) -> Tensor | None:
+        """The whole; None of nothing."""
+        while self._pending:
+            self._take()
+        return self._sum
+
+    def _take(self) -> None:
+        product = self._pending.pop(0)()
+        self._sum = product if self._sum is None else self._sum.add_(product)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    return a.T @ b
 
 
 def _drop(batch: _Batch) -> None:

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from halfweave.errors import CapacityError
+from halfweave.kernels.formats import Dense
 from halfweave.pruner import rows, spill, stream, walk
+from halfweave.pruner.judge import Lost, lost
 from halfweave.pruner.methods.base import InputStatistics
 from halfweave.pruner.pipeline import plan_prune, prune
 from halfweave.pruner.rows import StoredLinear
@@ -107,14 +109,12 @@ def test_a_wide_linear_is_pruned_as_any_other(
 
 
 def test_an_error_is_that_of_sampled_inputs_where_the_hessian_is_gone() -> None:
-    from halfweave.kernels.formats import Dense
-    from halfweave.pruner.judge import stored_error
-
     x, weight, changed = torch.randn(30, 16), torch.randn(8, 16), torch.randn(8, 16)
     full = InputStatistics(x.T @ x / 30, 30)
     gone = InputStatistics(torch.zeros(16, 16), 30, sample=x)
-    expected = stored_error(weight, Dense(changed), full)
-    assert stored_error(weight, Dense(changed), gone) == pytest.approx(expected, rel=1e-4)
+    expected, found = (lost(weight, Dense(changed), fit) for fit in (full, gone))
+    assert found.lost == pytest.approx(expected.lost, rel=1e-4)
+    assert Lost.relative([found]) == pytest.approx(Lost.relative([expected]), rel=1e-4)
 
 
 def test_activations_on_the_disk_change_nothing_and_leave_nothing(
