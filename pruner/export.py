@@ -20,6 +20,7 @@ from ..errors import RefusedError, UsageError
 from ..files import write_json, write_text
 from ..kernels.formats import FORMATS
 from ..runtime.checkpoint import Checkpoint
+from ..runtime.families.names import dense_is_transposed
 from . import pack_quantized
 from .beside import built_beside, complete, refuse_taken
 from .pack_quantized import Scheme
@@ -149,10 +150,13 @@ class _Writer:
 
     def _linear(self, name: str) -> dict[str, Tensor]:
         weight = self.checkpoint.linear(name)
-        scheme = Scheme.of(weight) if self.form == COMPRESSED else None
+        # Another tool takes only what transformers calls Linear for a linear with codes.
+        transposed = dense_is_transposed(self.checkpoint.config)
+        scheme = Scheme.of(weight) if self.form == COMPRESSED and not transposed else None
         if scheme is None:
             self.dense.append(name)
-            return {"weight": weight.unpack(self.dtype)}
+            dense = weight.unpack(self.dtype)
+            return {"weight": dense.T.contiguous() if transposed else dense}
         self.schemes[name] = scheme
         return pack_quantized.tensors_of(weight, self.dtype)
 

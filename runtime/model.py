@@ -13,7 +13,7 @@ from ..kernels.device import parse_device
 from .checkpoint import Checkpoint
 from .decoder import Decoder
 from .families import decoder_spec
-from .fused import FusedBits, FusedDecoder
+from .fused import FusedBits, FusedDecoder, lacking
 from .loading import Loader
 from .paged import PagedDecoder
 from .spec import DecoderSpec
@@ -106,7 +106,7 @@ def _decoder(
     checkpoint: Checkpoint, spec: DecoderSpec, dtype: str, bits: FusedBits
 ) -> PagedDecoder:
     native = library() if dtype == "auto" else None
-    if native is not None:
+    if native is not None and not lacking(spec):
         return FusedDecoder(checkpoint, spec, native, bits)
     compute, exact = _DTYPES.get(dtype, torch.float32), dtype != "auto"
     return Decoder(checkpoint, spec, compute, torch.device("cpu"), exact)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from ...errors import CheckpointError, UnsupportedModel
@@ -14,17 +15,42 @@ def rope_of(config: Mapping[str, Any]) -> RopeSpec:
     """Read `rope_parameters`, or the older pair `rope_theta` and `rope_scaling`.
 
     Raises:
-        UnsupportedModel: a kind that is not known here.
+        UnsupportedModel: a kind that is not known here, or one that turns a part of each head.
         CheckpointError: a value is missing or impossible.
     """
+    merged = _merged(config)
+    if merged.get("partial_rotary_factor") not in (None, 1):
+        raise UnsupportedModel("config.json: a partial_rotary_factor is not supported")
+    return _rope(merged)
+
+
+def partial_rope_of(config: Mapping[str, Any], head_dim: int) -> RopeSpec:
+    """The same, of a family that may turn a part of each head."""
+    merged = _merged(config)
+    rope = replace(_rope(merged), share=number(merged, "partial_rotary_factor", 1.0))
+    dims = rope.dims(head_dim)
+    if not 2 <= dims <= head_dim or dims % 2:
+        raise CheckpointError(
+            f"config.json: a partial_rotary_factor of {rope.share:g} turns {dims} of {head_dim} "
+            "dimensions, which is no even part"
+        )
+    return rope
+
+
+def _merged(config: Mapping[str, Any]) -> dict[str, Any]:
     block = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(block, dict):
         raise CheckpointError("config.json: the rope parameters are not an object")
-    merged = {"rope_theta": config.get("rope_theta", 10000.0), **block}
+    older = {
+        "rope_theta": config.get("rope_theta", 10000.0),
+        "partial_rotary_factor": config.get("partial_rotary_factor"),
+    }
+    return {**older, **block}
+
+
+def _rope(merged: Mapping[str, Any]) -> RopeSpec:
     kind = merged.get("rope_type", merged.get("type", "default"))
     theta = number(merged, "rope_theta", 10000.0)
-    if merged.get("partial_rotary_factor", config.get("partial_rotary_factor")) not in (None, 1):
-        raise UnsupportedModel("config.json: a partial_rotary_factor is not supported")
     if kind == "default":
         return RopeSpec(theta)
     if kind == "linear":
