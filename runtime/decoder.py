@@ -41,7 +41,9 @@ class Decoder(PagedDecoder):
         self.spec = spec
         self.dtype, self.device = dtype, device
         loader, names = Loader(checkpoint, spec, dtype, device), spec.names
-        self._embedding, self._positions = loader.embedding(), loader.positions()
+        # Our kernels make a head of the embedding as it is stored, and torch's of what is computed.
+        self._embedding = loader.embedding(as_stored=not exact and device.type == "cpu")
+        self._positions = loader.positions()
         self._embedding_norm = loader.norm(names.embedding_norm) if names.embedding_norm else None
         self._project_in = self._project_out = None
         if names.project_in:
@@ -49,9 +51,7 @@ class Decoder(PagedDecoder):
             self._project_out = loader.never_packed(names.project_out, exact)
         self._blocks = [Block.load(loader, layer, exact) for layer in range(spec.layers)]
         self._norm = loader.norm(names.norm) if names.norm else None
-        # Our kernels take a copy in any case, which is best of what is stored.
-        shared = spec.tied and (exact or device.type != "cpu")
-        head = Dense(self._embedding) if shared else loader.end(spec.head_name)
+        head = Dense(self._embedding) if spec.tied else loader.end(names.head)
         self._head = loader.bind(head, None, exact)
         self._sights = [spec.sight(layer) for layer in range(spec.layers)]
         self._viewpoints = {sight: Viewpoint(spec, sight, device) for sight in set(self._sights)}
@@ -90,7 +90,7 @@ class Decoder(PagedDecoder):
         return (scores if cap is None else capped(scores, cap)).float().cpu()
 
     def _embedded(self, ids: Tensor, at: Tensor) -> Tensor:
-        hidden = self._embedding[ids]
+        hidden = self._embedding[ids].to(self.dtype)
         if self.spec.embedding_factor != 1:
             # Rounded as the model computes, which is what models were trained with.
             hidden = hidden * torch.tensor(self.spec.embedding_factor, dtype=self.dtype)

@@ -39,10 +39,11 @@ class Loader:
             raise CheckpointError(f"tensor {name}: expected a float dtype, found {tensor.dtype}")
         return tensor.to(device=self.device, dtype=dtype or self.dtype)
 
-    def embedding(self) -> Tensor:
-        """[vocab, embedded]."""
-        shape = (self.spec.vocab, self.spec.embedded)
-        return self.matrix(f"{self.spec.names.embedding}.weight", shape)
+    def embedding(self, as_stored: bool = False) -> Tensor:
+        """[vocab, embedded]; of the dtype it is stored in, if asked."""
+        name, shape = f"{self.spec.names.embedding}.weight", (self.spec.vocab, self.spec.embedded)
+        dtype = self.checkpoint.tensors.dtype(name) if as_stored else None
+        return self.matrix(name, shape, dtype)
 
     def positions(self) -> Tensor | None:
         """The table of learned positions [rows, hidden], if there is one."""

@@ -66,8 +66,8 @@ def load_model(
     """Open a directory and make it ready to run on `device`: cpu, cuda or cuda:N.
 
     `dtype` is what is computed in: "float32" or "bfloat16" throughout, or "auto": whatever is
-    fastest here, which rounds keys and values to fp16, and the inputs of weights of 4 and 8 bits to
-    8 bits.
+    fastest here, which rounds the inputs of weights of 4 and 8 bits to 8 bits and, where the fused
+    decoder knows the family (docs/families.md), keys and values to fp16.
 
     `head_bits` are those of the head where `auto` rounds it, which is in models that have weights
     of 4 or 8 bits: 8, or 4, which is faster and less exact. `kv_bits` are those of keys and values

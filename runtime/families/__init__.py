@@ -30,7 +30,7 @@ _FAMILIES: Mapping[str, Callable[[Mapping[str, Any]], DecoderSpec]] = {
     "qwen3": qwen3,
     "qwen3_moe": qwen3_moe,
 }
-_HINTS: Mapping[str, str] = {"gemma3": "it has images too: use a text model of Gemma 3"}
+_HINTS: Mapping[str, str] = {"gemma3": "it reads images too; its text models, gemma3_text, can be"}
 
 
 def decoder_spec(config: Mapping[str, Any]) -> DecoderSpec:

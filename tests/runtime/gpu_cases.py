@@ -20,7 +20,7 @@ from halfweave.runtime.model import load_model
 from halfweave.runtime.paged import Part
 from halfweave.runtime.params import SamplingParams
 from halfweave.runtime.request import GenerationRequest, TextDelta
-from support.tiny import pack_directory, save_tiny
+from support.tiny import Tiny, pack_directory, save_tiny
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PROMPT = torch.tensor([5, 17, 3, 99, 42, 8, 61])
@@ -48,6 +48,13 @@ def test_tokens_are_those_of_the_cpu(kind: str, tmp_path: Path) -> None:
     model = pack_directory(save_tiny(tmp_path / "tiny"), tmp_path / "packed", kind)
     expected = greedy(load_model(model, "float32").decoder)
     assert greedy(gpu_decoder(model)) == expected
+
+
+def test_phi_3_is_llama_in_other_rows(tmp_path: Path) -> None:
+    """Where it has neither a window nor heads that are turned in part."""
+    tiny = save_tiny(tmp_path / "tiny", Tiny(family="phi3"))
+    model = pack_directory(tiny, tmp_path / "packed", "sparse24_int4")
+    assert greedy(gpu_decoder(model)) == greedy(load_model(model, "float32").decoder)
 
 
 def test_the_engine_gives_the_text_of_the_cpu(tmp_path: Path) -> None:
