@@ -14,6 +14,7 @@ from .gpt2 import gpt2
 from .gpt_neox import gpt_neox
 from .llama import llama, mistral, phi3, qwen2, qwen3
 from .opt import opt
+from .rotary import check_turned
 
 _FAMILIES: Mapping[str, Callable[[Mapping[str, Any]], DecoderSpec]] = {
     "bloom": bloom,
@@ -30,6 +31,7 @@ _FAMILIES: Mapping[str, Callable[[Mapping[str, Any]], DecoderSpec]] = {
     "qwen3": qwen3,
     "qwen3_moe": qwen3_moe,
 }
+SERVED = frozenset(_FAMILIES)
 _HINTS: Mapping[str, str] = {"gemma3": "it reads images too; its text models, gemma3_text, can be"}
 
 
@@ -47,4 +49,6 @@ def decoder_spec(config: Mapping[str, Any]) -> DecoderSpec:
             f"config.json: model_type {str(kind)[:40]!r} cannot be served{hint}; "
             f"supported: {', '.join(sorted(_FAMILIES))}"
         )
-    return _FAMILIES[kind](config)
+    spec = _FAMILIES[kind](config)
+    check_turned(spec)
+    return spec

@@ -50,7 +50,7 @@ def gpt_neox(config: Mapping[str, Any]) -> DecoderSpec:
         vocab=positive_int(config, "vocab_size"),
         max_positions=positive_int(config, "max_position_embeddings", 2048),
         norm=NormSpec("layer", number(config, "layer_norm_eps", 1e-5)),
-        positions=partial_rope_of({**older, **config}, hidden // heads),
+        positions=partial_rope_of({**older, **config}),
         activation=activation_of(config, "hidden_act", "gelu"),
         gated=False,
         biased=biased,

@@ -36,7 +36,14 @@ _PHI3_NAMES = replace(
         "down": Stored("mlp.down_proj"),
     },
 )
-_MISTRAL_WINDOW = 4096  # where the config has no such field
+# What transformers takes for a field that is not there; null may mean another thing.
+_MISTRAL_DEFAULTS = {
+    "max_position_embeddings": 131072,
+    "num_key_value_heads": 8,
+    "sliding_window": 4096,
+}
+_PHI3_DEFAULTS = {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
+_QWEN_DEFAULTS = {"max_position_embeddings": 32768, "num_key_value_heads": 32}
 
 
 def llama(config: Mapping[str, Any]) -> DecoderSpec:
@@ -48,25 +55,20 @@ def llama(config: Mapping[str, Any]) -> DecoderSpec:
 
 def mistral(config: Mapping[str, Any]) -> DecoderSpec:
     """Read its config.json; raises as `decoder_spec`."""
-    window = window_of({"sliding_window": _MISTRAL_WINDOW, **config})
-    return replace(llama_like("mistral", config, ()), window=window)
+    stated = {**_MISTRAL_DEFAULTS, **config}
+    return replace(llama_like("mistral", stated, ()), window=window_of(stated))
 
 
 def phi3(config: Mapping[str, Any]) -> DecoderSpec:
     """Read its config.json; raises as `decoder_spec`."""
-    heads = positive_int(config, "num_attention_heads")
-    head_dim = positive_int(
-        config, "head_dim", max(positive_int(config, "hidden_size") // heads, 1)
-    )
-    stated = {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, **config}
-    spec = llama_like("phi3", stated, (), partial_rope_of(config, head_dim))
+    spec = llama_like("phi3", {**_PHI3_DEFAULTS, **config}, (), partial_rope_of(config))
     return replace(spec, window=window_of(config), names=_PHI3_NAMES)
 
 
 def qwen2(config: Mapping[str, Any]) -> DecoderSpec:
     """Read its config.json; raises as `decoder_spec`."""
     _require_full_attention(config)
-    return llama_like("qwen2", config, ("q", "k", "v"))
+    return llama_like("qwen2", {**_QWEN_DEFAULTS, **config}, ("q", "k", "v"))
 
 
 def qwen3(config: Mapping[str, Any]) -> DecoderSpec:
@@ -74,7 +76,8 @@ def qwen3(config: Mapping[str, Any]) -> DecoderSpec:
     _require_full_attention(config)
     biased = ATTENTION_ROLES if flag(config, "attention_bias", False) else ()
     names = replace(LLAMA_NAMES, q_norm="self_attn.q_norm", k_norm="self_attn.k_norm")
-    return replace(llama_like("qwen3", {"head_dim": 128, **config}, biased), names=names)
+    stated = {**_QWEN_DEFAULTS, "head_dim": 128, **config}
+    return replace(llama_like("qwen3", stated, biased), names=names)
 
 
 def _require_full_attention(config: Mapping[str, Any]) -> None:

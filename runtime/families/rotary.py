@@ -8,7 +8,7 @@ from typing import Any
 
 from ...errors import CheckpointError, UnsupportedModel
 from ..fields import number, positive_int
-from ..spec import RopeSpec
+from ..spec import DecoderSpec, RopeSpec
 
 
 def rope_of(config: Mapping[str, Any]) -> RopeSpec:
@@ -24,17 +24,19 @@ def rope_of(config: Mapping[str, Any]) -> RopeSpec:
     return _rope(merged)
 
 
-def partial_rope_of(config: Mapping[str, Any], head_dim: int) -> RopeSpec:
+def partial_rope_of(config: Mapping[str, Any]) -> RopeSpec:
     """The same, of a family that may turn a part of each head."""
     merged = _merged(config)
-    rope = replace(_rope(merged), share=number(merged, "partial_rotary_factor", 1.0))
-    dims = rope.dims(head_dim)
-    if not 2 <= dims <= head_dim or dims % 2:
+    return replace(_rope(merged), share=number(merged, "partial_rotary_factor", 1.0))
+
+
+def check_turned(spec: DecoderSpec) -> None:
+    """Raise CheckpointError if rotary positions turn an odd part of a head, or more than it has."""
+    rope, turned, dims = spec.positions, spec.rotary_dim, spec.head_dim
+    if isinstance(rope, RopeSpec) and (turned % 2 or not 0 < turned <= dims):
         raise CheckpointError(
-            f"config.json: a partial_rotary_factor of {rope.share:g} turns {dims} of {head_dim} "
-            "dimensions, which is no even part"
+            f"config.json: rotary positions turn {turned} of {dims} dimensions, no even part"
         )
-    return rope
 
 
 def _merged(config: Mapping[str, Any]) -> dict[str, Any]:

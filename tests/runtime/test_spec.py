@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 from halfweave.errors import CheckpointError, UnsupportedModel
-from halfweave.runtime.families import decoder_spec
+from halfweave.runtime.families import SERVED, decoder_spec
 from halfweave.runtime.spec import RopeSpec, Sight
 from support.tiny import LLAMA3_ROPE
+from transformers import AutoConfig
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
@@ -33,7 +34,8 @@ def test_missing_fields_take_the_defaults_of_the_family() -> None:
 def test_a_mistral_without_the_field_has_its_window(
     stated: dict[str, int | None], window: int | None
 ) -> None:
-    assert decoder_spec({**CONFIG, "model_type": "mistral", **stated}).window == window
+    config = {**CONFIG, "model_type": "mistral", "num_key_value_heads": 2}
+    assert decoder_spec({**config, **stated}).window == window
 
 
 def test_both_spellings_of_rope_mean_the_same() -> None:
@@ -167,3 +169,17 @@ def test_an_impossible_value_names_its_field(change: dict[str, Any]) -> None:
     """Row 20."""
     with pytest.raises(CheckpointError, match=r"config\.json"):
         decoder_spec({**CONFIG, **change})
+
+
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+OTHER_SIZES = ("n_embd", "n_layer", "n_head", "ffn_dim", "vocab_size", "model_type")
+
+
+@pytest.mark.parametrize("family", sorted(SERVED))
+def test_a_field_that_is_not_there_is_what_transformers_takes_it_for(family: str) -> None:
+    """All but sizes that no model may leave out."""
+    config = AutoConfig.for_model(family).to_dict()
+    wanted = decoder_spec(config)
+    for field in config.keys() - {*SIZES, *OTHER_SIZES}:
+        less = {key: value for key, value in config.items() if key != field}
+        assert decoder_spec(less) == wanted, field
