@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -11,7 +12,6 @@ from ..kernels.cpu.library import Library
 from ..kernels.cpu.packed import CODED, PackedWeight, pack_weight, round_weight
 from ..kernels.formats import FORMATS, Dense, Int4, Int8, PackedLinear
 from ..kernels.measured import Product
-from ..kernels.shards import ShardedTensors
 from ..runtime.checkpoint import Checkpoint
 from ..runtime.families import decoder_spec
 from ..runtime.fused import rounds_end
@@ -45,7 +45,6 @@ def model_products(checkpoint: Checkpoint, head_bits: int = 8) -> list[ModelProd
     Raises as `decoder_spec`.
     """
     spec = decoder_spec(checkpoint.config)
-    tensors = ShardedTensors.open(checkpoint.path)
     loader = Loader(checkpoint, spec, torch.float32, torch.device("cpu"))
     found: dict[Product, ModelProduct] = {}
 
@@ -58,16 +57,15 @@ def model_products(checkpoint: Checkpoint, head_bits: int = 8) -> list[ModelProd
         entry = checkpoint.linears.get(name)
         kind = Dense.kind if entry is None else entry.format
         floats = f"{name}.{FORMATS[kind].suffixes[0]}"
-        dtype = None if kind in CODED else str(tensors.dtype(floats)).rpartition(".")[2]
+        dtype = None if kind in CODED else str(checkpoint.tensors.dtype(floats)).rpartition(".")[2]
         return Product(kind, None if entry is None else entry.group, dtype, *shape)
 
     for layer in range(spec.layers):
-        for role in spec.roles:
-            product = stored(spec.linear_name(layer, role), spec.shape(role))
-            add(product, lambda layer=layer, role=role: loader.linear(layer, role))  # type: ignore[misc]
-    head = spec.names.embedding if spec.tied else spec.names.head
-    shape = (spec.vocab, spec.hidden)
-    if rounds_end(checkpoint, head):
+        for linear in spec.linears(layer):
+            read = partial(loader.linear, layer, linear.role, linear.expert)
+            add(stored(linear.name, linear.shape), read)
+    head, shape = spec.head_name, (spec.vocab, spec.embedded)
+    if rounds_end(checkpoint, spec, head):
         kind, group = (Int8.kind, None) if head_bits == 8 else (Int4.kind, _ROUNDED_GROUP)
         add(Product(kind, group, None, *shape), lambda: loader.end(head), head_bits)
     else:

@@ -105,9 +105,10 @@ class RandomLoader(Loader):
 
     def norm(self, name: str) -> Norm:
         """Ones."""
-        return Norm(torch.ones(self.spec.hidden, dtype=self.dtype, device=self.device), None)
+        gain = torch.ones(self.spec.hidden, dtype=self.dtype, device=self.device)
+        return Norm(gain, None, self.spec.norm.eps)
 
-    def linear(self, layer: int, role: str) -> PackedLinear:
+    def linear(self, layer: int, role: str, expert: int | None = None) -> PackedLinear:
         """A linear of a block."""
         return self.pack(self._random(*self.spec.shape(role)))
 

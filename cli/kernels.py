@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Typer
 
-from ..errors import HalfweaveError, UsageError
+from ..errors import HalfweaveError, UnsupportedModel, UsageError
 from .console import Console
 from .flags import Flag, Output, verb
 
@@ -166,6 +166,8 @@ def _roofs(model: str, card: str, group: int) -> list[tuple[int, Any]]:
     if card not in CARDS:
         raise UsageError(f"card {card!r} is none of {', '.join(CARDS)}")
     spec = decoder_spec(Checkpoint.open(model, verify=False).config)
+    if spec.experts is not None:
+        raise UnsupportedModel("the GPU kernels lack experts, so there is no roof for them")
     linears = [spec.shape(role) for role in spec.roles] * spec.layers
     head = spec.vocab, spec.hidden
     return [(n, decode_roof(linears, head, n, group, CARDS[card])) for n in _BATCHES]

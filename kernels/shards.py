@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,20 @@ class ShardedTensors:
             _check_index(index, placed, tensors)
         return cls(directory, files, tensors)
 
+    def renamed(self, rename: Callable[[str], str]) -> ShardedTensors:
+        """The same tensors under other names.
+
+        Raises:
+            CheckpointError: two of them would have one name.
+        """
+        tensors: dict[str, TensorInfo] = {}
+        for name, info in self.tensors.items():
+            new = rename(name)
+            if new in tensors:
+                raise CheckpointError(f"{self.directory}: {name} and another tensor are both {new}")
+            tensors[new] = info
+        return replace(self, tensors=tensors)
+
     def names(self) -> list[str]:
         """All tensor names, sorted."""
         return sorted(self.tensors)
@@ -129,7 +143,7 @@ class ShardedTensors:
         return torch.frombuffer(data, dtype=info.dtype).view(info.shape)
 
     def read_file(self, file: Path, sha256: str | None = None) -> dict[str, Tensor]:
-        """All tensors of one of `files`: see `read_shard`."""
+        """All tensors of one of `files`, by the names they have there: see `read_shard`."""
         return read_shard(file, sha256)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import CheckpointError, UnsupportedModel
+from ..runtime.families.names import dense_is_transposed
 from .family import Experts, Family, FreeChannels, Stages
 
 _MOST_LAYERS, _MOST_EXPERTS = 10_000, 10_000
@@ -152,8 +153,7 @@ def _gpt2(config: Mapping[str, Any]) -> Family:
         free=free,
         context=_count(config, "n_positions", 1024),
         tied=_tied(config, True),
-        transposed=True,
-        ignored=(".attn.bias", ".attn.masked_bias"),
+        transposed=dense_is_transposed(config),
     )
 
 
@@ -176,7 +176,6 @@ def _gpt_neox(config: Mapping[str, Any]) -> Family:
         context=_count(config, "max_position_embeddings"),
         tied=_tied(config, False),
         head="embed_out",
-        ignored=(".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq"),
     )
 
 

@@ -84,7 +84,6 @@ class Family:
         attention: transformers' implementation that computes all of it.
         capped: the scores are squeezed before they are used, which nothing here repeats.
         tuples: transformers' block returns its output as the first of several.
-        ignored: ends of the names of tensors that are no weights.
         experts: the MLP is one of several.
         stored_mlp: what an `mlp` of transformers' is stored as.
     """
@@ -102,7 +101,6 @@ class Family:
     attention: str = "sdpa"
     capped: bool = False
     tuples: bool = False
-    ignored: tuple[str, ...] = (".rotary_emb.inv_freq",)
     experts: Experts | None = None
     stored_mlp: str = "mlp"
 

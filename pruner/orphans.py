@@ -25,6 +25,7 @@ from ..kernels.groups import group_count
 from ..kernels.schema import FORMAT_VERSION, MANIFEST_FILE, LinearFormat, QuantizationConfig
 from ..kernels.shards import ShardedTensors
 from ..runtime.families import decoder_spec
+from ..runtime.families.names import dense_is_transposed, with_base_prefix
 from . import marlin24
 from .beside import built_beside, complete, refuse_taken
 from .journal import LinearRecord
@@ -77,7 +78,7 @@ def import_orphan(
     refuse_taken(destination)
     config = read_json(directory / "config.json")
     layout = layout_of(directory, config)
-    tensors = ShardedTensors.open(directory)
+    tensors = with_base_prefix(config, ShardedTensors.open(directory))
     with built_beside(destination) as build:
         writer = _Writer(directory, config, layout, tensors, build)
         files = writer.plan()
@@ -229,7 +230,10 @@ class _Writer:
             group = getattr(weight, "group", None)
             record = LinearRecord(weight.kind, weight.shape, group, "imported", None)
             self.records[name] = record
-            found |= {f"{name}.{suffix}": part for suffix, part in weight.tensors().items()}
+            if isinstance(weight, Dense):
+                found[f"{name}.weight"] = self.tensors.read(f"{name}.weight")
+            else:
+                found |= {f"{name}.{suffix}": part for suffix, part in weight.tensors().items()}
         save_tensors(self.build / file, found, {"format": "pt"})
         self.weight_map |= dict.fromkeys(found, file)
         self.nbytes += sum(tensor.nbytes for tensor in found.values())
@@ -264,6 +268,8 @@ class _Writer:
             suffixes, read = _READERS[self.layout]
             return read({s: self.tensors.read(f"{name}.{s}") for s in suffixes}, name)
         weight = self.tensors.read(f"{name}.weight")
+        if dense_is_transposed(self.config):
+            weight = weight.T.contiguous()
         fours = weight.view(len(weight), -1, 4) if weight.shape[1] % 4 == 0 else None
         if fours is not None and bool(((fours != 0).sum(-1) <= 2).all()):
             return Sparse24.from_dense(weight, name)

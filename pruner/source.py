@@ -17,6 +17,7 @@ from ..kernels.device import parse_device
 from ..kernels.formats import FLOAT_DTYPES
 from ..kernels.shards import ShardedTensors
 from ..runtime.checkpoint import Checkpoint
+from ..runtime.families.names import is_ignored, with_base_prefix
 from .families import family_of
 from .family import Family
 from .tasks import Here, Tasks
@@ -72,7 +73,7 @@ class Source:
                 f"{directory} is quantized or pruned already", "start from the dense model"
             )
         family = family_of(config)
-        tensors = ShardedTensors.open(directory)
+        tensors = with_base_prefix(config, ShardedTensors.open(directory))
         source = cls(directory, config, family, tensors, device=where)
         for index in range(source.block_count):
             for name in source.linear_names(index):
@@ -132,8 +133,7 @@ class Source:
     @cached_property
     def _weights(self) -> list[str]:
         """Names of the tensors that are weights."""
-        ignored = self.family.ignored
-        return [name for name in self.tensors.names() if not name.endswith(ignored)]
+        return [name for name in self.tensors.names() if not is_ignored(name)]
 
     def turned(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A block's tensors from [N, K] to how the family stores linears of floats, or back."""

@@ -19,6 +19,7 @@ from ..files import find_directory, read_json
 from ..kernels.formats import FORMATS, Dense, PackedLinear, expected_tensors, from_tensors
 from ..kernels.schema import JOURNAL_FILE, MANIFEST_FILE, LinearFormat, parse_quantization_config
 from ..kernels.shards import ShardedTensors
+from .families.names import is_ignored, with_base_prefix
 from .manifest import Manifest
 
 _FOREIGN_KEYS = ("compression_config", "sparsity_config")
@@ -30,14 +31,15 @@ class Checkpoint:
     """An opened model directory. Make it with `open`.
 
     `linears` has the format of each linear that is not stored as a plain `.weight`; `manifest` is
-    halfweave.json, or None in a directory that halfweave did not make.
+    halfweave.json, or None in a directory that halfweave did not make. `tensors` have the names
+    that transformers knows them by.
     """
 
     path: Path
     config: Mapping[str, Any]
     linears: Mapping[str, LinearFormat]
     manifest: Mapping[str, Any] | None
-    _tensors: ShardedTensors
+    tensors: ShardedTensors
     _stamps: Mapping[Path, tuple[int, int, int]]
     _used: set[str] = field(default_factory=set)
 
@@ -64,7 +66,7 @@ class Checkpoint:
         manifest = _read_manifest(directory, packed=bool(linears))
         if manifest is not None:
             manifest.check_sizes(directory)  # says more of a file cut off than its reader can
-        tensors = ShardedTensors.open(directory)
+        tensors = with_base_prefix(config, ShardedTensors.open(directory))
         stamps = {file: _stamp(file) for file in tensors.files}
         _refuse_extra_shards(directory, tensors)
         if manifest is not None:
@@ -82,14 +84,14 @@ class Checkpoint:
 
     def names(self) -> list[str]:
         """All tensor names, sorted."""
-        return self._tensors.names()
+        return self.tensors.names()
 
     def file_of(self, name: str) -> Path:
         """The file that holds a tensor. Raises CheckpointError when it is missing."""
-        return self._tensors.file_of(name)
+        return self.tensors.file_of(name)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._tensors
+        return name in self.tensors
 
     def tensor(self, name: str) -> Tensor:
         """One tensor, in memory of its own.
@@ -98,29 +100,34 @@ class Checkpoint:
             CheckpointError: it is missing, or its file is not the one that was opened.
         """
         self._used.add(name)
-        file = self._tensors.file_of(name)
+        file = self.tensors.file_of(name)
         if _stamp(file) != self._stamps[file]:
             raise CheckpointError(f"{file} was changed while it was being read", "try again")
-        return self._tensors.read(name)
+        return self.tensors.read(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape, without reading it. Raises CheckpointError when it is missing."""
-        return self._tensors.shape(name)
+        return self.tensors.shape(name)
 
-    def linear_shape(self, prefix: str) -> tuple[int, int]:
-        """(N, K) of a linear, however it is stored, without reading it."""
+    def linear_shape(self, prefix: str, transposed: bool = False) -> tuple[int, int]:
+        """(N, K) of a linear, however it is stored, without reading it.
+
+        `transposed` says that one which is not packed is stored as [K, N].
+        """
         if prefix in self.linears:
             return self.linears[prefix].shape
         shape = self.shape(f"{prefix}.weight")
         if len(shape) != 2:
             raise CheckpointError(f"tensor {prefix}.weight is not a matrix: {list(shape)}")
-        return shape[0], shape[1]
+        rows, columns = reversed(shape) if transposed else shape
+        return rows, columns
 
-    def linear(self, prefix: str) -> PackedLinear:
-        """A linear's weight in the format it is stored in, proved to be legal."""
+    def linear(self, prefix: str, transposed: bool = False) -> PackedLinear:
+        """A linear's weight in the format it is stored in, proved to be legal; see above."""
         entry = self.linears.get(prefix)
         if entry is None:
-            dense = Dense(self.tensor(f"{prefix}.weight"))
+            weight = self.tensor(f"{prefix}.weight")
+            dense = Dense(weight.T.contiguous() if transposed else weight)
             dense.validate(prefix)
             return dense
         suffixes = FORMATS[entry.format].suffixes
@@ -129,7 +136,7 @@ class Checkpoint:
 
     def warn_of_unused(self) -> None:
         """Log the tensors that nothing asked for: they are not part of the model that runs."""
-        unused = [name for name in self.names() if name not in self._used]
+        unused = [n for n in self.names() if n not in self._used and not is_ignored(n)]
         if unused:
             _log.warning(
                 "%s: %d unexpected tensors are not used, such as %s",
@@ -140,11 +147,11 @@ class Checkpoint:
 
     def _check_shapes(self, name: str, entry: LinearFormat) -> None:
         for suffix, shape in expected_tensors(entry.format, entry.shape, entry.group).items():
-            found = self._tensors.shape(f"{name}.{suffix}")
+            found = self.tensors.shape(f"{name}.{suffix}")
             if found != shape:
                 raise CheckpointError(
                     f"tensor {name}.{suffix}: config.json says {list(shape)}, "
-                    f"found {list(found)} in {self._tensors.file_of(f'{name}.{suffix}').name}"
+                    f"found {list(found)} in {self.tensors.file_of(f'{name}.{suffix}').name}"
                 )
 
 

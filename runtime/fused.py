@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import UnsupportedModel
 from ..kernels.cpu import decoder as native
 from ..kernels.cpu.decoder import NativeDecoder
 from ..kernels.cpu.library import Library
@@ -26,7 +27,8 @@ from ..kernels.formats import Dense, PackedLinear
 from ..kernels.measured import Product
 from .alibi import slopes
 from .checkpoint import Checkpoint
-from .loading import Loader, Norm
+from .loading import Loader
+from .norms import Norm
 from .paged import PagedDecoder, Part, positions, token_ids
 from .rope import inverse_frequencies
 from .spec import ROLES, AlibiSpec, DecoderSpec, LearnedSpec, RopeSpec
@@ -42,11 +44,33 @@ class FusedBits:
     kv: int = 16
 
 
-def rounds_end(checkpoint: Checkpoint, name: str) -> bool:
+def lacking(spec: DecoderSpec) -> list[str]:
+    """What a model has that these kernels have not; it is run by `Decoder`, on the same ones."""
+    names = spec.names
+    return [
+        what
+        for what, missing in (
+            ("experts", spec.experts is not None),
+            ("layers that see less than others", spec.local is not None),
+            ("norms behind attention and MLP", bool(names.attention_out_norm)),
+            ("norms of sums", spec.residual == "post"),
+            ("no norm before the head", not names.norm),
+            ("an embedding of another size", spec.word_size is not None),
+            ("scaled embeddings", spec.embedding_factor != 1),
+            ("a scale of attention of its own", spec.attention_scale is not None),
+            ("capped scores", spec.attention_cap is not None or spec.logit_cap is not None),
+        )
+        if missing
+    ]
+
+
+def rounds_end(checkpoint: Checkpoint, spec: DecoderSpec, name: str) -> bool:
     """Whether the embedding or head `name` is rounded when it is loaded.
 
     That is where some linear is stored as codes, and this one is not.
     """
+    if lacking(spec):
+        return False
     coded = {linear for linear, entry in checkpoint.linears.items() if entry.format in CODED}
     return bool(coded) and name not in coded
 
@@ -103,8 +127,11 @@ class FusedDecoder(PagedDecoder):
         """Read and repack every weight.
 
         Raises:
+            UnsupportedModel: the model has parts that these kernels lack.
             CheckpointError: a tensor is missing, illegal, or does not fit the config.
         """
+        if lacks := lacking(spec):
+            raise UnsupportedModel(f"the fused decoder lacks {', '.join(lacks)}")
         self.spec, self.level, self.device = spec, library.level, torch.device("cpu")
         loader = Loader(checkpoint, spec, torch.float32, torch.device("cpu"))
         packer = _Packer(library, Room())
@@ -154,11 +181,12 @@ def _shape(spec: DecoderSpec, bits: FusedBits) -> native.Shape:
         head_dim=spec.head_dim,
         ffn=spec.ffn,
         vocab=spec.vocab,
-        rotary_dim=spec.head_dim if isinstance(spec.positions, RopeSpec) else 0,
+        rotary_dim=spec.rotary_dim,
         window=spec.window or 0,
         cache_bits=bits.kv,
         norm_eps=spec.norm.eps,
         activation=spec.activation,
+        parallel=spec.residual == "parallel",
     )
 
 
@@ -168,10 +196,14 @@ def _block(loader: Loader, packer: _Packer, layer: int) -> native.Block:
         _norm(loader.block_norm(layer, spec.names.attention_norm)),
         _norm(loader.block_norm(layer, spec.names.mlp_norm)),
         [packer.pack(loader.linear(layer, role)) if role in spec.roles else None for role in ROLES],
-        [loader.bias(layer, role) for role in ROLES],
-        loader.head_norm(layer, spec.names.q_norm),
-        loader.head_norm(layer, spec.names.k_norm),
+        [loader.bias(layer, role) if role in spec.roles else None for role in ROLES],
+        _gain(loader.head_norm(layer, spec.names.q_norm)),
+        _gain(loader.head_norm(layer, spec.names.k_norm)),
     )
+
+
+def _gain(norm: Norm | None) -> Tensor | None:
+    return None if norm is None else norm.gain
 
 
 def _norm(norm: Norm) -> native.Norm:
@@ -180,10 +212,9 @@ def _norm(norm: Norm) -> native.Norm:
 
 def _ends(loader: Loader, packer: _Packer, bits: FusedBits) -> native.Ends:
     spec, positions = loader.spec, loader.spec.positions
-    names, table = spec.names, loader.positions()
-    named = names.embedding if spec.tied else names.head
+    names, named, table = spec.names, spec.head_name, loader.positions()
     embedding = _end(loader, packer, names.embedding, 8)
-    shared = spec.tied and (bits.head == 8 or not rounds_end(loader.checkpoint, named))
+    shared = spec.tied and (bits.head == 8 or not rounds_end(loader.checkpoint, spec, named))
     return native.Ends(
         embedding,
         head=embedding if shared else _end(loader, packer, named, bits.head),
@@ -205,7 +236,7 @@ def _frequencies(spec: DecoderSpec) -> Tensor | None:
 def _end(loader: Loader, packer: _Packer, name: str, bits: int) -> PackedWeight:
     """As it is stored, or in `bits` where it is rounded."""
     stored = loader.end(name)
-    if not rounds_end(loader.checkpoint, name):
+    if not rounds_end(loader.checkpoint, loader.spec, name):
         return packer.pack(stored)
     floats = stored.weight if isinstance(stored, Dense) else stored.unpack()
     return packer.round(floats, bits)

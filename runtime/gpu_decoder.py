@@ -223,9 +223,17 @@ def _check(spec: DecoderSpec) -> None:
         what
         for what, missing in (
             ("positions that are not rotary", not isinstance(spec.positions, RopeSpec)),
+            ("heads that are turned in part", 0 < spec.rotary_dim < spec.head_dim),
             ("norms other than RMSNorm", spec.norm.kind != "rms"),
             ("MLPs other than gated SiLU ones", not spec.gated or spec.activation != "silu"),
-            ("a sliding window", spec.window is not None),
+            ("a sliding window", spec.window is not None or spec.local is not None),
+            ("residuals other than Llama's", spec.residual != "pre"),
+            ("experts", spec.experts is not None),
+            ("norms behind attention and MLP", bool(spec.names.attention_out_norm)),
+            ("an embedding of another size", spec.word_size is not None),
+            ("scaled embeddings", spec.embedding_factor != 1),
+            ("a scale of attention of its own", spec.attention_scale is not None),
+            ("capped scores", spec.attention_cap is not None or spec.logit_cap is not None),
             ("norms of heads", bool(spec.names.q_norm)),
             ("a norm of the embedding", bool(spec.names.embedding_norm)),
             ("over 16 query heads to a key", spec.heads > _MOST_SHARING * spec.kv_heads),

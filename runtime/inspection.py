@@ -16,6 +16,7 @@ from ..kernels.shards import ShardedTensors
 from .checkpoint import Checkpoint
 from .families import decoder_spec
 from .roof import Roof, find_roof
+from .spec import Linear
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,11 @@ def inspect_checkpoint(path: str | Path, verify: bool = True) -> Inspection:
     checkpoint = Checkpoint.open(path, verify)
     spec = decoder_spec(checkpoint.config)
     records = (checkpoint.manifest or {}).get("linears", {})
-    tensors = ShardedTensors.open(checkpoint.path)
     linears = tuple(
-        _linear(checkpoint, tensors, name, records.get(name, {})) for name in spec.linear_names
+        _linear(checkpoint, each, records.get(each.name, {})) for each in spec.stored_linears
     )
     # The embedding is never packed: it has the dtype of the dense model.
-    item_bytes = tensors.dtype(f"{spec.names.embedding}.weight").itemsize
+    item_bytes = checkpoint.tensors.dtype(f"{spec.names.embedding}.weight").itemsize
     saved = sum(
         item_bytes * prod(row.shape) - row.bytes for row in linears if row.format != Dense.kind
     )
@@ -87,19 +87,18 @@ def inspect_checkpoint(path: str | Path, verify: bool = True) -> Inspection:
         verified_files=len(manifest["files"]) if manifest is not None and verify else None,
         recipe=None if manifest is None else manifest.get("recipe"),
         provenance=None if manifest is None else manifest.get("provenance"),
-        roof=find_roof(checkpoint, spec, tensors),
+        roof=find_roof(checkpoint, spec),
     )
 
 
-def _linear(
-    checkpoint: Checkpoint, tensors: ShardedTensors, name: str, record: Mapping[str, Any]
-) -> LinearReport:
+def _linear(checkpoint: Checkpoint, linear: Linear, record: Mapping[str, Any]) -> LinearReport:
+    name, tensors = linear.name, checkpoint.tensors
     entry = checkpoint.linears.get(name)
     kind = Dense.kind if entry is None else entry.format
     group = None if entry is None else entry.group
     floats = f"{name}.{FORMATS[kind].suffixes[0]}"
     dtype = None if kind in CODED else str(tensors.dtype(floats)).rpartition(".")[2]
-    shape = checkpoint.linear_shape(name)
+    shape = checkpoint.linear_shape(name, linear.stored.transposed)
     choice = settled(Product(kind, group, dtype, *shape))
     return LinearReport(
         name=name,

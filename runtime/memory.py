@@ -44,6 +44,10 @@ class MemoryPlan:
         """Of `pages` and steps of so many tokens, of so many sequences."""
         tokens, rows = step
         widest = 3 * spec.hidden + 2 * spec.heads * spec.head_dim + 2 * spec.ffn
+        if spec.experts is not None:  # one at a time, on copies of its tokens
+            widest += 2 * spec.hidden + 2 * max(spec.experts.ffn - spec.ffn, 0)
+        if spec.attention_cap is not None:  # scores of every position, before, within and after
+            widest += 3 * spec.heads * spec.max_positions
         scores = (max(rows, _ROWS_SCORED)) * spec.vocab
         return cls(
             weight_bytes,

@@ -13,7 +13,7 @@ from ..kernels.device import parse_device
 from .checkpoint import Checkpoint
 from .decoder import Decoder
 from .families import decoder_spec
-from .fused import FusedBits, FusedDecoder
+from .fused import FusedBits, FusedDecoder, lacking
 from .loading import Loader
 from .paged import PagedDecoder
 from .spec import DecoderSpec
@@ -66,8 +66,8 @@ def load_model(
     """Open a directory and make it ready to run on `device`: cpu, cuda or cuda:N.
 
     `dtype` is what is computed in: "float32" or "bfloat16" throughout, or "auto": whatever is
-    fastest here, which rounds keys and values to fp16, and the inputs of weights of 4 and 8 bits to
-    8 bits.
+    fastest here, which rounds the inputs of weights of 4 and 8 bits to 8 bits and, where the fused
+    decoder knows the family (docs/families.md), keys and values to fp16.
 
     `head_bits` are those of the head where `auto` rounds it, which is in models that have weights
     of 4 or 8 bits: 8, or 4, which is faster and less exact. `kv_bits` are those of keys and values
@@ -106,7 +106,7 @@ def _decoder(
     checkpoint: Checkpoint, spec: DecoderSpec, dtype: str, bits: FusedBits
 ) -> PagedDecoder:
     native = library() if dtype == "auto" else None
-    if native is not None:
+    if native is not None and not lacking(spec):
         return FusedDecoder(checkpoint, spec, native, bits)
     compute, exact = _DTYPES.get(dtype, torch.float32), dtype != "auto"
     return Decoder(checkpoint, spec, compute, torch.device("cpu"), exact)

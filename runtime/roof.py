@@ -9,7 +9,6 @@ from ..kernels.cpu.bandwidth import read_bandwidth
 from ..kernels.cpu.library import Library, library
 from ..kernels.cpu.packed import CODED, packed_bytes
 from ..kernels.formats import FLOAT_DTYPES, FORMATS, Dense, Int8
-from ..kernels.shards import ShardedTensors
 from .checkpoint import Checkpoint
 from .fused import rounds_end
 from .spec import DecoderSpec
@@ -20,7 +19,8 @@ class Roof:
     """Decoding one sequence reads every weight once a token, so memory sets a limit.
 
     `level` and `threads` are the kernels'; `token_bytes` are those of all linears and the head as
-    packed, without keys and values; `read_bytes_per_second` was measured.
+    packed, of experts the chosen ones', without keys and values; `read_bytes_per_second` was
+    measured.
     """
 
     level: str
@@ -34,10 +34,8 @@ class Roof:
         return self.read_bytes_per_second / self.token_bytes
 
 
-def find_roof(checkpoint: Checkpoint, spec: DecoderSpec, tensors: ShardedTensors) -> Roof | None:
+def find_roof(checkpoint: Checkpoint, spec: DecoderSpec) -> Roof | None:
     """Measure for a tenth of a second; None without the CPU kernels, or memory to read.
-
-    `tensors` are the checkpoint's.
 
     Raises:
         CheckpointError: a weight is stored in a dtype that no weight has.
@@ -45,34 +43,39 @@ def find_roof(checkpoint: Checkpoint, spec: DecoderSpec, tensors: ShardedTensors
     native = library()
     if native is None:
         return None
-    head = spec.names.embedding if spec.tied else spec.names.head
-    ends = (spec.vocab, spec.hidden)
-    total = sum(
-        _stored_bytes(native, checkpoint, tensors, spec.linear_name(layer, role), spec.shape(role))
-        for layer in range(spec.layers)
-        for role in spec.roles
-    )
-    if rounds_end(checkpoint, head):
-        total += packed_bytes(native, Int8.kind, ends)
-    else:
-        total += _stored_bytes(native, checkpoint, tensors, head, ends)
+    total = token_bytes(native, checkpoint, spec)
     try:
         return Roof(native.level, native.threads, total, read_bandwidth(native))
     except RuntimeError:  # torch's word for memory that there is not
         return None
 
 
+def token_bytes(native: Library, checkpoint: Checkpoint, spec: DecoderSpec) -> int:
+    """Bytes of all linears that one token reads, as packed: of experts, those of the chosen ones.
+
+    Raises as `find_roof`.
+    """
+    linears = (linear for layer in range(spec.layers) for linear in spec.linears(layer))
+    total = sum(
+        linear.read * _stored_bytes(native, checkpoint, linear.name, linear.shape)
+        for linear in linears
+    )
+    for name, shape in spec.never_packed.items():
+        total += _stored_bytes(native, checkpoint, name, shape)
+    head, ends = spec.head_name, (spec.vocab, spec.embedded)
+    if rounds_end(checkpoint, spec, head):
+        return round(total) + packed_bytes(native, Int8.kind, ends)
+    return round(total) + _stored_bytes(native, checkpoint, head, ends)
+
+
 def _stored_bytes(
-    native: Library,
-    checkpoint: Checkpoint,
-    tensors: ShardedTensors,
-    name: str,
-    shape: tuple[int, int],
+    native: Library, checkpoint: Checkpoint, name: str, shape: tuple[int, int]
 ) -> int:
     """Of a linear of `shape`, which may be a part of the stored one."""
     entry = checkpoint.linears.get(name)
     kind, group = (Dense.kind, None) if entry is None else (entry.format, entry.group)
-    dtype = None if kind in CODED else tensors.dtype(f"{name}.{FORMATS[kind].suffixes[0]}")
+    floats = f"{name}.{FORMATS[kind].suffixes[0]}"
+    dtype = None if kind in CODED else checkpoint.tensors.dtype(floats)
     if dtype is not None and dtype not in FLOAT_DTYPES:
         raise CheckpointError(f"{name}: {dtype} is no dtype for weights")
     return packed_bytes(native, kind, shape, group, dtype)

@@ -11,8 +11,9 @@ from .spec import RopeSpec
 
 
 def inverse_frequencies(rope: RopeSpec, head_dim: int) -> Tensor:
-    """Angle per position for each pair of dimensions: fp32 [head_dim / 2]."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    """Angle per position for each pair of the dimensions that are turned: fp32 [dims / 2]."""
+    dims = rope.dims(head_dim)
+    exponents = torch.arange(0, dims, 2, dtype=torch.float32) / dims
     frequencies = 1.0 / rope.theta**exponents
     if rope.kind == "linear":
         return frequencies / rope.factor
@@ -31,13 +32,14 @@ def _llama3(rope: RopeSpec, frequencies: Tensor) -> Tensor:
 
 
 def rotation(frequencies: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines for positions [count]: fp32 [count, head_dim]."""
+    """Cosines and sines for positions [count]: fp32 [count, dims]."""
     angles = torch.outer(positions.float(), frequencies).repeat(1, 2)
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Turn x [heads, tokens, head_dim]; dimension d pairs with d + head_dim / 2."""
-    first, second = x.chunk(2, dim=-1)
-    turned: Tensor = x * cosine + torch.cat((-second, first), dim=-1) * sine
-    return turned
+    """Turn the first `dims` of x [heads, tokens, head_dim]; d pairs with d + dims / 2."""
+    dims = cosine.shape[-1]
+    first, second, rest = x[..., : dims // 2], x[..., dims // 2 : dims], x[..., dims:]
+    turned = x[..., :dims] * cosine + torch.cat((-second, first), dim=-1) * sine
+    return torch.cat((turned, rest), dim=-1)

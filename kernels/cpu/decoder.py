@@ -37,7 +37,8 @@ class Shape:
 
     Rotary positions turn the first `rotary_dim` dimensions of a head. A token sees `window`
     positions, its own included; 0 stands for all. Keys and values are stored in `cache_bits`: 16,
-    or 8 with a scale for every vector of a head. `activation` is one of ACTIVATIONS.
+    or 8 with a scale for every vector of a head. `activation` is one of ACTIVATIONS. With
+    `parallel` an MLP reads the states that its block's attention reads, without what that adds.
     """
 
     layers: int
@@ -52,6 +53,7 @@ class Shape:
     cache_bits: int
     norm_eps: float
     activation: str
+    parallel: bool = False
 
 
 @dataclass(frozen=True)

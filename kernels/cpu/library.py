@@ -73,6 +73,7 @@ class ShapeStruct(Structure):
     _fields_ = (
         *((name, c_int64) for name in ("layers", "hidden", "heads", "kv_heads", "head_dim")),
         *((name, c_int64) for name in ("ffn", "vocab", "rotary_dim", "window", "cache_bits")),
+        ("parallel", c_int64),
         ("norm_eps", c_float),
         ("activation", c_int32),
     )

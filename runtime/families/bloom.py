@@ -7,10 +7,10 @@ from typing import Any
 
 from ..fields import flag, number, positive_int
 from ..spec import AlibiSpec, DecoderSpec, Names, NormSpec, Stored
-from .options import heads_of, layers_of, require
+from .options import heads_of, layers_of, present, require
 
 _LINEARS = {
-    **{role: Stored("self_attention.query_key_value", part) for part, role in enumerate("qkv")},
+    **dict.fromkeys("qkv", Stored("self_attention.query_key_value", ("q", "k", "v"), by_head=True)),
     "o": Stored("self_attention.dense"),
     "up": Stored("mlp.dense_h_to_4h"),
     "down": Stored("mlp.dense_4h_to_h"),
@@ -30,11 +30,11 @@ _TRAINED_POSITIONS = 2048  # where the config says nothing; the slopes go on
 def bloom(config: Mapping[str, Any]) -> DecoderSpec:
     """Read its config.json; raises as `decoder_spec`."""
     require(config, "apply_residual_connection_post_layernorm", False)
-    hidden = positive_int(config, _present(config, "hidden_size", "n_embed"))
-    heads = heads_of(config, _present(config, "n_head", "num_attention_heads"), hidden)
+    hidden = positive_int(config, present(config, "hidden_size", "n_embed"))
+    heads = heads_of(config, present(config, "n_head", "num_attention_heads"), hidden)
     return DecoderSpec(
         family="bloom",
-        layers=layers_of(config, _present(config, "n_layer", "num_hidden_layers")),
+        layers=layers_of(config, present(config, "n_layer", "num_hidden_layers")),
         hidden=hidden,
         heads=heads,
         kv_heads=heads,
@@ -50,8 +50,3 @@ def bloom(config: Mapping[str, Any]) -> DecoderSpec:
         tied=flag(config, "tie_word_embeddings", True),
         names=_NAMES,
     )
-
-
-def _present(config: Mapping[str, Any], *keys: str) -> str:
-    """The first of these spellings that the config has; older ones differ."""
-    return next((key for key in keys if config.get(key) is not None), keys[0])

@@ -1,11 +1,14 @@
-"""OPT (2205.01068): learned positions, LayerNorm, a plain MLP with ReLU, biases everywhere."""
+"""OPT (2205.01068): learned positions, LayerNorm, a plain MLP with ReLU, biases everywhere.
+
+OPT-350m norms behind attention and MLP, and its embedding is smaller than its states.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from ...errors import UnsupportedModel
 from ..fields import flag, positive_int
 from ..spec import DecoderSpec, LearnedSpec, Names, NormSpec, Stored
 from .options import activation_of, heads_of, layers_of, require
@@ -27,19 +30,23 @@ _NAMES = Names(
     mlp_norm="final_layer_norm",
     linears=_LINEARS,
 )
+_PROJECT_IN, _PROJECT_OUT = "model.decoder.project_in", "model.decoder.project_out"
 _FIRST_ROW = 2  # of the table of positions, whose first rows stood for padding
 _EPS = 1e-5  # of every LayerNorm; the config has no field for it
 
 
 def opt(config: Mapping[str, Any]) -> DecoderSpec:
     """Read its config.json; raises as `decoder_spec`."""
-    require(config, "do_layer_norm_before", True)
     require(config, "layer_norm_elementwise_affine", True)
-    require(config, "_remove_final_layer_norm", False)
     hidden = positive_int(config, "hidden_size")
-    if positive_int(config, "word_embed_proj_dim", hidden) != hidden:
-        raise UnsupportedModel("config.json: a word_embed_proj_dim of its own is not supported")
     heads = heads_of(config, "num_attention_heads", hidden)
+    before = flag(config, "do_layer_norm_before", True)
+    word_size = positive_int(config, "word_embed_proj_dim", hidden)
+    names = _NAMES
+    if not before or flag(config, "_remove_final_layer_norm", False):
+        names = replace(names, norm="")
+    if word_size != hidden:
+        names = replace(names, project_in=_PROJECT_IN, project_out=_PROJECT_OUT)
     return DecoderSpec(
         family="opt",
         layers=layers_of(config),
@@ -56,5 +63,7 @@ def opt(config: Mapping[str, Any]) -> DecoderSpec:
         gated=False,
         biased=frozenset(_LINEARS if flag(config, "enable_bias", True) else ()),
         tied=flag(config, "tie_word_embeddings", True),
-        names=_NAMES,
+        names=names,
+        residual="pre" if before else "post",
+        word_size=None if word_size == hidden else word_size,
     )

@@ -7,18 +7,19 @@ from typing import Any
 
 from ...errors import CheckpointError, UnsupportedModel
 from ..fields import flag, positive_int
-from ..spec import ROLES
+from ..spec import MLP_ROLES, ROLES
 
 _MAX_LAYERS = 1000
 _ACTIVATIONS = {
     "gelu": "gelu",
+    "gelu_fast": "gelu_tanh",
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
     "silu": "silu",
     "swish": "silu",
 }
-ATTENTION_ROLES, MLP_ROLES = ROLES[:4], ROLES[4:]
+ATTENTION_ROLES = tuple(role for role in ROLES if role not in MLP_ROLES)
 
 
 def layers_of(config: Mapping[str, Any], key: str = "num_hidden_layers") -> int:
@@ -46,6 +47,11 @@ def activation_of(config: Mapping[str, Any], key: str, default: str) -> str:
             f"supported: {', '.join(sorted(_ACTIVATIONS))}"
         )
     return _ACTIVATIONS[name]
+
+
+def present(config: Mapping[str, Any], *keys: str) -> str:
+    """The first of these spellings that the config has; older ones differ."""
+    return next((key for key in keys if config.get(key) is not None), keys[0])
 
 
 def require(config: Mapping[str, Any], key: str, wanted: bool) -> None:

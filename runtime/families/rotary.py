@@ -3,28 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from ...errors import CheckpointError, UnsupportedModel
 from ..fields import number, positive_int
-from ..spec import RopeSpec
+from ..spec import DecoderSpec, RopeSpec
 
 
 def rope_of(config: Mapping[str, Any]) -> RopeSpec:
     """Read `rope_parameters`, or the older pair `rope_theta` and `rope_scaling`.
 
     Raises:
-        UnsupportedModel: a kind that is not known here.
+        UnsupportedModel: a kind that is not known here, or one that turns a part of each head.
         CheckpointError: a value is missing or impossible.
     """
+    merged = _merged(config)
+    if merged.get("partial_rotary_factor") not in (None, 1):
+        raise UnsupportedModel("config.json: a partial_rotary_factor is not supported")
+    return _rope(merged)
+
+
+def partial_rope_of(config: Mapping[str, Any]) -> RopeSpec:
+    """The same, of a family that may turn a part of each head."""
+    merged = _merged(config)
+    return replace(_rope(merged), share=number(merged, "partial_rotary_factor", 1.0))
+
+
+def check_turned(spec: DecoderSpec) -> None:
+    """Raise CheckpointError if rotary positions turn an odd part of a head, or more than it has."""
+    rope, turned, dims = spec.positions, spec.rotary_dim, spec.head_dim
+    if isinstance(rope, RopeSpec) and (turned % 2 or not 0 < turned <= dims):
+        raise CheckpointError(
+            f"config.json: rotary positions turn {turned} of {dims} dimensions, no even part"
+        )
+
+
+def _merged(config: Mapping[str, Any]) -> dict[str, Any]:
     block = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(block, dict):
         raise CheckpointError("config.json: the rope parameters are not an object")
-    merged = {"rope_theta": config.get("rope_theta", 10000.0), **block}
+    older = {
+        "rope_theta": config.get("rope_theta", 10000.0),
+        "partial_rotary_factor": config.get("partial_rotary_factor"),
+    }
+    return {**older, **block}
+
+
+def _rope(merged: Mapping[str, Any]) -> RopeSpec:
     kind = merged.get("rope_type", merged.get("type", "default"))
     theta = number(merged, "rope_theta", 10000.0)
-    if merged.get("partial_rotary_factor", config.get("partial_rotary_factor")) not in (None, 1):
-        raise UnsupportedModel("config.json: a partial_rotary_factor is not supported")
     if kind == "default":
         return RopeSpec(theta)
     if kind == "linear":

@@ -13,7 +13,7 @@ from halfweave.pruner.pack_quantized import pack
 from halfweave.runtime.model import load_model
 from safetensors.torch import load_file
 from support.command import Command, assert_error
-from support.tiny import Tiny, dense_model, pack_directory, save_tiny
+from support.tiny import FAMILIES, Tiny, dense_model, pack_directory, save_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 # Widths that whole groups of 32 fill.
@@ -51,6 +51,16 @@ def test_a_dense_export_is_the_model_that_was_unpacked(
     assert load_model(tmp_path / "out", "float32").checkpoint.linears == {}
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_dense_export_of_any_family_is_one_that_transformers_reads(
+    family: str, tmp_path: Path
+) -> None:
+    """GPT-2's linears lie the other way round there."""
+    export(packed(tmp_path, "sparse24_int4", FAMILIES[family]), tmp_path / "out", dtype="float32")
+    wanted = logits(dense_model(tmp_path / "packed-dense"))
+    assert torch.equal(logits(loaded(tmp_path / "out")), wanted)
+
+
 @pytest.mark.parametrize("kind", ["sparse24_int4", "int4", "int8"])
 def test_the_compressed_tensors_package_reads_our_codes(kind: str, tmp_path: Path) -> None:
     model = packed(tmp_path, kind)
@@ -61,6 +71,12 @@ def test_the_compressed_tensors_package_reads_our_codes(kind: str, tmp_path: Pat
     kwargs = {"max_new_tokens": 8, "do_sample": False}
     assert torch.equal(theirs.generate(IDS, **kwargs), ours.generate(IDS, **kwargs))
     assert AutoTokenizer.from_pretrained(tmp_path / "out").vocab_size > 0
+
+
+def test_linears_that_the_package_does_not_know_stay_out_of_it(tmp_path: Path) -> None:
+    model = packed(tmp_path, "sparse24_int4", FAMILIES["gpt2"])
+    with pytest.raises(RefusedError, match="no linear of this model has codes"):
+        export(model, tmp_path / "out", "compressed-tensors", "float32")
 
 
 def test_pruned_places_are_codes_of_0(tmp_path: Path) -> None:

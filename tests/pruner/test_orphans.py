@@ -16,7 +16,7 @@ from halfweave.runtime.checkpoint import Checkpoint
 from halfweave.runtime.model import load_model
 from safetensors.torch import load_file, save_file
 from support.command import Command, assert_error
-from support.tiny import Tiny, edit_json, save_tiny
+from support.tiny import FAMILIES, Tiny, edit_json, pack_directory, save_tiny
 from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_from_dense_cutlass,
 )
@@ -233,6 +233,24 @@ def test_a_dense_model_that_happens_to_be_2_of_4_is_packed(tmp_path: Path) -> No
         decoder = load_model(path, "float32").decoder
         texts.append(decoder.logits(decoder.forward(prompt, decoder.new_cache())))
     torch.testing.assert_close(texts[0], texts[1])
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mixtral", "phi3"])
+def test_other_families_come_in_as_they_are_stored(family: str, tmp_path: Path) -> None:
+    """GPT-2's linears lie the other way round, and stay so where they are not packed."""
+    pack_directory(save_tiny(tmp_path / "tiny", FAMILIES[family]), tmp_path / "p", "sparse24")
+    source = tmp_path / "p-dense"
+    tensors = load_file(source / "model.safetensors")
+    spoilt = next(name for name in sorted(tensors) if ".0." in name and tensors[name].dim() == 2)
+    tensors[spoilt][:] = torch.randn(tensors[spoilt].shape)  # not 2:4
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    result = import_orphan(source, tmp_path / "out")
+    assert (result.linears["dense"], len(result.linears)) == (1, 2)
+    prompt, scores = torch.tensor([5, 17, 3]), []
+    for path in (source, tmp_path / "out"):
+        decoder = load_model(path, "float32").decoder
+        scores.append(decoder.logits(decoder.forward(prompt, decoder.new_cache())))
+    torch.testing.assert_close(*scores)
 
 
 def test_what_is_nothing_of_the_kind_is_refused(tmp_path: Path) -> None:

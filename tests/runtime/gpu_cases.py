@@ -20,7 +20,7 @@ from halfweave.runtime.model import load_model
 from halfweave.runtime.paged import Part
 from halfweave.runtime.params import SamplingParams
 from halfweave.runtime.request import GenerationRequest, TextDelta
-from support.tiny import pack_directory, save_tiny
+from support.tiny import Tiny, pack_directory, save_tiny
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PROMPT = torch.tensor([5, 17, 3, 99, 42, 8, 61])
@@ -48,6 +48,15 @@ def test_tokens_are_those_of_the_cpu(kind: str, tmp_path: Path) -> None:
     model = pack_directory(save_tiny(tmp_path / "tiny"), tmp_path / "packed", kind)
     expected = greedy(load_model(model, "float32").decoder)
     assert greedy(gpu_decoder(model)) == expected
+
+
+@pytest.mark.parametrize("family", ["mistral", "phi3", "qwen2"])
+def test_what_is_built_like_llama_gives_the_tokens_of_the_cpu(family: str, tmp_path: Path) -> None:
+    """Without a window: with biases, or with q, k and v, and gate and up, stored in one."""
+    options = {"sliding_window": None} if family != "qwen2" else {}
+    tiny = save_tiny(tmp_path / "tiny", Tiny(family=family, layers=1, options=options))
+    model = pack_directory(tiny, tmp_path / "packed", "sparse24_int4")
+    assert greedy(gpu_decoder(model), 3) == greedy(load_model(model, "float32").decoder, 3)
 
 
 def test_the_engine_gives_the_text_of_the_cpu(tmp_path: Path) -> None:

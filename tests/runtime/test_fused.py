@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
 import subprocess
 import sys
@@ -17,15 +18,16 @@ from halfweave.errors import CapacityError, CheckpointError, HalfweaveError, Usa
 from halfweave.kernels import dispatch
 from halfweave.kernels.cpu.decoder import NativeDecoder, Norm
 from halfweave.runtime import model as model_module
+from halfweave.runtime.attention import FloatMemory
 from halfweave.runtime.checkpoint import Checkpoint
-from halfweave.runtime.decoder import Decoder, FloatMemory
+from halfweave.runtime.decoder import Decoder
 from halfweave.runtime.families import decoder_spec
 from halfweave.runtime.fused import FusedBits, FusedDecoder
 from halfweave.runtime.inspection import inspect_checkpoint
 from halfweave.runtime.model import load_model
 from halfweave.runtime.paged import Part, SequenceCache
 from support.cpu_levels import LEVELS_HERE, UNDER_TEST, at_level
-from support.tiny import FAMILIES, LLAMA3_ROPE, VOCABULARY, Tiny, pack_directory, save_tiny
+from support.tiny import FUSED_FAMILIES, LLAMA3_ROPE, VOCABULARY, Tiny, pack_directory, save_tiny
 from torch import Tensor
 
 # Of the largest, against the same kernels called one by one. Both add floats in their own order, so
@@ -43,7 +45,7 @@ MODELS = {
     "llama3 rope": Tiny(options={"rope_parameters": LLAMA3_ROPE}),
     "many heads share": Tiny(hidden=80, heads=10, kv_heads=1),
     "gelu": Tiny(options={"hidden_act": "gelu"}),
-    **FAMILIES,
+    **FUSED_FAMILIES,
 }
 
 
@@ -51,11 +53,11 @@ def on_the_8_bit_grid(directory: Path) -> Path:
     """Round embedding and head so that 8 bits hold them exactly: the largest of 32 is 127 steps."""
     path = directory / "model.safetensors"
     tensors = safetensors.torch.load_file(path)
-    for name in tensors:
-        if "embed_tokens" in name or "word_embeddings.weight" in name or name == "lm_head.weight":
-            codes = torch.round(tensors[name] * 256).clamp(-126, 126)
-            codes[:, ::32] = 127
-            tensors[name] = (codes / 256).contiguous()
+    spec = decoder_spec(json.loads((directory / "config.json").read_text()))
+    for name in {f"{spec.names.embedding}.weight", f"{spec.head_name}.weight"}:
+        codes = torch.round(tensors[name] * 256).clamp(-126, 126)
+        codes[:, ::32] = 127
+        tensors[name] = (codes / 256).contiguous()
     safetensors.torch.save_file(tensors, path, {"format": "pt"})
     return directory
 
@@ -209,7 +211,7 @@ def test_exact_results_come_without_the_kernels(
 
 
 @pytest.mark.parametrize("kind", ["sparse24_int4", "sparse24", "dense"])
-@pytest.mark.parametrize("name", ["tied", "untied", "bloom"])
+@pytest.mark.parametrize("name", ["tied", "untied", "bloom", "gpt2", "gpt_neox", "phi3"])
 def test_the_roof_counts_what_a_token_reads(name: str, kind: str, tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "dense", MODELS[name])
     path = source if kind == "dense" else pack_directory(source, tmp_path / "packed", kind)
@@ -294,8 +296,8 @@ def test_impossible_decoders_are_refused_and_never_fatal(tmp_path: Path) -> None
         name = draw.choice([field for field in fields if field not in ("norm_eps", "activation")])
         edge = draw.choice([0, 1, -1, 2**31, 2**62, -(2**63), draw.randrange(2**63)])
         shape = replace(native.shape, **{name: edge})
-        if name == "window" and edge >= 0:
-            continue  # any number of positions may be seen
+        if (name == "window" and edge >= 0) or (name == "parallel" and edge in (0, 1)):
+            continue  # any number of positions may be seen, and both ways are known
         with pytest.raises(HalfweaveError):
             NativeDecoder(library, shape, blocks, ends)
     with pytest.raises(HalfweaveError, match=r"float32 \[71\] .*float32 \[72\] on cpu is needed"):
@@ -413,7 +415,7 @@ def test_a_packed_embedding_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("level", LEVELS_HERE)
 @pytest.mark.parametrize("kind", ["sparse24", "dense"])
-@pytest.mark.parametrize("name", ["tied", "untied", *FAMILIES])
+@pytest.mark.parametrize("name", ["tied", "untied", *FUSED_FAMILIES])
 def test_of_a_checkpoint_of_floats_only_keys_and_values_are_rounded(
     name: str, kind: str, level: str, tmp_path: Path
 ) -> None:

@@ -16,12 +16,23 @@ from support.tiny import FAMILIES, save_tiny
 
 
 def test_the_interpreted_decoder_gives_what_the_cpu_gives() -> None:
-    run_interpreted(Path(__file__).with_name("gpu_cases.py"), least=8)
+    run_interpreted(Path(__file__).with_name("gpu_cases.py"), least=11)
 
 
 @pytest.mark.parametrize(
     ("family", "lacking"),
-    [("bloom", "positions that are not rotary"), ("qwen3", "norms of heads")],
+    [
+        ("bloom", "positions that are not rotary"),
+        ("gemma2", "norms behind attention and MLP, scaled embeddings.*capped scores"),
+        ("gemma3", "a sliding window.*a scale of attention of its own"),
+        ("gpt2", "positions that are not rotary"),
+        ("gpt_neox", "heads that are turned in part.*residuals other than Llama's"),
+        ("mixtral", "experts"),
+        ("opt 350m", "an embedding of another size"),
+        ("phi3", "heads that are turned in part.*a sliding window"),
+        ("qwen3", "norms of heads"),
+        ("qwen3_moe", "experts"),
+    ],
 )
 def test_a_model_with_other_parts_is_refused_by_their_names(
     family: str, lacking: str, tmp_path: Path

@@ -17,6 +17,8 @@ from halfweave.files import sha256_file, write_json
 from halfweave.kernels.formats import Dense, Int4, Int8, PackedLinear, Sparse24, Sparse24Int4
 from halfweave.kernels.groups import expand_groups, group_count
 from halfweave.kernels.schema import LinearFormat, QuantizationConfig
+from halfweave.runtime.families import decoder_spec
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
@@ -33,6 +35,7 @@ CHAT_TEMPLATE = (
 )
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 EOS = "<|im_end|>"
+CONV1D = ("gpt2",)  # families whose dense linears are stored as [K, N]
 VOCABULARY = 320
 _TEXT = (
     "The quick brown fox jumps over the lazy dog. ",
@@ -68,13 +71,64 @@ class Tiny:
 
 
 # One of every family beside Llama, with what is its own; 13 positions are less than a page.
-FAMILIES = {
+# First what the fused decoder runs, then what needs the kernels one by one.
+FUSED_FAMILIES = {
     "bloom": Tiny(family="bloom"),  # six heads: no power of two
+    "gpt2": Tiny(family="gpt2"),
+    "gpt_neox": Tiny(family="gpt_neox", tied=False, options={"rotary_pct": 0.5}),
+    "gpt_neox one after the other": Tiny(
+        family="gpt_neox",
+        options={"use_parallel_residual": False, "attention_bias": False, "rotary_pct": 1.0},
+    ),
     "mistral": Tiny(family="mistral", options={"sliding_window": 13}),
     "opt": Tiny(family="opt"),
     "opt without biases": Tiny(family="opt", tied=False, options={"enable_bias": False}),
+    "phi3": Tiny(family="phi3", options={"sliding_window": 13, "partial_rotary_factor": 0.5}),
     "qwen2": Tiny(family="qwen2"),
     "qwen3": Tiny(family="qwen3", options={"head_dim": 20, "attention_bias": True}),
+}
+_GEMMA = {"head_dim": 20, "sliding_window": 13, "query_pre_attn_scalar": 24}
+_GEMMA3_ROPE = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+_KINDS = ["sliding_attention", "full_attention"]
+FAMILIES = {
+    **FUSED_FAMILIES,
+    "gemma2": Tiny(
+        family="gemma2",
+        options={**_GEMMA, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0},
+    ),
+    "gemma3": Tiny(
+        family="gemma3_text",
+        options={**_GEMMA, "layer_types": _KINDS, "rope_parameters": _GEMMA3_ROPE},
+    ),
+    "mixtral": Tiny(family="mixtral", tied=False, options={"num_local_experts": 5}),
+    "opt 350m": Tiny(
+        family="opt", options={"do_layer_norm_before": False, "word_embed_proj_dim": 40}
+    ),
+    "opt without a last norm": Tiny(family="opt", options={"_remove_final_layer_norm": True}),
+    "qwen3_moe": Tiny(
+        family="qwen3_moe",
+        layers=3,
+        options={
+            "decoder_sparse_step": 2,
+            "head_dim": 20,
+            "moe_intermediate_size": 40,
+            "num_experts": 7,
+            "num_experts_per_tok": 3,
+        },
+    ),
+    "qwen3_moe renormalised": Tiny(
+        family="qwen3_moe",
+        options={
+            "mlp_only_layers": [0],
+            "moe_intermediate_size": 40,
+            "norm_topk_prob": True,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+    ),
 }
 
 
@@ -85,7 +139,8 @@ def save_tiny(directory: Path, tiny: Tiny = Tiny()) -> Path:
     for name, parameter in model.named_parameters():
         # Wider than the default initialisation, so that layers matter and no two logits tie.
         is_vector = parameter.dim() == 1
-        mean = 1.0 if is_vector and name.endswith("weight") else 0.0  # gains of norms
+        is_gain = is_vector and name.endswith("weight") and "gemma" not in tiny.family  # less one
+        mean = 1.0 if is_gain else 0.0
         torch.nn.init.normal_(parameter, mean, std=0.3 if is_vector else 0.15)
     model.to(tiny.dtype).save_pretrained(directory)
     save_tokenizer(directory)
@@ -121,16 +176,26 @@ def pack_directory(source: Path, out: Path, kind: str, group: int = 32) -> Path:
 
     Also writes `out`/../`out.name`-dense: the same model with the unpacked weights, in fp32.
     """
-    model = dense_model(source)
-    linears: dict[str, PackedLinear] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and name != "lm_head":
-            linears[name] = _packed(module.weight.detach(), kind, group)
-            module.weight.data = linears[name].unpack()
-    dense = out.with_name(f"{out.name}-dense")
-    model.save_pretrained(dense)
-    save_tokenizer(dense)
-    _write_packed(dense, out, model, linears, group)
+    config = json.loads((source / "config.json").read_text())
+    transposed = config["model_type"] in CONV1D
+    tensors = {n: t.float() for n, t in load_file(source / "model.safetensors").items()}
+    dense, linears = dict(tensors), {}
+    for name in decoder_spec(config).linear_names:
+        weight = tensors.pop(f"{name}.weight")
+        linears[name] = _packed(weight.T.contiguous() if transposed else weight, kind, group)
+        unpacked = linears[name].unpack()
+        dense[f"{name}.weight"] = unpacked.T if transposed else unpacked
+    for name, linear in linears.items():
+        tensors |= {f"{name}.{suffix}": part for suffix, part in linear.tensors().items()}
+    _write(source, out.with_name(f"{out.name}-dense"), dense)
+    _write(source, out, tensors)
+    entries = {
+        name: LinearFormat(w.kind, w.shape, group if w.kind.endswith("int4") else None)
+        for name, w in linears.items()
+    }
+    block = QuantizationConfig(entries).to_json()
+    edit_json(out / "config.json", lambda config: config.update(quantization_config=block))
+    write_manifest(out)
     return out
 
 
@@ -164,11 +229,15 @@ def _sizes(tiny: Tiny) -> dict[str, int]:
     """The sizes that families have names of their own for."""
     if tiny.family == "bloom":
         return {"seq_length": tiny.positions}  # four times the hidden size inside, no shared keys
+    sizes = {"max_position_embeddings": tiny.positions}
+    if tiny.family == "gpt2":
+        return {**sizes, "n_inner": tiny.intermediate}
     if tiny.family == "opt":
-        sizes = {"ffn_dim": tiny.intermediate, "word_embed_proj_dim": tiny.hidden}
-    else:
-        sizes = {"intermediate_size": tiny.intermediate, "num_key_value_heads": tiny.kv_heads}
-    return {**sizes, "max_position_embeddings": tiny.positions}
+        return {**sizes, "ffn_dim": tiny.intermediate}
+    if tiny.family == "phi3":
+        sizes["pad_token_id"] = 0  # the config's own is beyond a small vocabulary
+    sizes["intermediate_size"] = tiny.intermediate
+    return sizes if tiny.family == "gpt_neox" else {**sizes, "num_key_value_heads": tiny.kv_heads}
 
 
 @cache
@@ -211,34 +280,12 @@ def _largest_two_of_four(weight: torch.Tensor) -> torch.Tensor:
     return keep.scatter_(-1, fours.topk(2, dim=-1).indices, True).view_as(weight)
 
 
-def _write_packed(
-    dense: Path,
-    out: Path,
-    model: PreTrainedModel,
-    linears: dict[str, PackedLinear],
-    group: int,
-) -> None:
-    from safetensors.torch import save_file
-
+def _write(source: Path, out: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """A directory like `source` with these tensors."""
     out.mkdir()
-    tensors = {
-        f"{name}.{suffix}": tensor
-        for name, linear in linears.items()
-        for suffix, tensor in linear.tensors().items()
-    }
-    for name, tensor in model.state_dict().items():
-        packed_away = name.removesuffix(".weight") in linears
-        alias = name == "lm_head.weight" and model.config.tie_word_embeddings
-        if not packed_away and not alias:
-            tensors[name] = tensor
-    save_file({name: t.contiguous() for name, t in tensors.items()}, out / "model.safetensors")
-    for file in dense.iterdir():
+    for file in source.iterdir():
         if file.suffix != ".safetensors":
             (out / file.name).write_bytes(file.read_bytes())
-    entries = {
-        name: LinearFormat(w.kind, w.shape, group if w.kind.endswith("int4") else None)
-        for name, w in linears.items()
-    }
-    block = QuantizationConfig(entries).to_json()
-    edit_json(out / "config.json", lambda config: config.update(quantization_config=block))
-    write_manifest(out)
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(whole, out / "model.safetensors", {"format": "pt"})
+    edit_json(out / "config.json", lambda config: config.update(dtype="float32"))

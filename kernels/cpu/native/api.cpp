@@ -40,6 +40,7 @@ DecoderShape to_shape(const hw_shape& s) {
   own.rotary_dim = s.rotary_dim;
   own.window = s.window;
   own.cache_bits = s.cache_bits;
+  own.parallel = s.parallel;
   own.norm_eps = s.norm_eps;
   own.activation = s.activation;
   return own;
@@ -87,6 +88,7 @@ int check(const hw_shape& s) {
   if (s.heads % s.kv_heads || s.heads * s.head_dim > kMostColumns) return HW_SHAPE;
   if (s.rotary_dim < 0 || s.rotary_dim % 2 || s.rotary_dim > s.head_dim) return HW_SHAPE;
   if (s.window < 0 || (s.cache_bits != 8 && s.cache_bits != 16)) return HW_SHAPE;
+  if (s.parallel != 0 && s.parallel != 1) return HW_SHAPE;
   if (s.activation < 0 || s.activation >= kActivations) return HW_SHAPE;
   return std::isfinite(s.norm_eps) && s.norm_eps >= 0 ? HW_OK : HW_SHAPE;
 }

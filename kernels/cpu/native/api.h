@@ -45,6 +45,7 @@ typedef struct {
   int64_t rotary_dim; /* first dimensions of a head that rotary positions turn, an even number */
   int64_t window;     /* positions that a token sees, its own included; 0: all */
   int64_t cache_bits; /* 16: keys and values as fp16; 8: as codes with a scale per vector */
+  int64_t parallel;   /* 1: the MLP reads the states that attention reads; 0: with what that adds */
   float norm_eps;
   int32_t activation; /* 0 SiLU, 1 GELU, 2 GELU by tanh, 3 ReLU */
 } hw_shape;

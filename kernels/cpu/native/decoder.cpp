@@ -43,8 +43,9 @@ void Decoder::forward(const Level& level, Pool& pool, const Batch& batch, const 
   for (int64_t layer = 0; layer < shape_.layers; layer++) {
     norm(level, pool, blocks_[layer].attention_norm, batch.tokens, normed_.data());
     attention(level, pool, batch, cache, layer);
-    add(pool, batch.tokens);
+    if (!shape_.parallel) add(pool, batch.tokens);
     norm(level, pool, blocks_[layer].mlp_norm, batch.tokens, normed_.data());
+    if (shape_.parallel) add(pool, batch.tokens);
     mlp(level, pool, batch.tokens, layer);
     add(pool, batch.tokens);
   }

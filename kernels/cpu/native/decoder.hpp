@@ -13,6 +13,7 @@ struct DecoderShape {
   int64_t rotary_dim;  // first dimensions of a head that are turned; 0: none
   int64_t window;      // positions that a token sees, its own included; 0: all
   int64_t cache_bits;  // 16 or 8, of keys and values
+  int64_t parallel;    // 1: the MLP reads the states that attention reads; 0: with what that adds
   float norm_eps;
   int32_t activation;  // elementwise.hpp
 };
