@@ -164,19 +164,31 @@ def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> to
 
 
 def write_headers(directory: Path, bloom: Bloom) -> None:
-    """A checkpoint that is all holes: its file says what is in it, and takes no room."""
+    """A checkpoint that is all holes: its shards say what is in them, and take no room."""
     directory.mkdir(parents=True, exist_ok=True)
+    shards: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, shape in bloom.tensors().items():
+        block = name.split(".")[2] if name.startswith("transformer.h.") else "outside"
+        shards.setdefault(f"model-{block}.safetensors", {})[name] = shape
+    for file, shapes in shards.items():
+        _write_hole(directory / file, shapes)
+    placed = {name: file for file, shapes in shards.items() for name in shapes}
+    index = {"metadata": {}, "weight_map": placed}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    (directory / "config.json").write_text(json.dumps(bloom.config()))
+
+
+def _write_hole(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
     header: dict[str, Any] = {}
     end = 0
-    for name, shape in bloom.tensors().items():
+    for name, shape in shapes.items():
         start, end = end, end + 2 * int(torch.Size(shape).numel())
         header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with open(directory / "model.safetensors", "wb") as file:
+    with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         file.truncate(8 + len(text) + end)
-    (directory / "config.json").write_text(json.dumps(bloom.config()))
 
 
 def halfweave(*arguments: str) -> tuple[dict[str, Any], float]:

@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, RefusedError
+from ..errors import CapacityError, CheckpointError, RefusedError
 from ..files import read_json
 
 SINGLE_FILE = "model.safetensors"
@@ -177,6 +177,11 @@ class _typed_errors:  # noqa: N801 - reads as a statement: `with _typed_errors(f
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, FileNotFoundError):
             raise CheckpointError(f"{self._file} is missing") from error
+        if isinstance(error, RuntimeError) and "mmap" in str(error):
+            raise CapacityError(
+                f"{self._file} is larger than this system maps: {error}",
+                "store the model in shards of a few GB",
+            ) from error
         if isinstance(error, (safetensors.SafetensorError, OSError, ValueError)):
             raise CheckpointError(
                 f"{self._file} is no valid safetensors file: {error}",

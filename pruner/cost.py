@@ -32,7 +32,8 @@ from .stream import tokens_per_batch
 from .walk import waiting_bytes, waiting_share
 
 _INTERPRETER_BYTES = 700 * 2**20  # torch and transformers, imported
-_HEAP_SLACK = 1.25  # what an allocator holds beyond what is asked of it, measured
+# What an allocator holds beyond what is asked of it, measured; large pieces go back at once.
+_HEAP_SLACK, _MOST_SLACK = 0.25, 2**30
 # A pass through a block does more than its linears: norms, activations, copies of its inputs.
 _FORWARD_SLOWDOWN = 1.25
 _BACKWARD = 2  # in forward passes
@@ -154,7 +155,9 @@ def _solver(linear: Linear, target: Target, method: str) -> tuple[float, float]:
     rows, columns = linear.shape
     square, weights = 2.0 * columns**2, rows * columns
     if method == "sparsegpt":
-        return square * columns, weights * _SWEEP_SECONDS_PER_WEIGHT
+        factor = 1 / 3 if columns >= WIDE else 1.0  # of as many operations as LAPACK's way takes
+        flops = square * (factor * columns + rows / 2)
+        return flops, weights * _SWEEP_SECONDS_PER_WEIGHT
     if method != "admm" or (target.pattern.is_dense and target.bits > 4):
         return 0.0, 0.0
     flops, seconds = square * columns * _CUBES, _LINEAR_SECONDS
@@ -185,9 +188,9 @@ def estimate_memory(source: Source, linears: Sequence[Linear], recipe: Recipe) -
         UsageError: the recipe asks for a distillation that means nothing.
     """
     share, waiting = _waiting(source, linears, recipe)
-    held = int(_HEAP_SLACK * share * waiting)
-    pruning = _least_memory(source, linears, recipe) + held
-    return max(pruning, _distillation_memory(source, recipe))
+    pruning = _least_memory(source, linears, recipe) + int(share * waiting)
+    slack = min(int(_HEAP_SLACK * (pruning - _INTERPRETER_BYTES)), _MOST_SLACK)
+    return max(pruning + slack, _distillation_memory(source, recipe))
 
 
 def _distillation_memory(source: Source, recipe: Recipe) -> int:
@@ -211,42 +214,50 @@ def _waiting(source: Source, linears: Sequence[Linear], recipe: Recipe) -> tuple
 
 
 def _least_memory(source: Source, linears: Sequence[Linear], recipe: Recipe) -> int:
-    """One block, its activations and Hessians, and the working copies of one matrix."""
+    """The worst moment of a block: a pass through it, or the solving of one of its stages."""
     block = linears[: len(source.family.linears)]
     copies = 2 if looks_back(recipe) else 1
-    states = _states_bytes(source, block, recipe, copies)
+    short = {each.name.removeprefix(source.family.block_prefix(0)): each for each in block}
+    stages = [[short[name] for name in stage] for stage in source.family.stages]
+    hessians = [_hessian_bytes(stage[0], recipe, copies) for stage in stages]
+    together = max(hessians) if is_staged(recipe) else sum(hessians)
+    weights = sum(_weight_bytes(source, linear, recipe, copies, False) for linear in block)
+    moments = [weights + together + _passing_bytes(block, recipe)]
+    for stage, hessian in zip(stages, hessians, strict=True):
+        left = hessian if is_staged(recipe) else together
+        moments.append(weights + left + max(_method_bytes(linear, recipe) for linear in stage))
+        together -= hessian
+        for linear in stage:
+            weights -= _weight_bytes(source, linear, recipe, copies, False)
+            weights += _weight_bytes(source, linear, recipe, copies, True)
+    moments.append(weights + _passing_bytes(block, recipe))
     embedding = 4 * prod(source.tensors.shape(f"{source.family.embedding}.weight"))
-    pruning = _block_bytes(source, block, recipe, copies) + _solving_bytes(source, block, recipe)
-    return _INTERPRETER_BYTES + int(_HEAP_SLACK * (max(pruning, 2 * embedding) + states))
+    states = _states_bytes(source, block, recipe, copies)
+    return _INTERPRETER_BYTES + max(*moments, 2 * embedding) + states
 
 
-def _block_bytes(source: Source, block: Sequence[Linear], recipe: Recipe, copies: int) -> int:
-    """The weights of a block: as they are, or as pruned and packed; and the dense block's."""
-    total = 0
-    for linear in block:
-        stored = source.tensors.dtype(f"{linear.name}.weight").itemsize
-        coded = linear.target is not None and linear.target.bits < 16
-        served = 4 if coded or recipe.recover == "blocks" else stored
-        # A matrix is read into the module, and then there is what it became, packed beside it.
-        here = served + stored if recipe.recover != "blocks" else 4 * served
-        total += prod(linear.shape) * (here + (copies - 1) * stored)
-    return total
+def _weight_bytes(source: Source, linear: Linear, recipe: Recipe, copies: int, solved: bool) -> int:
+    """A linear as it is computed with and, once it is `solved`, as it is stored beside that."""
+    stored = source.tensors.dtype(f"{linear.name}.weight").itemsize
+    if recipe.recover == "blocks":  # trained in fp32, with a gradient and two moments
+        return prod(linear.shape) * (16 + copies * stored)
+    each = float(copies * stored)
+    if solved and linear.target is not None:
+        coded, sparse = linear.target.bits < 16, linear.target.pattern.is_24
+        served, packed = (4, 1) if coded else (stored, stored * 9 / 16 if sparse else stored)
+        each += served - stored + packed
+    return int(prod(linear.shape) * each)
 
 
-def _solving_bytes(source: Source, block: Sequence[Linear], recipe: Recipe) -> int:
-    """Hessians, and what a method holds beside one of them."""
-    prefix = source.family.block_prefix(0)
-    short = {linear.name.removeprefix(prefix): linear for linear in block}
-    together = [4 * short[stage[0]].shape[1] ** 2 for stage in source.family.stages]
-    staged, copies = is_staged(recipe), 2 if looks_back(recipe) else 1
+def _hessian_bytes(linear: Linear, recipe: Recipe, copies: int) -> int:
+    """Of its inputs, and of those that judge; where the dense model goes along, drift and shift."""
     judged = held_out_windows(recipe) > 0
-    # Of fit and check: the Hessian, and where the dense model goes along its drift and shift.
     kinds = (5 if copies == 2 else 2) if judged else copies
-    hessians = (max(together) if staged else sum(together)) * kinds
-    return hessians + max(_method_bytes(linear, recipe) for linear in block)
+    return 4 * linear.shape[1] ** 2 * kinds
 
 
 def _method_bytes(linear: Linear, recipe: Recipe) -> int:
+    """What a method holds beside the Hessian."""
     weights, square = prod(linear.shape), 4 * linear.shape[1] ** 2
     target, whole = linear.target, recipe.recover == "blocks"
     if target is not None and not whole and rows_are_alone(recipe.method, target.pattern):
@@ -257,15 +268,18 @@ def _method_bytes(linear: Linear, recipe: Recipe) -> int:
     return factors + 6 * 4 * weights
 
 
+def _passing_bytes(block: Sequence[Linear], recipe: Recipe) -> int:
+    """Activations of one pass through the block."""
+    tokens, widest = recipe.calib_windows * recipe.calib_length, max(max(x.shape) for x in block)
+    return 4 * min(tokens, tokens_per_batch(widest)) * 4 * (block[0].shape[1] + widest)
+
+
 def _states_bytes(source: Source, block: Sequence[Linear], recipe: Recipe, copies: int) -> int:
-    """Activations that enter the block, and those of one pass through it."""
-    tokens, hidden = recipe.calib_windows * recipe.calib_length, block[0].shape[1]
-    streams = tokens * hidden * (copies + (1 if recipe.recover == "blocks" else 0))
-    if is_spilled(4 * tokens * hidden, source.device):
-        streams = 0
-    widest = max(max(linear.shape) for linear in block)
-    passing = min(tokens, tokens_per_batch(widest)) * 4 * (hidden + widest)
-    return 4 * (streams + passing)
+    """Activations that enter the block, where they do not lie in a file."""
+    states = 4 * recipe.calib_windows * recipe.calib_length * block[0].shape[1]
+    if is_spilled(states, source.device):
+        return 0
+    return states * (copies + (1 if recipe.recover == "blocks" else 0))
 
 
 def estimate_scratch(source: Source, linears: Sequence[Linear], recipe: Recipe, output: int) -> int:

@@ -20,15 +20,16 @@ from ..errors import RefusedError, UsageError
 from ..files import write_json, write_text
 from ..kernels.formats import FORMATS
 from ..runtime.checkpoint import Checkpoint
+from ..runtime.families.names import dense_is_transposed
 from . import pack_quantized
 from .beside import built_beside, complete, refuse_taken
-from .families import family_of
-from .family import Family
 from .pack_quantized import Scheme
 from .tensors import save_tensors
 
 DENSE, COMPRESSED = "dense", "compressed-tensors"
 FORMS = (DENSE, COMPRESSED)
+_EXPERTS = ("num_experts", "num_local_experts")  # in a config: how many there are
+_HEADS = ("lm_head", "embed_out")
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -58,7 +59,6 @@ def export(
     Raises:
         UsageError: there is no such form or dtype, or no such directory.
         RefusedError: `out` is taken, or nothing in the model can be stored in this form.
-        UnsupportedModel: the architecture is not known.
         CheckpointError: the model is damaged.
         CapacityError: the disk is full.
     """
@@ -67,14 +67,14 @@ def export(
     destination = Path(out)
     refuse_taken(destination)
     checkpoint = Checkpoint.open(model)
-    floats, family = _float_dtype(checkpoint, dtype), family_of(checkpoint.config)
-    if form == COMPRESSED and (family.transposed or family.experts is not None):
+    floats, transposed = _float_dtype(checkpoint, dtype), dense_is_transposed(checkpoint.config)
+    if form == COMPRESSED and (transposed or any(map(checkpoint.config.get, _EXPERTS))):
         raise RefusedError(
             "transformers keeps this kind of model in other modules than compressed-tensors knows",
             f"--form {DENSE} writes floats",
         )
     with built_beside(destination) as build:
-        writer = _Writer(checkpoint, family, build, form, _DTYPES[floats])
+        writer = _Writer(checkpoint, transposed, build, form, _DTYPES[floats])
         files = writer.plan()
         for number, (name, entries) in enumerate(files.items(), start=1):
             writer.write(name, entries)
@@ -101,7 +101,7 @@ class _Writer:
     """Shards of the output, and what they hold so far."""
 
     checkpoint: Checkpoint
-    family: Family
+    transposed: bool  # linears of floats are [K, N]
     build: Path
     form: str
     dtype: torch.dtype
@@ -150,7 +150,7 @@ class _Writer:
         config.pop("torch_dtype", None)
         config["dtype"] = dtype
         if self.schemes:
-            ignored = sorted({*self.dense, self.family.head})
+            ignored = sorted({*self.dense, *_HEADS})
             config["quantization_config"] = pack_quantized.quantization_config(
                 self.schemes, ignored
             )
@@ -162,7 +162,7 @@ class _Writer:
         if scheme is None:
             self.dense.append(name)
             floats = weight.unpack(self.dtype)
-            return {"weight": floats.T if self.family.transposed else floats}
+            return {"weight": floats.T if self.transposed else floats}
         self.schemes[name] = scheme
         return pack_quantized.tensors_of(weight, self.dtype)
 

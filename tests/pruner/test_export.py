@@ -73,9 +73,10 @@ def test_the_compressed_tensors_package_reads_our_codes(kind: str, tmp_path: Pat
     assert AutoTokenizer.from_pretrained(tmp_path / "out").vocab_size > 0
 
 
-def test_linears_that_the_package_does_not_know_stay_out_of_it(tmp_path: Path) -> None:
-    model = packed(tmp_path, "sparse24_int4", FAMILIES["gpt2"])
-    with pytest.raises(RefusedError, match="no linear of this model has codes"):
+@pytest.mark.parametrize("family", ["gpt2", "mixtral"])
+def test_models_that_the_package_does_not_know_are_refused(family: str, tmp_path: Path) -> None:
+    model = packed(tmp_path, "sparse24_int4", FAMILIES[family])
+    with pytest.raises(RefusedError, match="other modules than compressed-tensors knows"):
         export(model, tmp_path / "out", "compressed-tensors", "float32")
 
 
