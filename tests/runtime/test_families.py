@@ -181,6 +181,7 @@ def test_a_token_reads_the_experts_it_chose(name: str, kind: str, tmp_path: Path
     roof = inspect_checkpoint(path).roof
     assert roof is not None
     assert roof.token_bytes == token_bytes(load_model(path)) == round(total)
+    assert roof.experts == ((2, 5) if name == "mixtral" else (3, 7))
 
 
 def config_of(directory: Path) -> dict[str, object]:
