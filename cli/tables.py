@@ -203,8 +203,9 @@ def kernels(found: Inspection) -> list[str]:
     ]
     roof = found.roof
     if roof is not None:
+        some = f", {roof.experts[0]} of {roof.experts[1]} experts" if roof.experts else ""
         lines.append(
-            f"a token reads {size(roof.token_bytes)}; {roof.threads} threads read "
+            f"a token reads {size(roof.token_bytes)}{some}; {roof.threads} threads read "
             f"{roof.read_bytes_per_second / 1e9:.1f} GB/s here: "
             f"at most {roof.tokens_per_second:.0f} tokens/s alone"
         )

@@ -19,14 +19,15 @@ class Roof:
     """Decoding one sequence reads every weight once a token, so memory sets a limit.
 
     `level` and `threads` are the kernels'; `token_bytes` are those of all linears and the head as
-    packed, of experts the chosen ones', without keys and values; `read_bytes_per_second` was
-    measured.
+    packed, without keys and values; `read_bytes_per_second` was measured. Of `experts`, (chosen,
+    all), where there are some, the chosen ones are counted.
     """
 
     level: str
     threads: int
     token_bytes: int
     read_bytes_per_second: float
+    experts: tuple[int, int] | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -44,8 +45,9 @@ def find_roof(checkpoint: Checkpoint, spec: DecoderSpec) -> Roof | None:
     if native is None:
         return None
     total = token_bytes(native, checkpoint, spec)
+    experts = None if spec.experts is None else (spec.experts.chosen, spec.experts.count)
     try:
-        return Roof(native.level, native.threads, total, read_bandwidth(native))
+        return Roof(native.level, native.threads, total, read_bandwidth(native), experts)
     except RuntimeError:  # torch's word for memory that there is not
         return None
 

@@ -86,10 +86,12 @@ def test_the_cache_grows_past_its_first_chunk(tmp_path: Path) -> None:
     assert (found - expected(directory, ids)).abs().max() < TOLERANCE
 
 
-def test_bfloat16_stays_close_to_fp32(tiny_model: Path) -> None:
+@pytest.mark.parametrize("name", ["tied", *FAMILIES])
+def test_bfloat16_stays_close_to_fp32(name: str, tmp_path: Path) -> None:
+    directory = save_tiny(tmp_path / "model", MODELS[name])
     ids = tokens(30)
-    wanted = expected(tiny_model, ids)
-    found = logits_in_pieces(load(tiny_model, torch.bfloat16), ids, [20, 10])
+    wanted = expected(directory, ids)
+    found = logits_in_pieces(load(directory, torch.bfloat16), ids, [20, 10])
     assert (found - wanted).abs().mean() < 0.05 * wanted.abs().mean()
 
 

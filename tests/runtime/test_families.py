@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from halfweave.bench.token_bytes import token_bytes
-from halfweave.errors import CheckpointError
+from halfweave.errors import CheckpointError, UnsupportedModel
 from halfweave.kernels.cpu.library import library
 from halfweave.kernels.cpu.packed import packed_bytes
 from halfweave.runtime.checkpoint import Checkpoint
@@ -35,12 +35,6 @@ from support.tiny import (
 from torch import Tensor
 
 CPU = torch.device("cpu")
-PREFIXES = {
-    "bloom": "transformer.",
-    "gpt2": "transformer.",
-    "gpt_neox": "gpt_neox.",
-    "opt": "model.",
-}
 
 
 def tokens(count: int, seed: int = 7) -> Tensor:
@@ -57,14 +51,15 @@ def rewrite(directory: Path, tensors: dict[str, Tensor]) -> None:
     save_file(whole, directory / "model.safetensors", {"format": "pt"})
 
 
-@pytest.mark.parametrize("name", PREFIXES)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_names_without_the_base_prefix_and_old_buffers_are_those_of_transformers(
     name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As the hub has them; transformers itself reads the same directory."""
     directory = save_tiny(tmp_path / "model", FAMILIES[name])
     stored = load_file(directory / "model.safetensors")
-    tensors = {each.removeprefix(PREFIXES[name]): stored[each] for each in stored}
+    prefix = f"{dense_model(directory).base_model_prefix}."
+    tensors = {each.removeprefix(prefix): stored[each] for each in stored}
     assert tensors.keys() != stored.keys()
     if name == "gpt2":
         tensors["h.0.attn.bias"] = torch.ones(1, 1, 8, 8)
@@ -121,6 +116,24 @@ def test_auto_fuses_what_it_can_and_stays_near_exact_arithmetic(name: str, tmp_p
         for each in (load_model(packed, "float32").decoder, fast.decoder)
     )
     assert float((wanted.exp() * (wanted - found)).sum(-1).mean()) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("name", "lacking"),
+    [
+        ("gemma2", "less than others, norms behind .*scaled embeddings.*capped scores"),
+        ("gemma3", "less than others, norms behind .*a scale of attention of its own"),
+        ("mixtral", "experts"),
+        ("opt 350m", "norms of sums, no norm before the head, an embedding of another size"),
+        ("opt without a last norm", "no norm before the head"),
+        ("qwen3_moe", "experts"),
+    ],
+)
+def test_the_fused_decoder_says_what_it_lacks(name: str, lacking: str, tmp_path: Path) -> None:
+    checkpoint, native = Checkpoint.open(save_tiny(tmp_path / "m", FAMILIES[name])), library()
+    assert native is not None
+    with pytest.raises(UnsupportedModel, match=lacking):
+        FusedDecoder(checkpoint, decoder_spec(checkpoint.config), native)
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES.keys() - FUSED_FAMILIES.keys()))
@@ -181,6 +194,7 @@ def test_a_token_reads_the_experts_it_chose(name: str, kind: str, tmp_path: Path
     roof = inspect_checkpoint(path).roof
     assert roof is not None
     assert roof.token_bytes == token_bytes(load_model(path)) == round(total)
+    assert roof.experts == ((2, 5) if name == "mixtral" else (3, 7))
 
 
 def config_of(directory: Path) -> dict[str, object]:

@@ -140,11 +140,12 @@ void run_linears(Draw& draw, const void* level, void* pool, Results& results) {
         }
 }
 
-// Grouped heads of 20 dimensions, a window, norms of heads, and a prompt in two calls.
+// Grouped heads of 20 dimensions, a window, norms of heads, and a prompt in two calls; the MLP beside
+// the attention where keys and values have 8 bits.
 void run_decoder(Draw& draw, const void* level, void* pool, int cache_bits, Results& results) {
   constexpr int64_t kHidden = 60, kHeads = 3, kHeadDim = 20, kFfn = 88, kVocab = 50, kTokens = 40;
   const hw_shape shape = {2,    kHidden,  kHeads, 1,          kHeadDim, kFfn,
-                          kVocab, kHeadDim, 24,     cache_bits, 1e-5f,    0};
+                          kVocab, kHeadDim, 24,     cache_bits, cache_bits == 8, 1e-5f, 0};
   const int64_t q = kHeads * kHeadDim;
   const int64_t rows[] = {q, kHeadDim, kHeadDim, kHidden, kFfn, kFfn, kHidden};
   const int64_t columns[] = {kHidden, kHidden, kHidden, q, kHidden, kHidden, kFfn};
