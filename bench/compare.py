@@ -79,16 +79,16 @@ def compare(
         RefusedError: they are not of the same thing, and that was not allowed.
         UsageError: they have nothing in common, or are not as described.
     """
-    differences = _differences(first, second)
+    try:
+        differences, busy = _differences(first, second), _busy_notes(first, second)
+        ours, theirs = metrics(first), {metric.name: metric for metric in metrics(second)}
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise UsageError(f"a measurement is not as it was written: {error!r}"[:300]) from error
     if differences and (not even_if_different or first["kind"] != second["kind"]):
         raise RefusedError(
             f"these measurements are not of the same thing: {'; '.join(differences)}",
             None if first["kind"] != second["kind"] else "--even-if-different compares them",
         )
-    try:
-        ours, theirs = metrics(first), {metric.name: metric for metric in metrics(second)}
-    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-        raise UsageError(f"a measurement is not as it was written: {error!r}") from error
     pairs = [
         (metric, theirs[metric.name])
         for metric in ours
@@ -99,7 +99,7 @@ def compare(
     relative = any(metric.relative and metric.decides for metric, _ in pairs)
     changes = _changes(pairs, floor, relative)
     deciding = [change for change in changes if change.decides]
-    notes = [*differences, *_busy_notes(first, second), *_power_notes(deciding)]
+    notes = [*differences, *busy, *_power_notes(deciding)]
     if left := len(ours) + len(theirs) - 2 * len(pairs):
         notes.append(f"{left} quantities are in one of the two only")
     return Comparison(_overall(deciding), relative, floor, tuple(changes), tuple(notes))

@@ -103,7 +103,7 @@ class ModelBench:
     prefill_tokens_per_s: Spread
     decode_tokens_per_s: Spread
     ttft_ms: Spread
-    itl_ms: Mapping[str, float]
+    itl_ms: Mapping[str, float | None]
     batches: tuple[BatchBench, ...]
     bytes_per_token: int | None
     mbu: float | None

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CapacityError, UsageError
+from ..errors import UsageError
 from . import tables
 from .console import Console, Progress, duration, plain, size
 from .flags import Asking, Loading, Measuring, Protocol
+from .keeping import check_out, keep
 from .loading import load, read_source
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def measure_quality(
     if protocol.dry_run:
         _tell_plan(model, against, text, asking, protocol, console)
         return
+    check_out(protocol.out)
     with console.progress("window") as bar:
         result = _perplexity(model, against, text, protocol, bar)
         found = _Measured(model, against, origin, result, {}, {})
@@ -60,7 +62,7 @@ def measure_quality(
         console.table(tables.TASKS_HEADER, rows)
     console.say(f"text: {origin}, SHA-256 {result.text_sha256[:16]}, windows of {result.window}")
     document = _document(found, measuring, asking, protocol, loading)
-    _keep(path, document, protocol, console)
+    keep(console, document, path, protocol.save, protocol.out)
     console.document({"verb": "eval", **document})
 
 
@@ -202,27 +204,6 @@ def _notes(found: _Measured) -> list[str]:
     if not found.model.exact:
         notes.append("dtype auto rounds what is multiplied; --dtype float32 does not")
     return notes
-
-
-def _keep(path: str, document: dict[str, Any], protocol: Protocol, console: Console) -> None:
-    """Save the document and put its figures into the model card; a full disk is no failed run."""
-    from ..files import find_directory
-    from ..report.card import update_card
-    from ..report.documents import document_path, write_document
-
-    if not protocol.save and protocol.out is None:
-        return
-    file = protocol.out or document_path(find_directory(path), "eval")
-    try:
-        write_document(file, document)
-        if protocol.out is None:
-            update_card(path)
-    except (OSError, CapacityError) as error:
-        why = error.message if isinstance(error, CapacityError) else error.strerror
-        console.tell(f"not kept: {file}: {why}")
-        console.tell("next: the same command with --out FILE keeps it elsewhere")
-        return
-    console.tell(f"kept in {file}")
 
 
 def draw_report(path: str, others: Sequence[str], dry_run: bool, console: Console) -> None:

@@ -57,9 +57,12 @@ class Percentiles(_Part):
 
 
 class Identity(_Part):
-    """Which model. `digest` is that of bench's `about_model`, None where nothing vouches."""
+    """Which model. `digest` is that of bench's `about_model`, None where nothing vouches.
 
-    path: Text
+    An endpoint that ran already has a name and nothing else.
+    """
+
+    path: Text | None = None
     name: Text
     digest: Text | None = None
     weight_bytes: NonNegativeInt | None = None

@@ -91,9 +91,15 @@ def test_a_spread_is_median_least_and_greatest() -> None:
 
 
 def test_percentiles_are_interpolated_between_the_raw_values() -> None:
-    values = [30.0, 10.0, 20.0, 40.0, 50.0]
-    assert percentiles(values) == pytest.approx({"p50": 30, "p90": 46, "p99": 49.6})
-    assert distribution([7.0]) == {"p50": 7, "p90": 7, "p99": 7, "mean": 7}
+    values = [float(each) for each in range(150, 0, -1)]
+    assert percentiles(values) == pytest.approx({"p50": 75.5, "p90": 135.1, "p99": 148.51})
+
+
+def test_a_percentile_of_too_few_values_is_none() -> None:
+    values = [float(each) for each in range(99)]
+    assert percentiles(values) == {"p50": 49.0, "p90": pytest.approx(88.2), "p99": None}
+    assert percentiles(values[:9]) == {"p50": 4.0, "p90": None, "p99": None}
+    assert distribution([7.0]) == {"p50": 7, "p90": None, "p99": None, "mean": 7}
     assert distribution([]) is None
 
 
