@@ -224,7 +224,10 @@ def draw_report(path: str, others: Sequence[str], dry_run: bool, console: Consol
         return
     with console.progress("chart") as bar:
         result = write_report(path, others, progress=bar.step)
-    update_card(path)
+    try:
+        update_card(path)
+    except OSError as error:
+        console.tell(f"the model card is as it was: {error.filename}: {error.strerror}")
     for title in result.drawn:
         console.say(f"drawn: {title}")
     for title, why, told in result.absent:

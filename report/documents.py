@@ -22,9 +22,9 @@ KINDS = ("eval", "kernel", "offline", "serve")
 # The command that measures each kind, to be filled in with the model and its parent.
 COMMANDS = {
     "eval": "halfweave eval {model} --against {dense}",
-    "kernel": "halfweave bench {model} kernel --against {dense}",
+    "kernel": "halfweave bench {model} kernel",
     "offline": "halfweave bench {model} offline --against {dense}",
-    "serve": "halfweave bench {model} serve",
+    "serve": "halfweave bench {model} serve --against {dense}",
 }
 
 Text = Annotated[str, Field(max_length=4096)]
@@ -190,6 +190,7 @@ class BatchSpeed(_Part):
     batch: NonNegativeInt
     prefill_tokens_per_s: Spread | Positive | None = None
     decode_tokens_per_s: Spread | Positive | None = None
+    samples: list[Any] = []
 
 
 class ModelSpeed(_Part):
