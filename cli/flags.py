@@ -168,6 +168,9 @@ class Asking:
     include_path: Annotated[
         Path | None, Flag(help="Directory of more tasks; code beside them is run.")
     ] = None
+    chat: Annotated[bool, Flag("--chat", help="Put questions into the model's chat template.")] = (
+        False
+    )
 
 
 @dataclass(frozen=True)

@@ -70,13 +70,12 @@ def _tasks(asking: Asking) -> Tasks | None:
     """Look the tasks up before a model is loaded for them."""
     if asking.tasks is None:
         if asking != Asking():
-            raise UsageError("--limit, --num-fewshot and --include-path go with --tasks")
+            raise UsageError("--limit, --num-fewshot, --include-path and --chat go with --tasks")
         return None
     from ..evaluation.tasks import TaskPlan, Tasks
 
-    return Tasks(
-        TaskPlan.parse(asking.tasks, asking.limit, asking.num_fewshot, asking.include_path)
-    )
+    names = tuple(name.strip() for name in asking.tasks.split(","))
+    return Tasks(TaskPlan(**{**vars(asking), "tasks": names}))
 
 
 def _perplexity(
