@@ -23,7 +23,8 @@ from ..kernels.formats import Dense, Int4, PackedLinear
 from ..kernels.groups import group_count
 from ..kernels.measured import DENSE, SPARSE, Measured, Product
 from ..runtime.checkpoint import Checkpoint
-from .candidates import COLD_BYTES, Candidate, Sampler, native_candidate, torch_candidate
+from .candidates import Candidate, Sampler, native_candidate, torch_candidate
+from .cold import cold_bytes
 from .offline import LEAST_REPETITIONS
 from .products import ModelProduct, model_products
 from .progress import Progress, silent
@@ -191,7 +192,7 @@ def _candidates(
     notes = []
     for name, (width, make) in ways.items():
         free = available_memory_bytes()
-        if free is not None and 2 * max(COLD_BYTES, width * dense.numel()) > free:
+        if free is not None and 2 * max(cold_bytes(), width * dense.numel()) > free:
             notes.append(f"{name} of {product.N}x{product.K} was left out: there is no memory")
             continue
         found.append(make(name))

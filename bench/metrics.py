@@ -120,6 +120,8 @@ def _baseline(models: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
 def _speeds(model: Mapping[str, Any], prompt: int) -> Iterator[tuple[_Quantity, _Turns]]:
     """Every quantity of one model, by turn."""
     samples = model["samples"]
+    if not samples:
+        raise ValueError(f"{model['name']} has no samples")
     decode = [1000 * sum(s["gap_tokens"]) / sum(s["gaps_ms"]) for s in samples]
     prefill = [1000 * prompt / s["prefill_ms"] for s in samples]
     yield _Quantity("decode", "tokens/s", True, main=True), _turns(decode)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,9 +179,7 @@ def _document(
         notes=_notes(found),
         command=command_line(),
     )
-    # Through text, since paths of the plan are none of JSON's values.
-    plain_again: dict[str, Any] = json.loads(json.dumps(plain(told), default=str))
-    return plain_again
+    return {name: plain(value) for name, value in told.items()}
 
 
 def _about(model: Model) -> dict[str, Any]:

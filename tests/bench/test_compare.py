@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -328,6 +329,30 @@ def test_different_kinds_are_never_compared() -> None:
         compare(offline(dice), kernel(dice), even_if_different=True)
 
 
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda d: d.update(hardware=[1]),
+        lambda d: d.update(plan="x"),
+        lambda d: d.update(notes=7),
+        lambda d: d.update(models=[]),
+        lambda d: d["models"][0].pop("name"),
+        lambda d: d["models"][1].update(samples=[]),
+        lambda d: d["models"][1]["samples"][0].update(prefill_ms=math.nan),
+        lambda d: d["models"][1]["samples"][0].update(gaps_ms="x"),
+        lambda d: d["models"][1]["samples"][0].update(gaps_ms=[0, 0]),
+        lambda d: d["models"][1]["batches"][0]["samples"][0].update(decode_s=1e-320),
+    ],
+)
+def test_whatever_is_damaged_is_one_error(spoil: Any) -> None:
+    first = offline(np.random.default_rng(1))
+    damaged = copy.deepcopy(first)
+    spoil(damaged)
+    for pair in ((first, damaged), (damaged, first)):
+        with pytest.raises((UsageError, RefusedError)):
+            compare(*pair)
+
+
 def test_damaged_documents_are_refused(tmp_path: Path) -> None:
     first = offline(np.random.default_rng(1))
     damaged = copy.deepcopy(first)
@@ -351,6 +376,24 @@ def test_p_is_the_share_of_all_ways_to_deal_out_the_ranks() -> None:
     assert rank_p([1.0, 3.0, 5.0, 7.0], [2.0, 4.0, 6.0, 8.0, 9.0]) == pytest.approx(0.4126984)
     assert rank_p(low, low) == 1.0  # ties
     assert rank_p([1.0], [2.0]) == 1.0
+
+
+def test_of_many_repetitions_the_normal_distribution_is_near_enough(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Counting would take memory with the third power of their number."""
+    dice = np.random.default_rng(0)
+    for far in (0.0, 0.3, 0.8):
+        first, second = list(dice.lognormal(0, 1, 20)), list(dice.lognormal(far, 1, 25))
+        exact = shift(first, second, 0.01)
+        with monkeypatch.context() as patched:
+            patched.setattr("halfweave.bench.significance._MOST_COUNTED", 0)
+            near = shift(first, second, 0.01)
+        assert near.p == pytest.approx(exact.p, rel=0.1, abs=0.001)
+        assert (near.ratio, near.low) == pytest.approx((exact.ratio, exact.low), rel=0.02)
+    many = [list(dice.lognormal(far, 0.1, 2000)) for far in (0.0, 0.05)]
+    assert shift(*many).p < 1e-10
+    assert rank_p([1.0] * 40, [1.0] * 40) == 1.0  # ties
 
 
 def test_a_floor_is_tested_for_not_cut_off() -> None:
@@ -440,10 +483,18 @@ def test_compare_prints_changes_and_ends_with_a_json_line(
     assert same.code == 0
     *table, last = same.out.splitlines()
     assert table[-1] == "no significant change"
+    assert any(line.startswith("judged by ratios to the dense baseline") for line in table)
     assert json.loads(last)["verdict"] == "no significant change"
     assert all(len(line) <= 100 for line in table)
     slow = halfweave("bench", "--compare", paths[0], paths[2], "--json").document
     assert slow["verdict"] == "slower"
     assert len(slow["changes"]) == 39
+    hostile = json.loads(paths[0].read_text())
+    for at, model in enumerate(hostile["models"]):
+        model["name"] = f"\ud800 \x1b[31m{at}"
+    paths[1].write_text(json.dumps(hostile))
+    strange = halfweave("bench", "--compare", paths[1], paths[1])
+    assert strange.code == 0 and "\x1b" not in strange.out
+    assert json.loads(strange.out.splitlines()[-1])["changes"][0]["name"].startswith("\\ud800")
     ran = halfweave("bench", "--compare", paths[0], tmp_path / "none.json")
     assert_error(ran, 2, "none.json is missing")
