@@ -138,6 +138,11 @@ def test_runs_are_compared_by_the_ratio_to_dense_of_the_same_turn(result: BenchR
     told = {"kind": "offline", "hardware": machine, "plan": asdict(PLAN), "model": {}}
     first = json.loads(json.dumps({**told, **result.body()}))
     assert (compare(first, first).verdict, compare(first, first).relative) == (NO_CHANGE, True)
+    busy = copy.deepcopy(first)
+    for sample in (sample for model in busy["models"] for sample in model["samples"]):
+        sample.update(prefill_ms=1.3 * sample["prefill_ms"], ttft_ms=1.3 * sample["ttft_ms"])
+        sample["gaps_ms"] = [1.3 * gap for gap in sample["gaps_ms"]]
+    assert compare(first, busy).verdict == NO_CHANGE
     slower = copy.deepcopy(first)
     for sample in slower["models"][1]["samples"]:
         sample["gaps_ms"] = [10 * gap for gap in sample["gaps_ms"]]

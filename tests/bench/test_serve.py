@@ -16,6 +16,7 @@ from urllib.request import urlopen
 
 import pytest
 from halfweave.bench.client import Observed, Target, ask
+from halfweave.bench.compare import NO_CHANGE, compare
 from halfweave.bench.prompts import Prompts
 from halfweave.bench.serve import ServePoint, bench_serve, points_body, serve_notes
 from halfweave.bench.serve_plan import ServePlan, loads, parse_slos
@@ -187,6 +188,32 @@ def test_the_document_has_every_request(mock: Mock) -> None:
     assert len(found["samples"]) == 20
     assert found["samples"][0]["outcome"] == "completed"
     assert found["client_lag_ms"]["max"] >= found["client_lag_ms"]["p50"] >= 0
+
+
+def test_a_slower_machine_is_told_from_a_slower_model(mock: Mock) -> None:
+    """Two endpoints in turns: both slower by 30 % is no change, one slower by 10 % is one."""
+
+    def document(dense_slower: float, pruned_slower: float) -> dict[str, Any]:
+        urls = {
+            name: mock("--ttft-ms", 100 * slower, "--gap-ms", 40 * slower)
+            for name, slower in (("dense", dense_slower), ("pruned", 0.8 * pruned_slower))
+        }
+        load = (Load(concurrency=4),)
+        plan = ServePlan(load, requests=4, repetitions=7, warmups=1, new_tokens=4)
+        points = bench_serve({n: Target(url, "mock") for n, url in urls.items()}, PROMPTS, plan)
+        models = [{"name": name, "is_baseline": name == "dense"} for name in urls]
+        told = {"kind": "serve", "models": models, **points_body(points)}
+        return dict(json.loads(json.dumps(told)))
+
+    usual = document(1.0, 1.0)
+    busy = compare(usual, document(1.3, 1.3))
+    assert (busy.verdict, busy.relative) == (NO_CHANGE, True)
+    assert any(each.verdict == "slower" for each in busy.changes if not each.relative)
+    slow = compare(usual, document(1.0, 1.1))
+    found = {each.name: each for each in slow.changes}["pruned, 4 clients: E2E, to dense"]
+    assert (slow.verdict, found.verdict) == ("slower", "slower")
+    assert found.first == pytest.approx(0.8, rel=0.05)
+    assert found.shift.ratio == pytest.approx(1.1, rel=0.03)
 
 
 # ---- parts
