@@ -122,13 +122,18 @@ def _differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[st
     ours, theirs = _digests(first), _digests(second)
     for name in sorted(ours.keys() & theirs.keys()):
         if ours[name] != theirs[name]:
-            found.append(f"model {_short(name)}, by its files")
+            found.append(f"{_short(name)}, by its files")
     return found
 
 
 def _digests(document: Mapping[str, Any]) -> dict[str, Any]:
-    """Of all models that were measured together."""
-    return {str(each.get("name")): each.get("digest") for each in document.get("models") or ()}
+    """Of all models that were measured together; the baseline is one whatever its name."""
+    return {
+        "dense baseline" if each.get("is_baseline") else f"model {each.get('name')}": each.get(
+            "digest"
+        )
+        for each in document.get("models") or ()
+    }
 
 
 def _short(value: Any) -> str:

@@ -51,11 +51,12 @@ def measure_quality(
     check_out(protocol.out)
     with console.progress("window") as bar:
         result = _perplexity(model, against, text, protocol, bar)
-        found = _Measured(model, against, origin, result, {}, {})
-        if tasks is not None:
-            found = _asked(found, tasks, bar)
     other = None if against is None else against.name
     console.table(tables.EVAL_HEADER, tables.evaluation(model.name, other, result))
+    found = _Measured(model, against, origin, result, {}, {})
+    if tasks is not None:  # asked after that was shown: a task may fail after hours
+        with console.progress("question") as bar:
+            found = _asked(found, tasks, bar)
     if found.tasks:
         rows = tables.tasks(model.name, other, found.tasks, found.against_tasks)
         console.table(tables.TASKS_HEADER, rows)
@@ -94,7 +95,6 @@ def _perplexity(
 
 def _asked(found: _Measured, tasks: Tasks, bar: Progress) -> _Measured:
     """The same with the tasks' figures, the dense model's too."""
-    bar.phase("question")
     figures = [
         {} if model is None else tasks.measure(model, _labelled(bar, model.name))
         for model in (found.against, found.model)

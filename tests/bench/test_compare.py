@@ -301,6 +301,17 @@ def test_measurements_of_different_things_are_not_compared(
     assert any(said in note for note in found.notes)
 
 
+@pytest.mark.parametrize("make", [offline, serve])
+def test_ratios_to_different_baselines_are_not_compared(make: Any) -> None:
+    first = make(np.random.default_rng(1))
+    other = copy.deepcopy(first)
+    other["models"][0].update(name="another", digest="another")
+    for point in other.get("points", ()):
+        point["model"] = point["model"].replace("dense", "another")
+    with pytest.raises(RefusedError, match="dense baseline, by its files"):
+        compare(first, other)
+
+
 def test_another_load_or_number_of_repetitions_is_the_same_thing() -> None:
     dice = np.random.default_rng(1)
     first, second = offline(dice), offline(dice, repetitions=9)
