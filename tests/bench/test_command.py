@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -199,6 +201,24 @@ def test_serve_starts_servers_of_both_models_and_ends_them(
     assert (found.verdict, found.relative) == (NO_CHANGE, True)
     assert (model / "measured" / "serve.json").exists()
     assert "perplexity of" in ran.err
+
+
+def test_a_measurement_that_is_ended_leaves_no_server_behind(tiny_model: Path) -> None:
+    code = (
+        "import sys, time\n"
+        "from halfweave.bench.server_process import server\n"
+        "with server(sys.argv[1]) as running:\n"
+        "    print(running.pid, flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    command = [sys.executable, "-c", code, str(tiny_model)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        pid = int(process.stdout.readline())
+        process.terminate()
+        assert process.wait(60) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
 
 
 # ---- wrong calls
