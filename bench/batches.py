@@ -58,7 +58,7 @@ def _sample(prefill_s: float, answers: Sequence[Answered]) -> BatchSample | None
     last = max(answers, key=lambda answer: answer.arrivals[0][0])
     begin = last.arrivals[0][0]
     first_end = min(answer.arrivals[-1][0] for answer in answers)
-    inside = [(at, count) for at, count in last.arrivals[1:] if at <= first_end]
+    inside = [(at, count) for at, count in last.arrivals[1:] if begin < at <= first_end]
     if not inside:
         return None
     steps = sum(count for _, count in inside)

@@ -21,8 +21,8 @@ from ..errors import HalfweaveError
 from ..kernels.cpu.library import Library, WeightStruct
 from ..kernels.cpu.packed import PackedWeight
 from ..kernels.cpu.room import aligned_bytes
+from .cold import cold_bytes
 
-COLD_BYTES = 128 * 2**20  # beyond the last cache of most machines
 _BURST_S = 0.0005
 _BURSTS = 9
 _SAMPLE_S = 0.02  # of one with products that take long, which has fewer bursts
@@ -76,7 +76,7 @@ class Sampler:
 
 def copies_of(size: int) -> int:
     """How many equal weights no cache holds."""
-    return max(1, -(-COLD_BYTES // size))
+    return max(1, -(-cold_bytes() // size))
 
 
 def native_candidate(name: str, library: Library, packed: PackedWeight) -> Candidate:

@@ -23,6 +23,7 @@ from .sse import Answer, EventReader, read_answer
 _READ_BYTES = 2**16
 _ERROR_CHARS = 300
 _FULL = 429
+_MOST_BYTES = 64 * 2**20  # of an answer
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,17 @@ class Target:
     timeout_s: float = 600.0
 
     def __post_init__(self) -> None:
-        where = urlsplit(self.url)
         try:
-            port_is_legal = where.port != 0
+            where = urlsplit(self.url)
+            legal = where.scheme in ("http", "https") and bool(where.hostname) and where.port != 0
         except ValueError:
-            port_is_legal = False
-        if where.scheme not in ("http", "https") or not where.hostname or not port_is_legal:
+            legal = False
+        if not legal or not self.url.isascii() or not self.url.isprintable() or " " in self.url:
             raise UsageError(f"{self.url!r} is no address such as http://127.0.0.1:8000")
+        if "@" in where.netloc:
+            raise UsageError("an address has no user and no password in it", "--api-key KEY")
+        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable()):
+            raise UsageError("the API key has characters that no header can hold")
 
     def __repr__(self) -> str:
         return f"Target({self.url}, {self.model})"
@@ -114,7 +119,7 @@ async def ask(target: Target, prompt: str, max_tokens: int, hang_up: int | None 
             return await exchange.run(target.body(prompt, max_tokens))
     except TimeoutError:
         return exchange.ended("timed_out", f"no end after {target.timeout_s:g} s")
-    except (OSError, h11.RemoteProtocolError, ssl.SSLError) as error:
+    except (OSError, UnicodeError, h11.RemoteProtocolError) as error:
         return exchange.ended("failed", f"{type(error).__name__}: {error}")
 
 
@@ -140,7 +145,7 @@ class _Exchange:
         reader, writer = await asyncio.open_connection(where.hostname, port, ssl=context)
         try:
             connection = h11.Connection(h11.CLIENT)
-            request = self._request(connection, where.netloc.rpartition("@")[2], body)
+            request = self._request(connection, where.netloc, body)
             self._sent = time.monotonic()
             writer.write(request)
             await writer.drain()
@@ -166,14 +171,19 @@ class _Exchange:
     async def _read(self, connection: h11.Connection, reader: asyncio.StreamReader) -> bool:
         """Read to the end of the answer; whether it got there, and was not given up."""
         seen = EventReader() if self._hang_up is not None else None
-        chunks = 0
+        chunks = size = 0
         while True:
             received = await reader.read(_READ_BYTES)
             now = time.monotonic()
+            if not received and not self._status:
+                raise ConnectionError("the connection was closed without an answer")
             connection.receive_data(received)
             piece, whole = self._taken(connection)
             if piece:
                 self._pieces.append((now, piece))
+                size += len(piece)
+            if size > _MOST_BYTES:
+                raise OSError(f"an answer of more than {_MOST_BYTES} bytes")
             if seen is not None and self._hang_up is not None:
                 chunks += len(seen.feed(piece))
                 if chunks >= self._hang_up:

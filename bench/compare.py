@@ -4,19 +4,23 @@ Repetitions are what is sampled, never tokens or requests, which depend on each 
 counts if it is beyond chance (significance.py) and beyond a floor, because two runs on one machine
 differ by a little that repetitions within a run do not show. The test is of the floor itself, so
 that among many quantities none gets over it by chance.
+
+What was measured beside its baseline, in turns, is judged by its ratio to that, turn by turn. Times
+and speeds by themselves decide only where a document has no such ratio.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..errors import RefusedError, UsageError
+from .across import LEAST_PARTS, shift_across
 from .metrics import Metric, metrics
 from .quiet import BUSY, KEPT
-from .significance import ALPHA, Shift, holm, least_p, shift
+from .significance import ALPHA, Shift, holm, least_p, shift, variance_inflation
 
 NO_CHANGE = "no significant change"
 FLOOR = 0.03
@@ -28,13 +32,14 @@ _MAY_DIFFER = {"hardware": ("load",), "plan": ("repetitions", "seed")}
 class Change:
     """One quantity in both documents: medians, and the second over the first.
 
-    `p` is corrected for all tests of its family; `verdict` is faster, slower or "no significant
-    change".
+    `relative` ones are ratios to the baseline of the same turn. `p` is corrected for all tests of
+    its family; `verdict` is faster, slower or "no significant change".
     """
 
     name: str
     unit: str
     main: bool
+    relative: bool
     first: float
     second: float
     repetitions: tuple[int, int]
@@ -46,9 +51,13 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All changes, and one word for those that decide: faster, slower, mixed or `NO_CHANGE`."""
+    """All changes, and one word for those that decide: faster, slower, mixed or `NO_CHANGE`.
+
+    `relative` is whether these are ratios to the baseline of the same turn.
+    """
 
     verdict: str
+    relative: bool
     floor: float
     changes: tuple[Change, ...]
     notes: tuple[str, ...]
@@ -70,26 +79,30 @@ def compare(
         RefusedError: they are not of the same thing, and that was not allowed.
         UsageError: they have nothing in common, or are not as described.
     """
-    differences = _differences(first, second)
+    try:
+        differences, busy = _differences(first, second), _busy_notes(first, second)
+        ours, theirs = metrics(first), {metric.name: metric for metric in metrics(second)}
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise UsageError(f"a measurement is not as it was written: {error!r}"[:300]) from error
     if differences and (not even_if_different or first["kind"] != second["kind"]):
         raise RefusedError(
             f"these measurements are not of the same thing: {'; '.join(differences)}",
             None if first["kind"] != second["kind"] else "--even-if-different compares them",
         )
-    try:
-        ours, theirs = metrics(first), {metric.name: metric for metric in metrics(second)}
-    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-        raise UsageError(f"a measurement is not as it was written: {error!r}") from error
-    pairs = [(metric, theirs[metric.name]) for metric in ours if metric.name in theirs]
+    pairs = [
+        (metric, theirs[metric.name])
+        for metric in ours
+        if metric.name in theirs and metric.parts.keys() == theirs[metric.name].parts.keys()
+    ]
     if not pairs:
         raise UsageError("these measurements have no quantity in common")
-    changes = _changes(pairs, floor)
-    left = len(ours) + len(theirs) - 2 * len(pairs)
-    notes = [*differences, *_busy_notes(first, second), *_power_notes(changes)]
-    if left:
+    relative = any(metric.relative and metric.decides for metric, _ in pairs)
+    changes = _changes(pairs, floor, relative)
+    deciding = [change for change in changes if change.decides]
+    notes = [*differences, *busy, *_power_notes(deciding)]
+    if left := len(ours) + len(theirs) - 2 * len(pairs):
         notes.append(f"{left} quantities are in one of the two only")
-    verdict = _overall([change for change in changes if change.decides])
-    return Comparison(verdict, floor, tuple(changes), tuple(notes))
+    return Comparison(_overall(deciding), relative, floor, tuple(changes), tuple(notes))
 
 
 def _differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
@@ -109,13 +122,18 @@ def _differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[st
     ours, theirs = _digests(first), _digests(second)
     for name in sorted(ours.keys() & theirs.keys()):
         if ours[name] != theirs[name]:
-            found.append(f"model {_short(name)}, by its files")
+            found.append(f"{_short(name)}, by its files")
     return found
 
 
 def _digests(document: Mapping[str, Any]) -> dict[str, Any]:
-    """Of all models that were measured together."""
-    return {str(each.get("name")): each.get("digest") for each in document.get("models") or ()}
+    """Of all models that were measured together; the baseline is one whatever its name."""
+    return {
+        "dense baseline" if each.get("is_baseline") else f"model {each.get('name')}": each.get(
+            "digest"
+        )
+        for each in document.get("models") or ()
+    }
 
 
 def _short(value: Any) -> str:
@@ -123,28 +141,47 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else text[:39] + "…"
 
 
-def _changes(pairs: list[tuple[Metric, Metric]], floor: float) -> list[Change]:
-    shifts = [shift(ours.values, theirs.values, floor) for ours, theirs in pairs]
-    adjusted = [1.0] * len(pairs)
-    for family in (True, False):  # quantities that matter most, and all others
-        members = [i for i, (metric, _) in enumerate(pairs) if metric.main == family]
-        for index, p in zip(members, holm([shifts[i].p for i in members]), strict=True):
-            adjusted[index] = p
-    return [
-        Change(
-            ours.name,
-            ours.unit,
-            ours.main,
-            statistics.median(ours.values),
-            statistics.median(theirs.values),
-            (len(ours.values), len(theirs.values)),
-            found,
-            p,
-            _verdict(found, p, ours.more_is_better),
-            ours.decides,
-        )
-        for (ours, theirs), found, p in zip(pairs, shifts, adjusted, strict=True)
-    ]
+def _changes(pairs: list[tuple[Metric, Metric]], floor: float, relative: bool) -> list[Change]:
+    """Of all pairs; p is corrected apart for each form, and in it for what matters most."""
+    found: dict[int, Change] = {}
+    for form in (True, False):
+        of_form = [(i, *pair) for i, pair in enumerate(pairs) if pair[0].relative == form]
+        inflation = variance_inflation([each.values for _, *pair in of_form for each in pair])
+        for main in (True, False):
+            family = [member for member in of_form if member[1].main == main]
+            shifts = [_shift(ours, theirs, floor, inflation) for _, ours, theirs in family]
+            ps = holm([each.p for each in shifts])
+            for (index, ours, theirs), each, p in zip(family, shifts, ps, strict=True):
+                found[index] = _change(ours, theirs, each, p, ours.decides and form == relative)
+    return [found[index] for index in range(len(pairs))]
+
+
+def _shift(ours: Metric, theirs: Metric, floor: float, inflation: float) -> Shift:
+    """Over the repetitions; of what has parts, over these too: it must be beyond chance in both."""
+    found = shift(ours.values, theirs.values, floor, inflation)
+    if len(ours.parts) < LEAST_PARTS:
+        return found
+    names = list(ours.parts)
+    across = shift_across(
+        [ours.parts[name] for name in names], [theirs.parts[name] for name in names], floor
+    )
+    return replace(across, p=max(across.p, found.p))
+
+
+def _change(ours: Metric, theirs: Metric, found: Shift, p: float, decides: bool) -> Change:
+    return Change(
+        ours.name,
+        ours.unit,
+        ours.main,
+        ours.relative,
+        statistics.median(ours.values),
+        statistics.median(theirs.values),
+        (len(ours.values), len(theirs.values)),
+        found,
+        p,
+        _verdict(found, p, ours.more_is_better),
+        decides,
+    )
 
 
 def _verdict(found: Shift, p: float, more_is_better: bool) -> str:

@@ -1,6 +1,6 @@
 """The one JSON document of a measurement: what was measured, where, by what, and every raw sample.
 
-docs/benchmarks.md describes its fields. Saved beside the model it is about, whole or not at all.
+docs/benchmarks.md describes its fields.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, UsageError
-from ..files import find_directory, read_json, sha256_file, write_json
-from ..kernels.schema import MANIFEST_FILE, MEASURED_DIRECTORY
+from ..files import find_directory, read_json, sha256_file
+from ..kernels.schema import MANIFEST_FILE
 from ..runtime.hardware import Hardware, versions
 
 SCHEMA_VERSION = 2
@@ -82,23 +82,9 @@ def read_document(path: Path) -> dict[str, Any]:
         raise UsageError(
             f"{path} is no measurement of schema {SCHEMA_VERSION}: it has kind "
             f"{str(found.get('kind'))[:40]!r} and schema {str(version)[:40]!r}",
-            "measure again with this version of halfweave bench",
+            f"what this version of halfweave bench measures: {', '.join(KINDS)}",
         )
     return found
-
-
-def save_beside(model: str | Path, found: Mapping[str, Any]) -> Path:
-    """Save a document as measured/KIND.json in its model's directory, in place of an older one.
-
-    Raises:
-        OSError: the directory cannot be written to.
-        CapacityError: the disk is full.
-    """
-    directory = find_directory(model) / MEASURED_DIRECTORY
-    directory.mkdir(exist_ok=True)
-    path = directory / f"{found['kind']}.json"
-    write_json(path, found)
-    return path
 
 
 def _commit() -> str | None:

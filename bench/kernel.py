@@ -16,14 +16,15 @@ from torch import Tensor
 from ..errors import RefusedError, UsageError
 from ..kernels.cpu.bandwidth import read_bandwidth
 from ..kernels.cpu.library import Library, library
-from ..kernels.cpu.packed import pack_weight
+from ..kernels.cpu.packed import PackedWeight, pack_weight
 from ..kernels.device import available_memory_bytes
 from ..kernels.dispatch import NATIVE_DENSE, expanded
 from ..kernels.formats import Dense, Int4, PackedLinear
 from ..kernels.groups import group_count
 from ..kernels.measured import DENSE, SPARSE, Measured, Product
 from ..runtime.checkpoint import Checkpoint
-from .candidates import COLD_BYTES, Candidate, Sampler, native_candidate, torch_candidate
+from .candidates import Candidate, Sampler, native_candidate, torch_candidate
+from .cold import cold_bytes
 from .offline import LEAST_REPETITIONS
 from .products import ModelProduct, model_products
 from .progress import Progress, silent
@@ -53,6 +54,8 @@ class KernelPlan:
             raise UsageError(f"repetitions must be at least {LEAST_REPETITIONS}")
         if not self.tokens or min(self.tokens) < 1:
             raise UsageError("tokens must be at least 1")
+        if len(set(self.tokens)) < len(self.tokens):
+            raise UsageError("a number of tokens is given twice")
 
 
 @dataclass(frozen=True)
@@ -178,7 +181,10 @@ def _candidates(
     }
     if product.format != Dense.kind:
         floats = expanded(weight)
-        ways[NATIVE_DENSE] = (4, lambda name: native_candidate(name, native, _pack(native, floats)))
+        ways[NATIVE_DENSE] = (
+            4,
+            lambda name: native_candidate(name, native, pack_weight(native, floats)),
+        )
     if product.format not in (Dense.kind, INT4) and each.rounded_bits is None:
         group = product.group or _INT4_GROUP
         ways[INT4] = (1, lambda name: native_candidate(name, native, _int4(native, dense, group)))
@@ -186,7 +192,7 @@ def _candidates(
     notes = []
     for name, (width, make) in ways.items():
         free = available_memory_bytes()
-        if free is not None and 2 * max(COLD_BYTES, width * dense.numel()) > free:
+        if free is not None and 2 * max(cold_bytes(), width * dense.numel()) > free:
             notes.append(f"{name} of {product.N}x{product.K} was left out: there is no memory")
             continue
         found.append(make(name))
@@ -195,11 +201,7 @@ def _candidates(
     return found, notes
 
 
-def _pack(native: Library, floats: Dense) -> Any:
-    return pack_weight(native, floats)
-
-
-def _int4(native: Library, dense: Tensor, group: int) -> Any:
+def _int4(native: Library, dense: Tensor, group: int) -> PackedWeight:
     """Codes of the same shape; what they are makes no difference to the time."""
     rows, columns = dense.shape
     codes = torch.randint(-8, 8, (rows, columns))

@@ -27,6 +27,7 @@ _NAME = "mock"
 class Script:
     """What the server does. Every `refuse_every`-th request gets 429, every `fail_every`-th 500.
 
+    After `fail_after` requests all get 500.
     `merge` events are written at once, as a network may deliver them. A `stalled` server sends no
     token. Zero means never.
     """
@@ -38,6 +39,7 @@ class Script:
     usage: bool = True
     refuse_every: int = 0
     fail_every: int = 0
+    fail_after: int = 0
     stalled: bool = False
 
 
@@ -78,6 +80,9 @@ class MockServer:
             if every and self.requests % every == 0:
                 writer.write(_whole(connection, status, {"error": {"message": "as told"}}))
                 return
+        if script.fail_after and self.requests > script.fail_after:
+            writer.write(_whole(connection, 500, {"error": {"message": "as told"}}))
+            return
         await self._stream(connection, writer, json.loads(body), received)
 
     async def _stream(

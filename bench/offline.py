@@ -62,6 +62,8 @@ class BenchPlan:
                 raise UsageError(f"{name} must be at least {low}")
         if any(batch < 1 for batch in self.batches):
             raise UsageError("a batch must be at least 1")
+        if len(set(self.batches)) < len(self.batches):
+            raise UsageError("a batch is given twice")
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ class ModelBench:
     prefill_tokens_per_s: Spread
     decode_tokens_per_s: Spread
     ttft_ms: Spread
-    itl_ms: Mapping[str, float]
+    itl_ms: Mapping[str, float | None]
     batches: tuple[BatchBench, ...]
     bytes_per_token: int | None
     mbu: float | None
@@ -296,26 +298,48 @@ def _samples(
     tell: Progress,
     read: _ReadBandwidth,
 ) -> tuple[dict[str, list[Sample]], dict[str, dict[int, list[BatchSample]]]]:
-    """In turns, A B A B, so that whatever else the machine does falls on all alike."""
+    """In turns, A B A B of every batch, so that whatever the machine does falls on all alike.
+
+    A batch has as many samples as there are turns, or none: comparisons pair them by turn.
+    """
     samples: dict[str, list[Sample]] = {name: [] for name in models}
-    batches: dict[str, dict[int, list[BatchSample]]] = {name: {} for name in models}
-    rounds = plan.warmups + plan.repetitions
-    for turn in range(rounds):
+    batches: dict[str, dict[int, list[BatchSample | None]]] = {
+        name: {batch: [] for batch in plan.batches} for name in models
+    }
+    turns, done = plan.warmups + plan.repetitions, 0
+    total = turns * len(models) * (1 + len(plan.batches))
+
+    def told(turn: int, name: str, size: str = "") -> None:
+        nonlocal done
+        done += 1
+        tell(done, total, f"{'measure' if turn >= plan.warmups else 'warm up'} {name}{size}")
+
+    for turn in range(turns):
         read.look()
-        for place, (name, model) in enumerate(models.items(), start=1):
-            sample = _one_request(model, prompt, plan.new_tokens)
-            together = {
-                batch: one_batch(model, prompt, batch, plan.new_tokens, _STEP_TOKENS)
-                for batch in plan.batches
-            }
-            if turn >= plan.warmups:
-                samples[name].append(sample)
-                for batch, found in together.items():
-                    if found is not None:
-                        batches[name].setdefault(batch, []).append(found)
-            what = "measure" if turn >= plan.warmups else "warm up"
-            tell(turn * len(models) + place, rounds * len(models), f"{what} {name}")
-    return samples, batches
+        for name, model in models.items():
+            samples[name].append(_one_request(model, prompt, plan.new_tokens))
+            told(turn, name)
+        for batch in plan.batches:
+            for name, model in models.items():
+                found = one_batch(model, prompt, batch, plan.new_tokens, _STEP_TOKENS)
+                batches[name][batch].append(found)
+                told(turn, name, f" x{batch}")
+    return (
+        {name: found[plan.warmups :] for name, found in samples.items()},
+        {name: _complete(found, plan.warmups) for name, found in batches.items()},
+    )
+
+
+def _complete(
+    found: Mapping[int, Sequence[BatchSample | None]], warmups: int
+) -> dict[int, list[BatchSample]]:
+    """Without warm-ups, and without batches for which a turn had no room."""
+    measured = {batch: each[warmups:] for batch, each in found.items()}
+    return {
+        batch: [sample for sample in each if sample is not None]
+        for batch, each in measured.items()
+        if None not in each
+    }
 
 
 def _one_request(model: Model, prompt: tuple[int, ...], new_tokens: int) -> Sample:

@@ -26,6 +26,8 @@ from .traffic import Load, Round, Sent, run_round
 _SEPARATE = 0.9
 _LAG_WARNING_MS = 5.0
 
+_Percentiles = Mapping[str, float | None]
+
 
 @dataclass(frozen=True)
 class RequestSample:
@@ -76,18 +78,18 @@ class ServePoint:
     durations_s: tuple[float, ...]
     prompt_tokens: int | None
     output_tokens: int | None
-    ttft_ms: Mapping[str, float] | None
-    itl_ms: Mapping[str, float] | None
-    chunk_gap_ms: Mapping[str, float] | None
-    tpot_ms: Mapping[str, float] | None
-    e2e_ms: Mapping[str, float] | None
+    ttft_ms: _Percentiles | None
+    itl_ms: _Percentiles | None
+    chunk_gap_ms: _Percentiles | None
+    tpot_ms: _Percentiles | None
+    e2e_ms: _Percentiles | None
     output_tokens_per_s: float | None
     total_tokens_per_s: float | None
     requests_per_s: float
     goodput_per_s: float | None
     coalesced_requests: int
-    send_lag_ms: Mapping[str, float]
-    client_lag_ms: Mapping[str, float]
+    send_lag_ms: _Percentiles
+    client_lag_ms: _Percentiles
     samples: tuple[RequestSample, ...]
 
 
@@ -100,7 +102,7 @@ def bench_serve(
     """Load the endpoints, by the name to print, and measure; loads and endpoints take turns.
 
     Raises:
-        HalfweaveError: an endpoint does not answer the requests that warm up.
+        HalfweaveError: an endpoint does not answer the requests that warm up, or none of a round.
     """
     return asyncio.run(_measured(targets, prompts, plan, progress or silent))
 
@@ -122,10 +124,18 @@ async def _measured(
                 plan.seed * 1000 + repetition,
                 lambda at, target=target, texts=texts: ask(target, texts[at], plan.new_tokens),  # type: ignore[misc]
             )
+            _still_there(name, found)
             rounds[name, load].append(found)
             done = repetition * len(places) + number + 1
             tell(done, plan.repetitions * len(places), f"{name}, {load.line}")
     return tuple(_point(name, load, found, plan) for (name, load), found in rounds.items())
+
+
+def _still_there(name: str, found: Round) -> None:
+    """Raise HalfweaveError where all of a round failed: then there is nobody to be measured."""
+    observed = [sent.observed for sent in found.requests]
+    if all(each.outcome == "failed" for each in observed):
+        raise HalfweaveError(f"{name} does not answer any more: {observed[-1].error}")
 
 
 async def _warm_up(name: str, target: Target, prompts: Prompts, plan: ServePlan) -> None:
@@ -199,7 +209,8 @@ def _request_sample(sent: Sent, began: float, repetition: int) -> RequestSample:
     if arrivals and observed.outcome == "completed":
         ttft = 1000 * (arrivals[0].at - observed.sent)
         e2e = 1000 * (arrivals[-1].at - observed.sent)
-        if tokens is not None and tokens > 1:
+        # What came in one piece says nothing of the time between its tokens.
+        if tokens is not None and tokens > 1 and len(arrivals) > 1:
             tpot = (e2e - ttft) / (tokens - 1)
     return RequestSample(
         repetition,
@@ -226,10 +237,10 @@ def _goodput(
 
 
 def _is_good(sample: RequestSample, slos: Mapping[str, float]) -> bool:
-    """Within every limit; an answer of one token has no TPOT to miss, one of unknown length has."""
+    """Within every limit; an answer in one piece has no TPOT to miss, one of unknown length has."""
     for name, limit in slos.items():
         value = getattr(sample, f"{name}_ms")
-        if value is None and name == "tpot" and sample.output_tokens == 1:
+        if name == "tpot" and sample.output_tokens is not None and not sample.chunk_gaps_ms:
             continue
         if value is None or value > limit:
             return False
@@ -258,10 +269,9 @@ def serve_notes(points: Sequence[ServePoint]) -> list[str]:
                 f"{where}: tokens came together in {point.coalesced_requests} of {point.completed} "
                 "answers, so there are gaps between chunks and no ITL"
             )
-        if point.client_lag_ms["p99"] > _LAG_WARNING_MS:
-            notes.append(
-                f"{where}: the client itself was late by {point.client_lag_ms['p99']:.1f} ms (p99)"
-            )
+        late = point.client_lag_ms["p99"]
+        if late is not None and late > _LAG_WARNING_MS:
+            notes.append(f"{where}: the client itself was late by {late:.1f} ms (p99)")
     return notes
 
 

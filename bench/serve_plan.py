@@ -23,8 +23,8 @@ class ServePlan:
     """
 
     loads: tuple[Load, ...]
-    requests: int = 32
-    repetitions: int = 7
+    requests: int = 24
+    repetitions: int = 11
     warmups: int = 2
     prompt_tokens: int = 128
     new_tokens: int = 64
@@ -41,6 +41,8 @@ class ServePlan:
                 raise UsageError(f"{name} must be at least {low}")
         if not self.loads:
             raise UsageError("no load is given", "--rate 2, or --concurrency 8")
+        if len(set(self.loads)) < len(self.loads):
+            raise UsageError("a load is given twice")
         for load in self.loads:
             if (load.rate is None) == (load.concurrency is None):
                 raise UsageError("a load is a rate or a concurrency")

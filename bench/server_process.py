@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ def server(model: str | Path, flags: Sequence[str] = ()) -> Iterator[ServerProce
         HalfweaveError: it did not start, or did not stop well; its last line says why.
     """
     command = [*_COMMAND, "serve", str(model), "--port", "0", "--json", *flags]
-    with tempfile.TemporaryFile() as log:
+    with _ends_well(), tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=_environment())
         try:
             assert process.stdout is not None
@@ -86,6 +87,19 @@ def server(model: str | Path, flags: Sequence[str] = ()) -> Iterator[ServerProce
             process.wait()
             if process.stdout is not None:
                 process.stdout.close()
+
+
+@contextmanager
+def _ends_well() -> Iterator[None]:
+    """Let SIGTERM end this process as an exception does, so that no server is left behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _environment() -> dict[str, str]:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 _DONE = "[DONE]"
+_MOST_TOKENS = 2**31
+_ERROR_CHARS = 300
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,16 @@ class EventReader:
     """Cuts a stream of bytes into the data of its events."""
 
     def __init__(self) -> None:
-        self._line = b""
+        self._line: list[bytes] = []  # pieces of one that has not ended
         self._data: list[str] = []
 
     def feed(self, piece: bytes) -> list[str]:
         """The data of all events that are complete now."""
-        *lines, self._line = (self._line + piece).split(b"\n")
+        if b"\n" not in piece:
+            self._line.append(piece)
+            return []
+        *lines, rest = b"".join((*self._line, piece)).split(b"\n")
+        self._line = [rest]
         found = []
         for raw in lines:
             line = raw.rstrip(b"\r").decode("utf-8", errors="replace")
@@ -71,7 +77,7 @@ def _take(answer: Answer, data: str) -> bool:
         return False
     try:
         document = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         document = None
     if not isinstance(document, dict):
         answer.error = f"an event is no JSON object: {data[:100]}"
@@ -79,17 +85,26 @@ def _take(answer: Answer, data: str) -> bool:
     if document.get("error"):
         error = document["error"]
         said = error.get("message") if isinstance(error, dict) else error
-        answer.error = f"in a stream: {said}"
+        answer.error = f"in a stream: {str(said)[:_ERROR_CHARS]}"
         return False
     usage = document.get("usage")
     if isinstance(usage, dict):
-        answer.prompt_tokens = usage.get("prompt_tokens")
-        answer.output_tokens = usage.get("completion_tokens")
-    return any(_has_text(choice) for choice in document.get("choices") or ())
+        answer.prompt_tokens = _count(usage.get("prompt_tokens"))
+        answer.output_tokens = _count(usage.get("completion_tokens"))
+    choices = document.get("choices") or ()
+    return isinstance(choices, list) and any(map(_has_text, choices))
 
 
-def _has_text(choice: dict[str, Any]) -> bool:
+def _count(told: Any) -> int | None:
+    """A number of tokens, if it is one."""
+    return told if type(told) is int and 0 <= told < _MOST_TOKENS else None
+
+
+def _has_text(choice: Any) -> bool:
     """Of a completion, or of a chat, whose first chunk brings a role and no token."""
-    delta = choice.get("delta") or {}
-    told = (choice.get("text"), delta.get("content"), delta.get("reasoning_content"))
-    return any(told) or bool(delta.get("tool_calls"))
+    if not isinstance(choice, dict):
+        return False
+    delta = choice.get("delta")
+    brought = delta if isinstance(delta, dict) else {}
+    told = (choice.get("text"), brought.get("content"), brought.get("reasoning_content"))
+    return any(told) or bool(brought.get("tool_calls"))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-RANKS = (50, 90, 99)
+_LEAST = {50: 1, 90: 10, 99: 100}  # values that each rank needs
 
 
 @dataclass(frozen=True)
@@ -25,16 +25,20 @@ class Spread:
         return cls(statistics.median(values), min(values), max(values))
 
 
-def percentiles(values: Sequence[float]) -> dict[str, float]:
+def percentiles(values: Sequence[float]) -> dict[str, float | None]:
     """p50, p90 and p99 of at least one value, linearly interpolated between the raw ones.
 
-    The p-th of n sorted values stands at place p / 100 * (n - 1), counted from 0.
+    The p-th of n sorted values stands at place p / 100 * (n - 1), counted from 0. Of fewer than 10
+    values p90 is None, of fewer than 100 p99: they would be hardly more than the largest.
     """
-    found = np.percentile(np.asarray(values, dtype=np.float64), RANKS)
-    return {f"p{rank}": float(value) for rank, value in zip(RANKS, found, strict=True)}
+    found = np.percentile(np.asarray(values, dtype=np.float64), list(_LEAST))
+    return {
+        f"p{rank}": float(value) if len(values) >= least else None
+        for (rank, least), value in zip(_LEAST.items(), found, strict=True)
+    }
 
 
-def distribution(values: Sequence[float]) -> dict[str, float] | None:
+def distribution(values: Sequence[float]) -> dict[str, float | None] | None:
     """`percentiles` and the mean; None of nothing."""
     if not values:
         return None

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument
@@ -14,6 +14,7 @@ from . import bench_tables
 from .bench_words import Asked, command_line, named, understood
 from .console import Console, plain
 from .flags import Comparing, Keeping, Loading, Output, Speed, Traffic
+from .keeping import check_out, keep
 from .loading import load_settings, read_source, set_threads
 
 if TYPE_CHECKING:
@@ -46,9 +47,37 @@ def bench(
         _compare(console, comparing)
         return
     asked = understood(words or (), speed, traffic, loading)
-    document = _MEASURE[asked.mode](console, asked, keeping)
-    _keep(console, keeping, asked.model, document)
-    console.last_line(document)
+    check_out(keeping.out)
+    found = _MEASURE[asked.mode](console, asked, keeping)
+    told: dict[str, Any] = plain(found.document(asked.mode))
+    for line in bench_tables.notes(told["notes"]):
+        console.say(line)
+    keep(console, told, None if asked.traffic.url else asked.model, keeping.save, keeping.out)
+    console.last_line(told)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a mode measured: of which model, by which plan, and the figures of its kind."""
+
+    machine: Hardware
+    model: Mapping[str, Any]
+    plan: Any
+    body: Mapping[str, Any]
+    notes: Sequence[str]
+
+    def document(self, kind: str) -> dict[str, Any]:
+        from ..bench.document import document
+
+        return document(
+            kind,
+            self.machine,
+            model=self.model,
+            plan=self.plan,
+            body=self.body,
+            notes=self.notes,
+            command=command_line(),
+        )
 
 
 @contextmanager
@@ -71,8 +100,8 @@ def _quiet(
         yield machine, [*notes, f"{KEPT} {where}"]
 
 
-def _offline(console: Console, asked: Asked, keeping: Keeping) -> dict[str, Any]:
-    from ..bench.document import about_model, document
+def _offline(console: Console, asked: Asked, keeping: Keeping) -> _Found:
+    from ..bench.document import about_model
     from ..bench.offline import BenchPlan, baseline_first, bench_offline
 
     model, speed = asked.needed_model, asked.speed
@@ -81,7 +110,7 @@ def _offline(console: Console, asked: Asked, keeping: Keeping) -> dict[str, Any]
         new_tokens=speed.new_tokens,
         window=speed.window,
         max_windows=speed.max_windows,
-        repetitions=BenchPlan.repetitions if speed.repetitions is None else speed.repetitions,
+        repetitions=asked.repetitions(BenchPlan.repetitions),
         batches=tuple(speed.batch) or BenchPlan.batches,
     )
     text, origin = read_source(speed.text)
@@ -95,23 +124,14 @@ def _offline(console: Console, asked: Asked, keeping: Keeping) -> dict[str, Any]
             progress=bar.step,
             loading=load_settings(asked.loading),
         )
-    notes = [*notes, *result.notes]
     console.table(*bench_tables.offline(result), words=(0,))
-    for line in (*bench_tables.offline_lines(result), *bench_tables.notes(notes)):
+    for line in bench_tables.offline_lines(result):
         console.say(line)
-    return document(
-        "offline",
-        machine,
-        model=about,
-        plan=plan,
-        body=result.body(),
-        notes=notes,
-        command=command_line(),
-    )
+    return _Found(machine, about, plan, result.body(), [*notes, *result.notes])
 
 
-def _kernel(console: Console, asked: Asked, keeping: Keeping) -> dict[str, Any]:
-    from ..bench.document import about_model, document
+def _kernel(console: Console, asked: Asked, keeping: Keeping) -> _Found:
+    from ..bench.document import about_model
     from ..bench.kernel import KernelPlan, bench_kernel
     from ..bench.quiet import BUSY
 
@@ -120,25 +140,17 @@ def _kernel(console: Console, asked: Asked, keeping: Keeping) -> dict[str, Any]:
     speed, about = asked.speed, about_model(asked.needed_model)
     plan = KernelPlan(
         tuple(speed.tokens) or KernelPlan.tokens,
-        KernelPlan.repetitions if speed.repetitions is None else speed.repetitions,
+        asked.repetitions(KernelPlan.repetitions),
         asked.loading.head_bits,
     )
     with _quiet(asked, keeping) as (machine, notes), console.progress("product") as bar:
         busy = any(note.startswith(BUSY) for note in notes)
         result = bench_kernel(asked.needed_model, plan, bar.step)
-        notes = [*notes, *result.notes, _keep_table(result, keeping, busy)]
     console.table(bench_tables.KERNEL_HEADER, bench_tables.kernel(result), words=(0, -1))
-    for line in (*bench_tables.kernel_lines(result, machine), *bench_tables.notes(notes)):
+    for line in bench_tables.kernel_lines(result, machine):
         console.say(line)
-    return document(
-        "kernel",
-        machine,
-        model=about,
-        plan=plan,
-        body=result.body(),
-        notes=notes,
-        command=command_line(),
-    )
+    notes = [*notes, *result.notes, _keep_table(result, keeping, busy)]
+    return _Found(machine, about, plan, result.body(), notes)
 
 
 def _keep_table(result: KernelResult, keeping: Keeping, busy: bool) -> str:
@@ -157,11 +169,13 @@ def _keep_table(result: KernelResult, keeping: Keeping, busy: bool) -> str:
     return f"dispatch keeps to this from now on, by {path}; {VARIABLE}=off ignores it"
 
 
-def _serve(console: Console, asked: Asked, keeping: Keeping) -> dict[str, Any]:
-    from .bench_serve import measure_endpoints
+def _serve(console: Console, asked: Asked, keeping: Keeping) -> _Found:
+    from .bench_serve import measure_endpoints, serve_plan
 
+    plan = serve_plan(asked)
     with _quiet(asked, keeping, pin=False) as (machine, notes):
-        return measure_endpoints(console, asked, machine, notes)
+        model, body, told = measure_endpoints(console, asked, plan, machine)
+    return _Found(machine, model, plan, body, [*notes, *told])
 
 
 _MEASURE = {"kernel": _kernel, "offline": _offline, "serve": _serve}
@@ -178,26 +192,3 @@ def _compare(console: Console, comparing: Comparing) -> None:
     for line in bench_tables.comparison_lines(found):
         console.say(line)
     console.last_line({"verb": "bench", **found.to_json()})
-
-
-def _keep(console: Console, keeping: Keeping, model: str | None, document: dict[str, Any]) -> None:
-    """Save a document where it was asked for, or beside the model if that can be written to."""
-    from ..bench.document import save_beside
-    from ..files import write_json
-    from ..report.card import update_card
-
-    found = plain(document)
-    if keeping.out is not None:
-        try:
-            write_json(keeping.out, found)
-        except OSError as error:
-            raise UsageError(f"{keeping.out} cannot be written: {error.strerror}") from error
-        console.say(f"kept in {keeping.out}")
-    elif keeping.save and model is not None:
-        try:
-            path: Path = save_beside(model, found)
-        except OSError as error:
-            console.tell(f"not kept beside the model: {error.strerror}; --out FILE keeps it")
-            return
-        update_card(model)
-        console.say(f"kept in {path}")

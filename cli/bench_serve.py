@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from http.client import HTTPException
 from typing import TYPE_CHECKING, Any
-from urllib.error import URLError
 from urllib.request import Request, urlopen
 
 from ..errors import HalfweaveError, UsageError
+from ..report.theme import printable
 from . import bench_tables
-from .bench_words import Asked, command_line, named
+from .bench_words import Asked, named
 from .console import Console
 from .flags import Loading
 from .loading import load_settings, read_source
@@ -27,42 +28,42 @@ _LISTED_S = 30.0
 
 
 def measure_endpoints(
-    console: Console, asked: Asked, machine: Hardware, notes: list[str]
-) -> dict[str, Any]:
-    """Load what was asked for, print what came of it, and return the document."""
-    from ..bench.document import about_model, document
+    console: Console, asked: Asked, plan: ServePlan, machine: Hardware
+) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """Load what was asked for, and print what came of it.
+
+    Returns which model the document is about, the figures of this kind, and notes.
+    """
     from ..bench.serve import bench_serve, points_body, serve_notes
 
-    plan, prompts = _plan(asked), _prompts(asked)
+    prompts, models = _prompts(asked), _models(asked)
     quality = {} if asked.traffic.url else _quality(console, asked)
     with _targets(console, asked, plan) as targets, console.progress("round") as bar:
         points = bench_serve(targets, prompts, plan, bar.step)
-    notes = [*notes, *_quality_notes(asked, quality), *serve_notes(points)]
     console.table(bench_tables.TIMES_HEADER, bench_tables.times(points), words=(0, 1))
     console.table(bench_tables.RATES_HEADER, bench_tables.rates(points), words=(0, 1))
-    for line in (*bench_tables.serve_lines(plan, quality, machine), *bench_tables.notes(notes)):
+    for line in bench_tables.serve_lines(plan, quality, machine):
         console.say(line)
-    name = next(iter(targets.values())).model
-    model = {"path": None, "name": name, "digest": None}
-    return document(
-        "serve",
-        machine,
-        model=model if asked.model is None else about_model(asked.model),
-        plan=plan,
-        body={"quality": quality, "endpoint": asked.traffic.url, **points_body(points)},
-        notes=notes,
-        command=command_line(),
-    )
+    name = next(iter(targets))
+    about = models[0] if models else {"path": None, "name": name, "digest": None}
+    figures = {"quality": quality, "endpoint": asked.traffic.url, "models": models}
+    notes = [*_quality_notes(asked, models), *serve_notes(points)]
+    return about, {**figures, **points_body(points)}, notes
 
 
-def _plan(asked: Asked) -> ServePlan:
+def serve_plan(asked: Asked) -> ServePlan:
+    """How the endpoints are to be loaded.
+
+    Raises:
+        UsageError: a number is out of range, or a limit of goodput is none.
+    """
     from ..bench.serve_plan import ServePlan, loads, parse_slos
 
     speed, traffic = asked.speed, asked.traffic
     return ServePlan(
         loads(traffic.rate, traffic.concurrency),
         requests=traffic.requests,
-        repetitions=ServePlan.repetitions if speed.repetitions is None else speed.repetitions,
+        repetitions=asked.repetitions(ServePlan.repetitions),
         prompt_tokens=speed.prompt_tokens,
         new_tokens=speed.new_tokens,
         slos=parse_slos(asked.limits),
@@ -98,7 +99,7 @@ def _targets(console: Console, asked: Asked, plan: ServePlan) -> Iterator[dict[s
         if asked.speed.against:
             raise UsageError("--against starts a server of ours, --url says that one runs")
         name = traffic.model_name or _first_model(target(traffic.url, ""))
-        yield {name: target(traffic.url, name)}
+        yield {printable(name): target(traffic.url, name)}
         return
     with ExitStack() as stack:
         targets = {}
@@ -117,7 +118,7 @@ def _first_model(target: Target) -> str:
     try:
         with urlopen(request, timeout=_LISTED_S) as answer:
             return str(json.load(answer)["data"][0]["id"])
-    except (URLError, OSError, ValueError, KeyError, IndexError, TypeError) as error:
+    except (OSError, HTTPException, ValueError, LookupError, TypeError, RecursionError) as error:
         raise HalfweaveError(
             f"{target.url} lists no models: {error}", "--model-name, if it has them all the same"
         ) from error
@@ -156,16 +157,25 @@ def _quality(console: Console, asked: Asked) -> dict[str, EvalResult]:
     return found
 
 
-def _quality_notes(asked: Asked, quality: dict[str, EvalResult]) -> list[str]:
-    if asked.traffic.url is not None:
-        return ["the quality of this endpoint's answers was not measured"]
-    if len(quality) == 1 and _is_pruned(asked.needed_model):
-        return ["no dense model was measured beside this one: --against DENSE does"]
-    return []
-
-
-def _is_pruned(path: str) -> bool:
+def _models(asked: Asked) -> list[dict[str, Any]]:
+    """The models of ours, the first dense one as the baseline; none for an endpoint that runs."""
+    from ..bench.document import about_model
     from ..bench.offline import is_dense
     from ..runtime.checkpoint import Checkpoint
 
-    return not is_dense(Checkpoint.open(path, verify=False))
+    if asked.traffic.url is not None:
+        return []
+    found: list[dict[str, Any]] = []
+    for name, path in named(asked.needed_model, asked.speed.against).items():
+        dense = is_dense(Checkpoint.open(path, verify=False))
+        first = dense and not any(each["is_baseline"] for each in found)
+        found.append({**about_model(path), "name": name, "is_baseline": first})
+    return found
+
+
+def _quality_notes(asked: Asked, models: Sequence[Mapping[str, Any]]) -> list[str]:
+    if asked.traffic.url is not None:
+        return ["the quality of this endpoint's answers was not measured"]
+    if not any(model["is_baseline"] for model in models):
+        return ["no dense model was measured beside this one: --against DENSE does"]
+    return []

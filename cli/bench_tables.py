@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from textwrap import TextWrapper
 from typing import TYPE_CHECKING, TypeVar
 
+from ..report.theme import printable
 from .console import WIDTH, size
 from .tables import Row, distance
 
@@ -60,9 +61,7 @@ def offline(result: BenchResult) -> tuple[Row, list[Row]]:
         speed("prefill, tokens/s", {m.name: m.prefill_tokens_per_s for m in models}),
         speed("decode, tokens/s", {m.name: m.decode_tokens_per_s for m in models}),
         speed("TTFT, ms", {m.name: m.ttft_ms for m in models}),
-        row(
-            "ITL p50/p90/p99, ms", ["/".join(f"{v:.1f}" for v in m.itl_ms.values()) for m in models]
-        ),
+        row("ITL p50/p90/p99, ms", [_three(m.itl_ms) for m in models]),
         *(each for batch in result.plan.batches if batch > 1 for each in together(batch)),
         row("weights a token", [_or_dash(m.bytes_per_token, size) for m in models]),
         row("MBU, batch 1", [_or_dash(m.mbu, _percent) for m in models]),
@@ -100,7 +99,7 @@ def offline_lines(result: BenchResult) -> list[str]:
 
 def notes(found: Sequence[str]) -> list[str]:
     """One paragraph each."""
-    return [_wrapped(f"note: {note}") for note in found]
+    return [_wrapped(printable(f"note: {note}")) for note in found]
 
 
 KERNEL_HEADER = ("weight", "M", "us", "GB/s", "peak", "GFLOP/s", "to dense", "to int4", "kernel")
@@ -160,7 +159,7 @@ def rates(points: Sequence[ServePoint]) -> list[Row]:
             _or_dash(p.output_tokens_per_s, "{:.1f}".format),
             f"{p.requests_per_s:.2f}",
             _or_dash(p.goodput_per_s, "{:.2f}".format),
-            f"{p.client_lag_ms['p99']:.1f}",
+            _or_dash(p.client_lag_ms["p99"], "{:.1f}".format),
         )
         for p in points
     ]
@@ -171,12 +170,13 @@ def _load(point: ServePoint) -> tuple[str, str]:
     return f"{rate:g} req/s" if rate is not None else f"{clients} clients", _short(point.model)
 
 
-def _three(times: Mapping[str, float] | None) -> str:
+def _three(times: Mapping[str, float | None] | None) -> str:
     """Three percentiles, with as many digits as say something."""
     if times is None:
         return "-"
     shown = [times[f"p{rank}"] for rank in (50, 90, 99)]
-    return "/".join(f"{value:.0f}" if max(shown) >= 100 else f"{value:.1f}" for value in shown)
+    digits = 0 if max(value or 0 for value in shown) >= 100 else 1
+    return "/".join(_or_dash(value, f"{{:.{digits}f}}".format) for value in shown)
 
 
 def serve_lines(plan: ServePlan, quality: Mapping[str, EvalResult], machine: Hardware) -> list[str]:
@@ -198,10 +198,10 @@ COMPARE_HEADER = ("quantity", "A", "B", "B / A", "95 %", "p", "")
 
 
 def comparison(found: Comparison) -> list[Row]:
-    """One row for each quantity, the main ones first."""
+    """One row for each quantity: those that decide first, and of these the main ones."""
     return [
         (
-            f"{each.name}, {each.unit}",
+            printable(f"{each.name}, {each.unit}"),
             f"{each.first:.4g}",
             f"{each.second:.4g}",
             f"{each.shift.ratio:.3f}",
@@ -209,16 +209,26 @@ def comparison(found: Comparison) -> list[Row]:
             f"{each.p:.2g}",
             "" if each.verdict == "no significant change" else each.verdict,
         )
-        for each in sorted(found.changes, key=lambda change: not change.main)
+        for each in sorted(found.changes, key=lambda change: (not change.decides, not change.main))
     ]
+
+
+_FORMS = {
+    True: "judged by ratios to the dense baseline of the same turn; times and speeds alone do not "
+    "decide",
+    False: "judged by times and speeds alone, which differ between two runs by the machine's state "
+    "too: a baseline in both, by --against, tells that apart",
+}
 
 
 def comparison_lines(found: Comparison) -> list[str]:
     """What has to be known, and the verdict."""
-    changed = [change for change in found.changes if change.verdict == found.verdict]
-    count = f" in {len(changed)} of {len(found.changes)}" if changed else ""
+    deciding = [change for change in found.changes if change.decides]
+    changed = [change for change in deciding if change.verdict == found.verdict]
+    count = f" in {len(changed)} of {len(deciding)}" if changed else ""
     steady = found.verdict == "no significant change"
     return [
+        _wrapped(_FORMS[found.relative]),
         f"p is corrected for the number of tests; changes below {100 * found.floor:g} % are none",
         *notes(found.notes),
         found.verdict if steady else f"{found.verdict}{count}",

@@ -35,6 +35,10 @@ class Asked:
             )
         return self.model
 
+    def repetitions(self, default: int) -> int:
+        """How many rounds, if that was said."""
+        return default if self.speed.repetitions is None else self.speed.repetitions
+
 
 def understood(words: Sequence[str], speed: Speed, traffic: Traffic, loading: Loading) -> Asked:
     """Sort the words: limits of goodput, which may stand behind the first, a mode, a model.

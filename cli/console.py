@@ -14,6 +14,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields, is_dataclass
+from pathlib import PurePath
 from textwrap import fill
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
@@ -196,13 +197,18 @@ def _one_line(text: str) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses as objects; infinity and NaN, which JSON does not have, as null."""
+    """As JSON has it: dataclasses as objects, paths as text, infinity and NaN as null.
+
+    Bytes of a name that are no UTF-8 are spelled out, since no file could hold them.
+    """
     if is_dataclass(value):
         return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, float) and not math.isfinite(value):
         return None
+    if isinstance(value, str | PurePath):
+        return str(value).encode("utf-8", "backslashreplace").decode()
     if isinstance(value, Mapping):
-        return {key: plain(entry) for key, entry in value.items()}
+        return {plain(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(entry) for entry in value]
     return value

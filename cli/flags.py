@@ -171,6 +171,9 @@ class Asking:
     include_path: Annotated[
         Path | None, Flag(help="Directory of more tasks; code beside them is run.")
     ] = None
+    chat: Annotated[bool, Flag("--chat", help="Put questions into the model's chat template.")] = (
+        False
+    )
 
 
 @dataclass(frozen=True)
@@ -204,9 +207,7 @@ class Speed:
     text: Annotated[str, Flag(help="UTF-8 file, or the built-in one.")] = "builtin-eval"
     prompt_tokens: Annotated[int, Flag(help="Tokens of a prompt.")] = 128
     new_tokens: Annotated[int, Flag(help="Tokens of an answer.")] = 64
-    repetitions: Annotated[int | None, Flag(help="Measured rounds, 5 or more. [7, kernel 11]")] = (
-        None
-    )
+    repetitions: Annotated[int | None, Flag(help="Rounds, 5 or more. [offline 7, else 11]")] = None
     batch: Annotated[
         list[int], Flag(min=1, help="offline: requests at once, repeated. [1 2 4 8 16]")
     ] = field(default_factory=list)
@@ -232,7 +233,7 @@ class Traffic:
     concurrency: Annotated[
         list[int], Flag(help="serve: clients, each one request at a time; may be repeated. [8]")
     ] = field(default_factory=list)
-    requests: Annotated[int, Flag(min=1, help="serve: requests of a round.")] = 32
+    requests: Annotated[int, Flag(min=1, help="serve: requests of a round.")] = 24
     goodput: Annotated[
         list[str], Flag(help="serve: most ms of good requests, such as ttft:200 tpot:50.")
     ] = field(default_factory=list)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CapacityError, UsageError
+from ..errors import UsageError
 from . import tables
 from .console import Console, Progress, duration, plain, size
 from .flags import Asking, Loading, Measuring, Protocol
+from .keeping import check_out, keep
 from .loading import load, read_source
 
 if TYPE_CHECKING:
@@ -48,19 +48,21 @@ def measure_quality(
     if protocol.dry_run:
         _tell_plan(model, against, text, asking, protocol, console)
         return
+    check_out(protocol.out)
     with console.progress("window") as bar:
         result = _perplexity(model, against, text, protocol, bar)
-        found = _Measured(model, against, origin, result, {}, {})
-        if tasks is not None:
-            found = _asked(found, tasks, bar)
     other = None if against is None else against.name
     console.table(tables.EVAL_HEADER, tables.evaluation(model.name, other, result))
+    found = _Measured(model, against, origin, result, {}, {})
+    if tasks is not None:  # asked after that was shown: a task may fail after hours
+        with console.progress("question") as bar:
+            found = _asked(found, tasks, bar)
     if found.tasks:
         rows = tables.tasks(model.name, other, found.tasks, found.against_tasks)
         console.table(tables.TASKS_HEADER, rows)
     console.say(f"text: {origin}, SHA-256 {result.text_sha256[:16]}, windows of {result.window}")
     document = _document(found, measuring, asking, protocol, loading)
-    _keep(path, document, protocol, console)
+    keep(console, document, path, protocol.save, protocol.out)
     console.document({"verb": "eval", **document})
 
 
@@ -68,13 +70,12 @@ def _tasks(asking: Asking) -> Tasks | None:
     """Look the tasks up before a model is loaded for them."""
     if asking.tasks is None:
         if asking != Asking():
-            raise UsageError("--limit, --num-fewshot and --include-path go with --tasks")
+            raise UsageError("--limit, --num-fewshot, --include-path and --chat go with --tasks")
         return None
     from ..evaluation.tasks import TaskPlan, Tasks
 
-    return Tasks(
-        TaskPlan.parse(asking.tasks, asking.limit, asking.num_fewshot, asking.include_path)
-    )
+    names = tuple(name.strip() for name in asking.tasks.split(","))
+    return Tasks(TaskPlan(**{**vars(asking), "tasks": names}))
 
 
 def _perplexity(
@@ -94,7 +95,6 @@ def _perplexity(
 
 def _asked(found: _Measured, tasks: Tasks, bar: Progress) -> _Measured:
     """The same with the tasks' figures, the dense model's too."""
-    bar.phase("question")
     figures = [
         {} if model is None else tasks.measure(model, _labelled(bar, model.name))
         for model in (found.against, found.model)
@@ -179,9 +179,7 @@ def _document(
         notes=_notes(found),
         command=command_line(),
     )
-    # Through text, since paths of the plan are none of JSON's values.
-    plain_again: dict[str, Any] = json.loads(json.dumps(plain(told), default=str))
-    return plain_again
+    return {name: plain(value) for name, value in told.items()}
 
 
 def _about(model: Model) -> dict[str, Any]:
@@ -204,27 +202,6 @@ def _notes(found: _Measured) -> list[str]:
     return notes
 
 
-def _keep(path: str, document: dict[str, Any], protocol: Protocol, console: Console) -> None:
-    """Save the document and put its figures into the model card; a full disk is no failed run."""
-    from ..files import find_directory
-    from ..report.card import update_card
-    from ..report.documents import document_path, write_document
-
-    if not protocol.save and protocol.out is None:
-        return
-    file = protocol.out or document_path(find_directory(path), "eval")
-    try:
-        write_document(file, document)
-        if protocol.out is None:
-            update_card(path)
-    except (OSError, CapacityError) as error:
-        why = error.message if isinstance(error, CapacityError) else error.strerror
-        console.tell(f"not kept: {file}: {why}")
-        console.tell("next: the same command with --out FILE keeps it elsewhere")
-        return
-    console.tell(f"kept in {file}")
-
-
 def draw_report(path: str, others: Sequence[str], dry_run: bool, console: Console) -> None:
     """Draw the page, or say what would be on it."""
     from ..report.card import update_card
@@ -243,7 +220,10 @@ def draw_report(path: str, others: Sequence[str], dry_run: bool, console: Consol
         return
     with console.progress("chart") as bar:
         result = write_report(path, others, progress=bar.step)
-    update_card(path)
+    try:
+        update_card(path)
+    except OSError as error:
+        console.tell(f"the model card is as it was: {error.filename}: {error.strerror}")
     for title in result.drawn:
         console.say(f"drawn: {title}")
     for title, why, told in result.absent:

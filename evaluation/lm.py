@@ -22,7 +22,7 @@ from lm_eval.models.utils import (
 )
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from ..errors import HalfweaveError, UsageError
+from ..errors import HalfweaveError, RequestError, UsageError
 from ..runtime.engine import Engine
 from ..runtime.engine_settings import EngineSettings
 from ..runtime.model import Model, load_model
@@ -119,16 +119,47 @@ class HalfweaveLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
             add_special_tokens = not has_bos_prefix(string, prefix)
         return self.model.tokenizer.encode(string, special=add_special_tokens)
 
-    def apply_chat_template(self, *_: Any, **__: Any) -> str:
-        """Chats are asked through the server.
+    @property
+    def tokenizer_name(self) -> str:
+        """What the harness tells requests of one template from those of another by."""
+        return str(self.model.checkpoint.path).replace("/", "__")
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The source of the model's template, for the harness's own document.
 
         Raises:
-            UsageError: always.
+            UsageError: the model has none, or not one of that name.
         """
-        raise UsageError(
-            "chat templates are applied by the server, not here",
-            "halfweave serve MODEL, then lm_eval --model local-chat-completions",
-        )
+        if chat_template is False or chat_template is None:
+            return None
+        found = self.model.tokenizer.chat_template
+        if found is None:
+            raise UsageError(f"{self.model.name} has no chat template", "ask without one")
+        if chat_template not in (True, "default"):
+            raise UsageError(f"{self.model.name} has no chat template {str(chat_template)[:40]!r}")
+        return found
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """The text of a conversation; the last message stays open without a generation prompt.
+
+        Messages of the system are left out where the template refuses them, as the harness's own
+        "hf" does.
+
+        Raises:
+            UsageError: the model has no template.
+            RequestError: the template refuses these messages.
+        """
+        self.chat_template(True)
+        render, begin = self.model.tokenizer.chat_text, add_generation_prompt
+        try:
+            return render(chat_history, begin, not begin)
+        except RequestError:
+            told = [message for message in chat_history if message["role"] != "system"]
+            if len(told) == len(chat_history):
+                raise
+            return render(told, begin, not begin)
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """Nats of each continuation, and whether greedy decoding would have written it."""
@@ -208,10 +239,10 @@ class HalfweaveLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         temperature = float(given.pop("temperature", 0.0))
         if given:
             raise UsageError(f"a task sets {sorted(given)[0]!r}, which halfweave does not know")
-        room = self.model.max_model_len - new_tokens
+        room = self.max_length - new_tokens
         if room < 1:
             raise UsageError(
-                f"{new_tokens} new tokens do not fit {self.model.name}, "
+                f"a question and {new_tokens} new tokens do not fit {self.model.name}, "
                 f"which has {self.model.max_model_len} positions",
                 "leave out the task, or take a model with a longer context",
             )

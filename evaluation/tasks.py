@@ -43,6 +43,7 @@ class TaskPlan:
         limit: only the first so many documents of each; None for all.
         num_fewshot: solved examples before each question; None for what the task says.
         include_path: a directory with more tasks.
+        chat: put questions and examples into the model's chat template, a message each.
 
     Raises:
         UsageError: a number is out of range, there is no name, or no such directory.
@@ -52,6 +53,7 @@ class TaskPlan:
     limit: int | None = None
     num_fewshot: int | None = None
     include_path: Path | None = None
+    chat: bool = False
 
     def __post_init__(self) -> None:
         if not self.tasks or not all(self.tasks):
@@ -62,14 +64,6 @@ class TaskPlan:
             raise UsageError("num_fewshot must be at least 0")
         if self.include_path is not None and not self.include_path.is_dir():
             raise UsageError(f"{self.include_path} is no directory of tasks")
-
-    @classmethod
-    def parse(
-        cls, names: str, limit: int | None, num_fewshot: int | None, include_path: Path | None
-    ) -> TaskPlan:
-        """From names with commas between them."""
-        tasks = tuple(name.strip() for name in names.split(","))
-        return cls(tasks, limit, num_fewshot, include_path)
 
 
 class Tasks:
@@ -104,6 +98,8 @@ class Tasks:
                 limit=self._plan.limit,
                 bootstrap_iters=_BOOTSTRAPS,
                 log_samples=False,
+                apply_chat_template=self._plan.chat,
+                fewshot_as_multiturn=self._plan.chat,
             )
         counts = found["n-samples"]
         return {

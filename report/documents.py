@@ -22,9 +22,9 @@ KINDS = ("eval", "kernel", "offline", "serve")
 # The command that measures each kind, to be filled in with the model and its parent.
 COMMANDS = {
     "eval": "halfweave eval {model} --against {dense}",
-    "kernel": "halfweave bench {model} kernel --against {dense}",
+    "kernel": "halfweave bench {model} kernel",
     "offline": "halfweave bench {model} offline --against {dense}",
-    "serve": "halfweave bench {model} serve",
+    "serve": "halfweave bench {model} serve --against {dense}",
 }
 
 Text = Annotated[str, Field(max_length=4096)]
@@ -57,9 +57,12 @@ class Percentiles(_Part):
 
 
 class Identity(_Part):
-    """Which model. `digest` is that of bench's `about_model`, None where nothing vouches."""
+    """Which model. `digest` is that of bench's `about_model`, None where nothing vouches.
 
-    path: Text
+    An endpoint that ran already has a name and nothing else.
+    """
+
+    path: Text | None = None
     name: Text
     digest: Text | None = None
     weight_bytes: NonNegativeInt | None = None
@@ -187,6 +190,7 @@ class BatchSpeed(_Part):
     batch: NonNegativeInt
     prefill_tokens_per_s: Spread | Positive | None = None
     decode_tokens_per_s: Spread | Positive | None = None
+    samples: list[Any] = []
 
 
 class ModelSpeed(_Part):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from .documents import (
     document_path,
     read_document,
 )
+from .theme import printable
 
 CORNER = 64  # rows and columns of the mask that is shown
 _LAYER = re.compile(r"\.(\d+)\.")
@@ -142,8 +144,9 @@ def read_documents(directory: Path) -> tuple[dict[str, Document], dict[str, str]
 
 
 def command(kind: str, found: Found) -> str:
-    """What to type to measure a kind."""
-    return COMMANDS[kind].format(model=found.path, dense=found.parent or "DENSE")
+    """What to type to measure a kind; the parent's name is a stranger's word."""
+    dense = shlex.quote(printable(str(found.parent))) if found.parent else "DENSE"
+    return COMMANDS[kind].format(model=shlex.quote(str(found.path)), dense=dense)
 
 
 def _formats(checkpoint: Checkpoint) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from .theme import css_variables, drawing, format_name, need_matplotlib, short
 if TYPE_CHECKING:
     from jinja2 import Template
 
-# Told after each chart: charts done, charts in all, and its name.
+# Told after each section: sections done, sections in all, and its name.
 ReportProgress = Callable[[int, int, str], None]
 
 
@@ -53,10 +53,10 @@ def write_report(
     charts = []
     with drawing():
         makers = _makers(main, rest)
-        for name, make in makers:
+        for done, (name, make) in enumerate(makers, start=1):
             charts += make()
             if progress is not None:
-                progress(len(charts), max(len(charts), len(makers)), name)
+                progress(done, len(makers), name)
     try:
         pictures = _save(main.path, charts, render(main, charts))
     except OSError as error:
@@ -86,12 +86,14 @@ def _save(directory: Path, charts: Sequence[Chart], page: str) -> list[str]:
 def _makers(main: Found, rest: Sequence[Found]) -> list[tuple[str, Callable[[], list[Chart]]]]:
     from . import quality_charts as quality
     from . import speed_charts as speed
+    from .batch_chart import batch_chart
 
     return [
         ("quality", lambda: [quality.pareto_chart(main, rest)]),
         ("tasks", lambda: _task_section([main, *rest])),
         ("errors", lambda: [quality.error_chart(main)]),
         ("kernels", lambda: speed.kernel_charts(main)),
+        ("batches", lambda: [batch_chart(main)]),
         ("latency", lambda: [speed.latency_chart(main)]),
         ("pattern", lambda: [quality.pattern_chart(main)]),
     ]

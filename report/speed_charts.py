@@ -337,8 +337,8 @@ def _percentile_lines(
     ]
     if band:
         axes.fill_between(*zip(*band, strict=True), color=SERIES[1][0], alpha=0.12, linewidth=0)
-    else:
-        axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes)
+    if not ends:
+        axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes, color=MUTED)
     axes.set_xlabel(load.title)
     axes.set_ylabel(title)
     from_zero(axes, room=1.2)

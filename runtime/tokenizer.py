@@ -179,6 +179,20 @@ class Tokenizer:
         )
         return control.encode(text, self._encode_part)
 
+    def chat_text(
+        self, messages: Sequence[Message], add_generation_prompt: bool, open_end: bool
+    ) -> str:
+        """The text of a conversation, its last message left open if `open_end`.
+
+        Tokenized again, control tokens that a message spells out are control tokens: this is for
+        whoever trusts the messages. `apply_chat_template` is for all others.
+
+        Raises as `apply_chat_template`.
+        """
+        return self._renderer.render(
+            messages, add_generation_prompt, continue_final_message=open_end
+        )
+
     def _encode_part(self, text: str, plain: bool) -> list[int]:
         return self._encode(text, add_special_tokens=False, split_special_tokens=plain)
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from halfweave.bench.compare import NO_CHANGE, compare
 from halfweave.bench.document import about_model, read_document
 from halfweave.errors import UsageError
 from halfweave.files import sha256_file
+from halfweave.report.documents import read_document as report_reads
 from halfweave.runtime.model import load_model
 from support.command import QUICK, Command, assert_error
 
@@ -74,6 +78,7 @@ def test_compare_of_a_run_with_itself_finds_nothing(
     assert not (tiny_model / "measured").exists()
     ran = halfweave("bench", "--compare", out, out)
     assert ran.out.splitlines()[-2] == "no significant change"
+    assert "judged by times and speeds alone" in ran.out
     document = json.loads(out.read_text())
     document["model"]["digest"] = "another"
     other = tmp_path / "b.json"
@@ -89,10 +94,22 @@ def test_a_directory_that_cannot_be_written_is_no_error(
     (model / "measured").write_text("a file where the directory should be")
     ran = halfweave("bench", model, *words)
     assert ran.code == 0
-    assert "not kept beside the model" in ran.err
-    nowhere = tmp_path / "none" / "x.json"
-    failed = halfweave("bench", model, *words, "--out", nowhere)
-    assert (failed.code, "cannot be written" in failed.err) == (2, True)
+    assert "not kept: " in ran.err and "next: the same command with --out FILE" in ran.err
+    assert json.loads(ran.out.splitlines()[-1])["kind"] == "offline"
+
+
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(
+    halfweave: Command, tiny_model: Path, words: tuple[object], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file" / "x.json", tmp_path):
+        for call in (("bench", tiny_model, *words), ("eval", tiny_model, *words[:4])):
+            ran = halfweave(*call, "--out", out)
+            assert_error(ran, 2, "cannot be written")
+            assert "1/" not in ran.err
+    deep = tmp_path / "deep" / "er" / "x.json"
+    assert halfweave("bench", tiny_model, *words, "--out", deep).code == 0
+    assert read_document(deep)["kind"] == "offline"
 
 
 def test_pruning_over_a_model_takes_its_measurements_away_and_from_one_leaves_them(
@@ -144,6 +161,20 @@ def test_serve_loads_a_running_endpoint(halfweave: Command, mock: str, tmp_path:
     assert any("quality of this endpoint" in note for note in document["notes"])
     assert "very-secret-key" not in ran.out + ran.err + out.read_text()
     assert "***" in document["command"]
+    assert document["models"] == []
+    assert report_reads(out).kind == "serve"
+
+
+def test_an_endpoint_says_nothing_of_the_model_that_cuts_its_prompts(
+    halfweave: Command, copy_of: Copy, packed_model: Path, mock: str
+) -> None:
+    """Whatever runs there: its figures are not kept as those of the directory."""
+    model = copy_of(packed_model)
+    load = ("--concurrency", 2, "--requests", 2, "--repetitions", 5, "--prompt-tokens", 16)
+    ran = halfweave("bench", model, "serve", "--url", mock, *load, "--json")
+    assert ran.code == 0, ran.err
+    assert ran.document["model"] == {"path": None, "name": "mock", "digest": None}
+    assert not (model / "measured").exists()
 
 
 def test_serve_starts_servers_of_both_models_and_ends_them(
@@ -162,8 +193,32 @@ def test_serve_starts_servers_of_both_models_and_ends_them(
         # Random bytes are not always whole characters, and prompts are cut between tokens.
         assert 13 * 15 <= point["prompt_tokens"] <= 19 * 15
     assert all(document["quality"][name]["ppl"] > 1 for name in names)
+    told = [(each["name"], each["is_baseline"]) for each in document["models"]]
+    assert told == [(model.name, False), (tiny_model.name, True)]
+    found = compare(document, document)
+    relative = {each.name for each in found.changes if each.decides}
+    assert f"{model.name}, 2 clients: E2E, to dense" in relative
+    assert (found.verdict, found.relative) == (NO_CHANGE, True)
     assert (model / "measured" / "serve.json").exists()
     assert "perplexity of" in ran.err
+
+
+def test_a_measurement_that_is_ended_leaves_no_server_behind(tiny_model: Path) -> None:
+    code = (
+        "import sys, time\n"
+        "from halfweave.bench.server_process import server\n"
+        "with server(sys.argv[1]) as running:\n"
+        "    print(running.pid, flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    command = [sys.executable, "-c", code, str(tiny_model)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        pid = int(process.stdout.readline())
+        process.terminate()
+        assert process.wait(60) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
 
 
 # ---- wrong calls

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import time
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from halfweave.bench import kernel as kernel_module
-from halfweave.bench.candidates import COLD_BYTES, Candidate, Sampler, copies_of, native_candidate
+from halfweave.bench.candidates import Candidate, Sampler, copies_of, native_candidate
+from halfweave.bench.cold import LEAST_BYTES, cold_bytes
 from halfweave.bench.kernel import KernelPlan, KernelResult, bench_kernel
 from halfweave.bench.products import model_products
 from halfweave.errors import UsageError
@@ -28,14 +30,14 @@ PLAN = KernelPlan(tokens=(1, 8), repetitions=5)
 @pytest.fixture(autouse=True)
 def few_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiny weights would need ten thousand copies to be out of the caches."""
-    monkeypatch.setattr("halfweave.bench.candidates.COLD_BYTES", 2**16)
+    monkeypatch.setattr("halfweave.bench.candidates.cold_bytes", lambda: 2**16)
     monkeypatch.setattr("halfweave.bench.candidates._BURST_S", 0.0001)
 
 
 @pytest.fixture(scope="module")
 def result(packed_model: Path) -> KernelResult:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("halfweave.bench.candidates.COLD_BYTES", 2**16)
+        patch.setattr("halfweave.bench.candidates.cold_bytes", lambda: 2**16)
         patch.setattr("halfweave.bench.candidates._BURST_S", 0.0001)
         return bench_kernel(str(packed_model), PLAN)
 
@@ -125,7 +127,7 @@ def test_a_row_that_loses_is_shown_and_dispatched_to_the_winner(
 def test_copies_are_more_than_a_cache_holds() -> None:
     assert copies_of(2**15) * 2**15 >= 2**16
     assert copies_of(2**20) == 1
-    assert COLD_BYTES >= 2**27
+    assert cold_bytes() >= 2**27
 
 
 def test_copies_are_equal_and_take_turns() -> None:
@@ -211,3 +213,22 @@ def test_a_busy_machine_changes_no_dispatch(
     assert any("dispatch goes on as before" in note for note in notes)
     assert json.loads(out.read_text()) == ran.document
     assert not (tmp_path / "cache").exists()
+
+
+def test_copies_of_weights_are_more_than_all_caches_hold(tmp_path: Path) -> None:
+    """Two last caches of two CPUs each, and a first one that is of no account."""
+    assert cold_bytes(tmp_path) == LEAST_BYTES
+    for cpu in os.sched_getaffinity(0):
+        for index, (level, size) in enumerate(((1, "32K"), (3, "393216K"))):
+            folder = tmp_path / f"sys/devices/system/cpu/cpu{cpu}/cache/index{index}"
+            folder.mkdir(parents=True)
+            (folder / "level").write_text(f"{level}\n")
+            (folder / "size").write_text(f"{size}\n")
+            (folder / "shared_cpu_list").write_text("0-63\n")
+    assert cold_bytes(tmp_path) == 2 * 384 * 2**20
+    for cpu in os.sched_getaffinity(0):
+        cache = tmp_path / f"sys/devices/system/cpu/cpu{cpu}/cache/index1"
+        (cache / "shared_cpu_list").write_text(f"{cpu}\n")
+    assert cold_bytes(tmp_path) == 2 * 384 * 2**20 * len(os.sched_getaffinity(0))
+    (cache / "size").write_text("much\n")
+    assert cold_bytes(tmp_path) >= LEAST_BYTES

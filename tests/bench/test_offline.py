@@ -1,12 +1,15 @@
 """A benchmark says speed, quality and baseline together, or nothing."""
 
+import copy
 import json
 import statistics
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from halfweave.bench.batches import decode_length
+from halfweave.bench.compare import NO_CHANGE, compare
 from halfweave.bench.offline import BenchPlan, BenchResult, Sample, bench_offline
 from halfweave.bench.stats import Spread, distribution, percentiles
 from halfweave.bench.token_bytes import token_bytes
@@ -55,7 +58,8 @@ def test_models_are_measured_in_turns_after_a_warm_up(
     result: BenchResult, labels: list[str]
 ) -> None:
     turns = [label for label in labels if label.startswith(("warm", "measure"))]
-    assert turns == ["warm up tiny", "warm up packed", *["measure tiny", "measure packed"] * 5]
+    one = [f"{name}{size}" for size in ("", " x1", " x3") for name in ("tiny", "packed")]
+    assert turns == [f"{what} {each}" for what in ("warm up", *["measure"] * 5) for each in one]
     assert [len(m.samples) for m in result.models] == [5, 5]
 
 
@@ -87,9 +91,15 @@ def test_a_spread_is_median_least_and_greatest() -> None:
 
 
 def test_percentiles_are_interpolated_between_the_raw_values() -> None:
-    values = [30.0, 10.0, 20.0, 40.0, 50.0]
-    assert percentiles(values) == pytest.approx({"p50": 30, "p90": 46, "p99": 49.6})
-    assert distribution([7.0]) == {"p50": 7, "p90": 7, "p99": 7, "mean": 7}
+    values = [float(each) for each in range(150, 0, -1)]
+    assert percentiles(values) == pytest.approx({"p50": 75.5, "p90": 135.1, "p99": 148.51})
+
+
+def test_a_percentile_of_too_few_values_is_none() -> None:
+    values = [float(each) for each in range(99)]
+    assert percentiles(values) == {"p50": 49.0, "p90": pytest.approx(88.2), "p99": None}
+    assert percentiles(values[:9]) == {"p50": 4.0, "p90": None, "p99": None}
+    assert distribution([7.0]) == {"p50": 7, "p90": None, "p99": None, "mean": 7}
     assert distribution([]) is None
 
 
@@ -120,6 +130,34 @@ def test_the_kernels_are_named_and_weights_that_are_expanded_said_to_be_no_faste
     exact = bench_offline(paths, TEXT, plan=PLAN, loading=LoadSettings("float32"))
     assert next(iter(exact.models[1].kernels.values())).startswith("torch-dense")
     assert any("can be no faster than dense" in note for note in exact.notes)
+
+
+def test_runs_are_compared_by_the_ratio_to_dense_of_the_same_turn(result: BenchResult) -> None:
+    """Of a document as it is written; its own with slower tokens of the pruned model alone."""
+    machine = {**asdict(result.hardware), "line": result.hardware.line}
+    told = {"kind": "offline", "hardware": machine, "plan": asdict(PLAN), "model": {}}
+    first = json.loads(json.dumps({**told, **result.body()}))
+    assert (compare(first, first).verdict, compare(first, first).relative) == (NO_CHANGE, True)
+    busy = copy.deepcopy(first)
+    for sample in (sample for model in busy["models"] for sample in model["samples"]):
+        sample.update(prefill_ms=1.3 * sample["prefill_ms"], ttft_ms=1.3 * sample["ttft_ms"])
+        sample["gaps_ms"] = [1.3 * gap for gap in sample["gaps_ms"]]
+    assert compare(first, busy).verdict == NO_CHANGE
+    slower = copy.deepcopy(first)
+    for sample in slower["models"][1]["samples"]:
+        sample["gaps_ms"] = [10 * gap for gap in sample["gaps_ms"]]
+    found = {each.name: each for each in compare(first, slower).changes}
+    (ratio, speed) = (found[f"packed: decode{end}"] for end in (", to dense", ""))
+    assert (ratio.decides, ratio.verdict, ratio.repetitions) == (True, "slower", (5, 5))
+    assert not speed.decides
+    dense, packed = (
+        [8000 / sum(s["gaps_ms"]) for s in model["samples"]] for model in first["models"]
+    )
+    wanted = statistics.median(own / other for own, other in zip(packed, dense, strict=True))
+    assert ratio.first == pytest.approx(wanted)
+    batched = {"decode x1", "prefill x1", "decode x3", "prefill x3"}
+    assert {f"packed: {each}, to dense" for each in batched} < found.keys()
+    assert not any(each.relative for each in found.values() if each.name.startswith("tiny"))
 
 
 def test_a_pruned_model_alone_is_refused(packed_model: Path) -> None:
@@ -208,6 +246,8 @@ def test_load_time_and_memory_are_those_of_a_process_of_its_own(result: BenchRes
 def test_a_plan_that_measures_nothing_is_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(UsageError, match="must be at least"):
         BenchPlan(**wrong)
+    with pytest.raises(UsageError, match="given twice"):
+        BenchPlan(batches=(1, 4, 1))
 
 
 def test_a_plan_must_fit_the_context_and_the_text(tiny_model: Path) -> None:

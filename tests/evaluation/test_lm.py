@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from support.harness import (
     oracle,
     write_tasks,
 )
-from support.tiny import Tiny, pack_directory, save_tiny
+from support.tiny import Tiny, edit_json, pack_directory, save_tiny
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=REASON)
 POSITIONS = 64  # so few that long texts have to be cut
@@ -85,6 +86,64 @@ def test_a_packed_model_is_evaluated_by_its_packed_weights(
     assert fast != exact
 
 
+def test_chats_are_asked_as_transformers_asks_them(harness: Harness, short_model: Path) -> None:
+    """The same template, a system message and an example in front of each question."""
+    asked = {
+        "apply_chat_template": True,
+        "fewshot_as_multiturn": True,
+        "num_fewshot": 1,
+        "system_instruction": "You see foxes.",
+    }
+    tasks = ("choice", "cloze", "writing", "rolling")
+    wanted = harness("hf", oracle(short_model, POSITIONS - 1), tasks, **asked)
+    found = harness("halfweave", f"pretrained={short_model},dtype=float32", tasks, **asked)
+    plain = harness("halfweave", f"pretrained={short_model},dtype=float32", tasks)
+    assert found.likelihoods == pytest.approx(wanted.likelihoods, abs=1e-3)
+    assert found.greedy == wanted.greedy
+    # The oracle finds its stop, an e, in the names of control tokens too, which are no text.
+    answers = zip(found.results["writing"], wanted.results["writing"], strict=True)
+    assert all(own and own.startswith(theirs) for own, theirs in answers)
+    assert found.likelihoods != pytest.approx(plain.likelihoods, abs=1e-3)
+
+
+def test_a_chat_has_the_text_of_the_template(lm: Any, short_model: Path) -> None:
+    from transformers import AutoTokenizer
+
+    oracle_of = AutoTokenizer.from_pretrained(short_model).apply_chat_template
+    chat = [{"role": "user", "content": "Two"}, {"role": "assistant", "content": "weights"}]
+    assert lm.apply_chat_template(chat) == oracle_of(
+        chat, tokenize=False, add_generation_prompt=True
+    )
+    assert lm.apply_chat_template(chat, add_generation_prompt=False) == oracle_of(
+        chat, tokenize=False, continue_final_message=True
+    )
+    assert lm.chat_template(True) == lm.chat_template("default") == lm.model.tokenizer.chat_template
+    assert lm.chat_template(False) is None
+    assert short_model.name in lm.tokenizer_name and "/" not in lm.tokenizer_name
+    with pytest.raises(UsageError, match="no chat template 'tools'"):
+        lm.chat_template("tools")
+
+
+def test_a_template_that_refuses_systems_is_asked_without_and_a_model_without_one_not_at_all(
+    short_model: Path, tmp_path: Path
+) -> None:
+    from halfweave.evaluation.lm import HalfweaveLM
+
+    strict = shutil.copytree(short_model, tmp_path / "strict")
+    refusing = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+        "[{{ m.content }}]{% endfor %}"
+    )
+    (strict / "chat_template.jinja").write_text(refusing)
+    edit_json(strict / "tokenizer_config.json", lambda d: d.pop("chat_template", None))
+    user = {"role": "user", "content": "Two"}
+    with HalfweaveLM(strict) as lm:
+        assert lm.apply_chat_template([{"role": "system", "content": "x"}, user]) == "[Two]"
+    (strict / "chat_template.jinja").unlink()
+    with HalfweaveLM(strict) as lm, pytest.raises(UsageError, match="strict has no chat template"):
+        lm.apply_chat_template([user])
+
+
 def asked(*arguments: Any) -> Any:
     """A question as the harness puts it."""
     from lm_eval.api.instance import Instance
@@ -124,9 +183,6 @@ def test_what_the_harness_cannot_ask_is_refused(lm: Any, short_model: Path) -> N
 
     with pytest.raises(UsageError, match="no argument 'revision'"):
         HalfweaveLM(short_model, revision="main")
-    with pytest.raises(UsageError, match="applied by the server") as caught:
-        lm.apply_chat_template([])
-    assert "local-chat-completions" in str(caught.value.hint)
     with pytest.raises(UsageError, match="continuation of 64 tokens does not fit"):
         lm._loglikelihood_tokens([(None, [1], [2] * 64)])
 

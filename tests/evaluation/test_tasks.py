@@ -66,6 +66,26 @@ def test_examples_are_put_before_the_question(
     assert sum(asked[1].count(begin) for begin in begins) == 3
 
 
+def test_a_chat_is_put_into_the_template(
+    folder: Path, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from halfweave.evaluation.lm import HalfweaveLM
+
+    seen: list[str] = []
+    real = HalfweaveLM.loglikelihood
+
+    def watched(self: Any, requests: Any, **more: Any) -> Any:
+        seen.extend(request.args[0] for request in requests)
+        return real(self, requests, **more)
+
+    monkeypatch.setattr(HalfweaveLM, "loglikelihood", watched)
+    plan = TaskPlan(("riddles_cloze",), limit=1, num_fewshot=1, include_path=folder, chat=True)
+    Tasks(plan).measure(model)
+    (text,) = seen
+    assert text.count("<|im_start|>user\n") == 2
+    assert text.endswith("<|im_start|>assistant\n")
+
+
 def test_an_unknown_task_is_named_with_those_that_are_like_it(folder: Path) -> None:
     with pytest.raises(UsageError, match="no task 'hellaswagg'") as caught:
         Tasks(TaskPlan(("riddles_choice", "hellaswagg"), include_path=folder))

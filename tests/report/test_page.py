@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import io
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import combinations
@@ -22,9 +23,9 @@ from support.command import QUICK, Command, assert_error
 from support.measured import FORMATS, save_measured
 from support.tiny import edit_json
 
-CHARTS = ("pareto", "errors", "one-token", "roofline", "latency", "pattern")
+CHARTS = ("pareto", "errors", "one-token", "roofline", "batches", "latency", "pattern")
 # Axes of each chart that begin at a number 0 which is written.
-ZEROS = {"pareto": 8, "errors": 1, "one-token": 1, "roofline": 5, "latency": 12, "pattern": 3}
+ZEROS = dict(zip(CHARTS, (8, 1, 1, 5, 4, 12, 3), strict=True))
 HOSTILE = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
 STRANGE = "$\\frac{1}{0$ & \x07\x1b[31m \u202e " + "long" * 40
 LEAST_COLORS = 20  # a blank picture has one
@@ -139,6 +140,76 @@ def test_charts_say_units_numbers_and_spread(browser: Browser, measured: Path) -
     assert all("A processor" in captions[name] for name in ("pareto", "roofline", "latency"))
 
 
+def test_batches_are_drawn_beside_dense_with_their_numbers(
+    browser: Browser, measured: Path
+) -> None:
+    def one_model_had_no_room(document: dict[str, Any]) -> None:
+        document["models"][2]["batches"].pop()
+
+    edit_json(document_path(measured, "offline"), one_model_had_no_room)
+    write_report(measured)
+    with opened(browser, measured / "report.html") as page:
+        said = {text["text"] for text in words(chart(page, "batches"))}
+        cells = page.locator("section#batches tbody tr").evaluate_all(
+            "rows => rows.map(row => [...row.cells].map(cell => cell.textContent.trim()))"
+        )
+        caption = page.locator("section#batches figcaption").inner_text()
+    assert {"prefill, tokens/s", "decode, tokens/s", "requests at once"} <= said
+    assert {"dense", "2:4", "2:4+int4", "int4", "1", "2", "4", "8", "16"} <= said
+    assert "greatest of n = 5. Measured 2026-11-27 on A processor" in caption
+    assert [row[1] for row in cells] == ["1", "2", "4", "8", "16"] * 2 + ["1", "2", "4", "8"] + [
+        *("1", "2", "4", "8", "16")
+    ]
+    assert {row[4] for row in cells if row[0] == "dense"} == {"1.00x"}
+    assert {row[4] for row in cells if row[0] == "2:4+int4"} == {"5.72x"}  # 543 over 95
+
+
+@pytest.mark.parametrize(
+    "batches", [[], [{"batch": 3}], [{"batch": 64, "decode_tokens_per_s": 7.5}]]
+)
+def test_batches_that_say_little_are_drawn_as_far_as_they_do(
+    browser: Browser, measured: Path, batches: list[Any]
+) -> None:
+    def changed(document: dict[str, Any]) -> None:
+        for model in document["models"]:
+            model["batches"] = batches
+
+    edit_json(document_path(measured, "offline"), changed)
+    result = write_report(measured)
+    drawn = "Requests side by side" in result.drawn
+    assert drawn == bool(batches)
+    with opened(browser, measured / "report.html") as page:
+        expect(page.locator("section#batches svg")).to_have_count(int(drawn))
+
+
+def test_percentiles_that_are_missing_hide_no_line(browser: Browser, measured: Path) -> None:
+    """Of too few requests there is a median, and no 99th percentile."""
+
+    def few(document: dict[str, Any]) -> None:
+        for point in document["points"]:
+            for name in ("ttft_ms", "tpot_ms"):
+                point[name].update(p99=None)
+
+    edit_json(document_path(measured, "serve"), few)
+    write_report(measured)
+    with opened(browser, measured / "report.html") as page:
+        said = {text["text"] for text in words(chart(page, "latency"))}
+    assert {"p50", "p90"} <= said
+    assert not {"p99", "not measured"} & said
+
+
+def test_a_command_to_type_holds_no_other_one(measured: Path) -> None:
+    """Names of parents come with the weights, and paths have blanks."""
+
+    def spoil(manifest: dict[str, Any]) -> None:
+        manifest["provenance"]["base"]["name"] = "x; rm -rf ~ #"
+
+    edit_json(measured / "halfweave.json", spoil)
+    spaced = measured.rename(measured.parent / "with blanks")
+    told = shlex.split(gather_command("serve", spaced))
+    assert told == ["halfweave", "bench", str(spaced), "serve", "--against", "x; rm -rf ~ #"]
+
+
 def test_the_kept_weights_are_two_of_every_four(browser: Browser, measured: Path) -> None:
     corner = gather(measured).corner
     assert corner is not None
@@ -167,7 +238,11 @@ def test_a_missing_document_leaves_the_others_and_says_how_to_measure_it(
 ) -> None:
     document_path(measured, kind).unlink()
     result = write_report(measured)
-    gone = {"kernel": {"one-token", "roofline"}, "serve": {"latency"}}.get(kind, set())
+    gone = {
+        "kernel": {"one-token", "roofline"},
+        "serve": {"latency"},
+        "offline": {"batches"},
+    }.get(kind, set())
     assert {Path(file).stem for file in result.pictures} == set(CHARTS) - gone
     with opened(browser, measured / "report.html") as page:
         for name in gone:
@@ -257,7 +332,7 @@ def test_report_says_what_is_drawn_what_is_not_and_the_next_command(
     assert ran.code == 0
     assert "drawn: Quality against size and speed" in ran.out
     assert "Latency against load: not measured" in ran.out
-    assert f"  to measure it: halfweave bench {measured} serve" in ran.out
+    assert f"  to measure it: halfweave bench {measured} serve --against" in ran.out
     assert ran.out.splitlines()[-1].startswith("next: open file:///")
     assert "chart 1/" in ran.err
     assert {file.stem for file in (measured / "report").glob("*.png")} == set(CHARTS) - {"latency"}

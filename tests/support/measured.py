@@ -122,10 +122,12 @@ def model_speed(
         "samples": [{}] * 5,
         "batches": [
             {
-                "batch": 1,
-                "prefill_tokens_per_s": around(4 * decode),
-                "decode_tokens_per_s": around(decode),
+                "batch": batch,
+                "prefill_tokens_per_s": around(4 * decode * batch**0.1),
+                "decode_tokens_per_s": around(decode * batch**0.6),
+                "samples": [{}] * 5,
             }
+            for batch in (1, 2, 4, 8, 16)
         ],
         "load_s": 1.5,
         "peak_rss_bytes": 2**29,
