@@ -1,4 +1,4 @@
-"""Other families than Llama over the wire, pruned and packed: one fused, one op by op."""
+"""Every family over the wire, pruned and packed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from support.tiny import FAMILIES, dense_model, pack_directory, save_tiny
 PROMPT = "The quick brown fox jumps over the lazy dog. A small model speaks"
 
 
-@pytest.mark.parametrize("name", ["gpt_neox", "mixtral"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_a_packed_model_gives_the_log_probabilities_of_transformers(
     name: str, tmp_path: Path
 ) -> None:
