@@ -190,10 +190,9 @@ class BlockPruner:
         """What is known of a linear's inputs; an expert that saw few tokens leans on its layer."""
         if not self._source.family.is_routed(short) or not is_starved(seen.fit):
             return seen
-        layer = block.routed
-        same = layer is not None and layer.hessian.shape == seen.fit.hessian.shape
-        reads_layer = same and short not in self._readers
-        return replace(seen, fit=shrunk(seen.fit, layer if reads_layer else None))
+        # What an expert computes itself, which its reader reads, no other token has.
+        layer = None if short in self._readers else block.routed
+        return replace(seen, fit=shrunk(seen.fit, layer))
 
     def _reorder(
         self, block: _Block, short: str, observation: Observation, linears: dict[str, Linear]
