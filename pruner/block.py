@@ -6,11 +6,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..kernels.formats import Dense, Sparse24
+from ..kernels.formats import Dense
 from .cost import is_staged, looks_back
 from .guard import Solved, held_out_windows
 from .journal import LinearRecord
@@ -29,13 +28,14 @@ from .reorder import (
     reordered_rows,
     reordered_solution,
 )
+from .rows import unpacked
 from .source import Source, Trained, first_nonfinite
 from .starved import is_starved, shrunk
 from .stream import BlockStream
+from .tasks import Here
 from .walk import Observation, Walk
 
 Report = Callable[[str, LinearRecord, float], None]
-_FLOATS = (Dense.kind, Sparse24.kind)
 
 
 @dataclass
@@ -94,7 +94,7 @@ class BlockPruner:
         """
         tensors = self._source.block_tensors(index)
         broken = self.check(tensors, frozenset(self._source.linear_names(index)))
-        module, parent = stream.load_block(index, tensors), self.parent(index, stream)
+        parent, module = self.parent(index, stream), stream.load_block(index, tensors)
         prefix = self._source.family.block_prefix(index)
         block = _Block(index, prefix, tensors, broken, module, parent)
         with self._walk(block, stream) as walk:
@@ -164,8 +164,10 @@ class BlockPruner:
         self, block: _Block, stage: tuple[str, ...], seen: Observation, linears: dict[str, Linear]
     ) -> None:
         """All linears of a stage, which do not ask for each other."""
-        started, tasks = time.perf_counter(), self._source.tasks
+        started = time.perf_counter()
         observation = self._reorder(block, stage[0], self._fed(block, stage[0], seen), linears)
+        # A wide Hessian is used up where it lies: there is no room for one at every worker.
+        tasks = self._source.tasks if observation.fit.sample is None else Here()
         linears |= {short: self._begin(block, short, observation) for short in stage}
         shared, waiting = tasks.share(observation), {}
         for short in stage:
@@ -177,7 +179,9 @@ class BlockPruner:
             if short in waiting:
                 waiting[short]()
                 self._put(block, short, linear)
-            if not self._tunes:
+            if self._tunes:
+                linear.fit = observation.fit.bare
+            else:
                 linear.forget()
                 del block.tensors[f"{linear.name}.weight"]
                 self._report(linear.name, linear.record, time.perf_counter() - started)
@@ -291,9 +295,7 @@ class BlockPruner:
 
     def _put(self, block: _Block, short: str, linear: Linear) -> None:
         """Fill the module with a linear as it is stored, for the stages behind it."""
-        floats = block.original(short).dtype
-        dtype = floats if linear.packed.kind in _FLOATS and not self._tunes else torch.float32
-        block.module.get_parameter(f"{short}.weight").data = linear.packed.unpack(dtype)
+        block.module.get_parameter(f"{short}.weight").data = unpacked(linear.packed)
 
     def _stored(
         self, block: _Block, linears: dict[str, Linear]

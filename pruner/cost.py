@@ -117,8 +117,10 @@ def _search(source: Source, linears: Sequence[Linear], recipe: Recipe) -> tuple[
 
 def _forward_flops(source: Source, block: Sequence[Linear], length: int) -> float:
     """Of one block and one token."""
-    # Half of the scores are above the diagonal and are never computed; q's rows are all heads.
-    return _linear_flops(source, block) + 2 * length * block[0].shape[0]
+    # Half of the scores are above the diagonal and are never computed; what the output linear
+    # reads are all heads.
+    heads = block[source.family.linears.index(source.family.stages[1][0])].shape[1]
+    return _linear_flops(source, block) + 2 * length * heads
 
 
 def _linear_flops(source: Source, linears: Sequence[Linear]) -> float:
@@ -220,13 +222,14 @@ def _least_memory(source: Source, linears: Sequence[Linear], recipe: Recipe) -> 
     short = {each.name.removeprefix(source.family.block_prefix(0)): each for each in block}
     stages = [[short[name] for name in stage] for stage in source.family.stages]
     hessians = [_hessian_bytes(stage[0], recipe, copies) for stage in stages]
-    together = max(hessians) if is_staged(recipe) else sum(hessians)
+    staged = is_staged(recipe) and not recipe.has_budget and recipe.recover != "blocks"
+    together = max(hessians) if staged else sum(hessians)
     weights = sum(_weight_bytes(source, linear, recipe, copies, False) for linear in block)
     moments = [weights + together + _passing_bytes(block, recipe)]
     for stage, hessian in zip(stages, hessians, strict=True):
-        left = hessian if is_staged(recipe) else together
+        left = hessian if staged else together
         moments.append(weights + left + max(_method_bytes(linear, recipe) for linear in stage))
-        together -= hessian
+        together -= 0 if recipe.has_budget or recipe.recover == "blocks" else hessian
         for linear in stage:
             weights -= _weight_bytes(source, linear, recipe, copies, False)
             weights += _weight_bytes(source, linear, recipe, copies, True)
@@ -239,8 +242,9 @@ def _least_memory(source: Source, linears: Sequence[Linear], recipe: Recipe) -> 
 def _weight_bytes(source: Source, linear: Linear, recipe: Recipe, copies: int, solved: bool) -> int:
     """A linear as it is computed with and, once it is `solved`, as it is stored beside that."""
     stored = source.tensors.dtype(f"{linear.name}.weight").itemsize
-    if recipe.recover == "blocks":  # trained in fp32, with a gradient and two moments
-        return prod(linear.shape) * (16 + copies * stored)
+    if recipe.recover == "blocks":
+        # In fp32: the weight, what it was, a gradient, two moments and the solution; its mask.
+        return prod(linear.shape) * (6 * 4 + 1 + 2 * stored + copies * stored)
     each = float(copies * stored)
     if solved and linear.target is not None:
         coded, sparse = linear.target.bits < 16, linear.target.pattern.is_24
@@ -263,7 +267,7 @@ def _method_bytes(linear: Linear, recipe: Recipe) -> int:
     if target is not None and not whole and rows_are_alone(recipe.method, target.pattern):
         weights = min(weights, MOST_WEIGHTS)
     if recipe.method == "admm":
-        return 8 * square + 6 * 4 * weights
+        return 12 * square + 6 * 4 * weights  # a third for those in another order
     factors = 3 * square if recipe.method == "sparsegpt" and linear.shape[1] < WIDE else 0
     return factors + 6 * 4 * weights
 
@@ -277,6 +281,8 @@ def _passing_bytes(block: Sequence[Linear], recipe: Recipe) -> int:
 def _states_bytes(source: Source, block: Sequence[Linear], recipe: Recipe, copies: int) -> int:
     """Activations that enter the block, where they do not lie in a file."""
     states = 4 * recipe.calib_windows * recipe.calib_length * block[0].shape[1]
+    if recipe.has_budget:  # those of all blocks, for the sensitivities
+        return 2 * states + 4 * SENSED_TOKENS * block[0].shape[1] * source.block_count
     if is_spilled(states, source.device):
         return 0
     return states * (copies + (1 if recipe.recover == "blocks" else 0))
@@ -285,8 +291,8 @@ def _states_bytes(source: Source, block: Sequence[Linear], recipe: Recipe, copie
 def estimate_scratch(source: Source, linears: Sequence[Linear], recipe: Recipe, output: int) -> int:
     """Bytes on the disk that only an unfinished run holds, beside its `output`."""
     states = 4 * recipe.calib_windows * recipe.calib_length * linears[0].shape[1]
-    spilled = is_spilled(states, source.device) and not recipe.is_for_budget
-    scratch = states * (2 if looks_back(recipe) else 1) if spilled else 0
+    streams = (2 if looks_back(recipe) else 1) + (recipe.recover == "blocks")
+    scratch = states * streams if is_spilled(states, source.device) else 0
     if recipe.has_budget:  # candidates; the model is made beside them and moved, not copied
         scratch += sum(
             stored_bytes(source, linear.name, kind, recipe.group)

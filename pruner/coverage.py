@@ -19,4 +19,4 @@ def coverage(linears: Iterable[LinearRecord]) -> str | None:
         f"each saw {min(tokens)} to {max(tokens)} tokens, {median(tokens):g} in the median; "
         f"{starved} of {len(routed)} linears fewer than they have inputs"
     )
-    return said + (", and lean on what their layer saw" if starved else "")
+    return said + (", and were pruned by more than those" if starved else "")

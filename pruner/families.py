@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import CheckpointError, UnsupportedModel
-from ..runtime.families.names import dense_is_transposed
+from ..runtime.families.names import asks_for_own_code, dense_is_transposed
 from .family import Experts, Family, FreeChannels, Stages
 
 _MOST_LAYERS, _MOST_EXPERTS = 10_000, 10_000
@@ -23,7 +23,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
         UnsupportedModel: the config asks for code of its own, or its model_type is unknown.
         CheckpointError: a number is missing or absurd.
     """
-    if "auto_map" in config:
+    if asks_for_own_code(config):
         raise UnsupportedModel(
             "config.json has an auto_map: the model asks for code of its own, which is never run"
         )

@@ -78,7 +78,8 @@ class Solver:
         target, parts = linear.target, [original]
         assert target is not None
         if self._parts(target) and tasks.workers > 1:
-            parts = list(original.tensor_split(tasks.workers))
+            # Copies: a view would be sent with all of the matrix.
+            parts = [rows.clone() for rows in original.tensor_split(tasks.workers)]
         waiting = [
             tasks.submit(solve_rows, self, linear.name, target, rows, seen)
             for rows in parts

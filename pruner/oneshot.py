@@ -25,6 +25,7 @@ from .guard import held_out_windows
 from .journal import Journal, LinearRecord
 from .plan import Plan
 from .recipe import Recipe
+from .rows import unpacked
 from .save import finish, shard_name, write_shard
 from .source import Source, token_ids
 from .stream import BlockStream
@@ -110,10 +111,7 @@ class OneShot:
             journal.remove()  # a kill came between the manifest and this
             return self.result()
         if not journal.shards:
-            name = shard_name(0, self._count)
-            others = self._source.other_tensors()
-            self._blocks.check(others, frozenset())
-            journal.add(write_shard(self._directory, name, others, {}))
+            self._save_others(journal)
         stream = BlockStream(
             self._source,
             self._sample.windows,
@@ -129,6 +127,12 @@ class OneShot:
         linears = {n: record for shard in journal.shards for n, record in shard.linears.items()}
         return OneShotResult(linears, self._resumed)
 
+    def _save_others(self, journal: Journal) -> None:
+        """What is in no block: a shard of its own, which leaves memory when this returns."""
+        others = self._source.other_tensors()
+        self._blocks.check(others, frozenset())
+        journal.add(write_shard(self._directory, shard_name(0, self._count), others, {}))
+
     def _one_block(self, index: int, stream: BlockStream, journal: Journal) -> None:
         if index + 1 < len(journal.shards):
             shard = journal.shards[index + 1]
@@ -136,8 +140,9 @@ class OneShot:
             self._resumed += 1
             self._done += len(shard.linears)
             if index + 1 < self._source.block_count:
+                parent = self._blocks.parent(index, stream)
                 block = stream.load_block(index, self._unpacked(stored, shard.linears))
-                stream.advance(block, self._blocks.parent(index, stream))
+                stream.advance(block, parent)
         else:
             stored, linears = self._blocks.prune(index, stream)
             name = shard_name(index + 1, self._count)
@@ -148,16 +153,16 @@ class OneShot:
     def _unpacked(
         self, stored: Mapping[str, Tensor], linears: Mapping[str, LinearRecord]
     ) -> dict[str, Tensor]:
-        """A block's tensors with every packed linear as a dense fp32 weight."""
-        floats, unpacked = dict(stored), {}
+        """A block's tensors with every packed linear as the weight that is computed with."""
+        floats, weights = dict(stored), {}
         for name, record in linears.items():
             if record.format == Dense.kind:
                 continue
             suffixes = FORMATS[record.format].suffixes
             parts = {suffix: floats.pop(f"{name}.{suffix}") for suffix in suffixes}
             packed = from_tensors(record.format, parts, record.shape, record.group, name)
-            unpacked[f"{name}.weight"] = packed.unpack()
-        return {**self._source.turned(floats), **unpacked}
+            weights[f"{name}.weight"] = unpacked(packed)
+        return {**self._source.turned(floats), **weights}
 
     def _provenance(self) -> dict[str, Any]:
         recipe = self._recipe

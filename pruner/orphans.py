@@ -25,7 +25,11 @@ from ..kernels.groups import group_count
 from ..kernels.schema import FORMAT_VERSION, MANIFEST_FILE, LinearFormat, QuantizationConfig
 from ..kernels.shards import ShardedTensors
 from ..runtime.families import decoder_spec
-from ..runtime.families.names import dense_is_transposed, with_base_prefix
+from ..runtime.families.names import (
+    asks_for_own_code,
+    dense_is_transposed,
+    with_base_prefix,
+)
 from . import marlin24
 from .beside import built_beside, complete, refuse_taken
 from .journal import LinearRecord
@@ -95,7 +99,7 @@ def layout_of(directory: Path, config: Mapping[str, Any]) -> str:
     Raises:
         UnsupportedModel: none that is known here.
     """
-    if "auto_map" in config:
+    if asks_for_own_code(config):
         raise RefusedError("config.json has an auto_map: code from a checkpoint is never run")
     blocks = [config[key] for key in _BLOCKS[:2] if isinstance(config.get(key), dict)]
     block: dict[str, Any] = blocks[0] if blocks else {}

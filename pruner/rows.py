@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..kernels.formats import Dense, PackedLinear
 from .recipe import Pattern
 
 MOST_WEIGHTS = 2**26  # that working copies are made of at a time
@@ -22,19 +23,29 @@ def row_ranges(rows: int, columns: int) -> Iterator[slice]:
 class StoredLinear(nn.Linear):
     """A linear that computes in its input's dtype, whatever its weight is stored in.
 
+    The bits are the same whatever that is, so that a weight that was read again gives no others.
     Widened copies of the weight live for as long as their rows take.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] to [..., N]."""
-        if self.weight.dtype == x.dtype:
-            return functional.linear(x, self.weight, self.bias)
         parts = [
             functional.linear(x, self.weight[rows].to(x.dtype))
             for rows in row_ranges(self.out_features, self.in_features)
         ]
         y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
         return y if self.bias is None else y + self.bias
+
+
+def unpacked(packed: PackedLinear) -> Tensor:
+    """The weight [N, K] that is computed with: floats as they are stored, codes widened to fp32."""
+    kept = packed.weight if isinstance(packed, Dense) else packed.values
+    dtype = kept.dtype if kept.is_floating_point() else torch.float32
+    weight = torch.empty(packed.shape, dtype=dtype, device=kept.device)
+    for rows in row_ranges(*packed.shape):
+        index = torch.arange(rows.start, rows.stop, device=kept.device)
+        weight[rows] = packed.rows(index).unpack(dtype)
+    return weight
 
 
 def rows_are_alone(method: str, pattern: Pattern) -> bool:

@@ -17,7 +17,7 @@ from ..kernels.device import parse_device
 from ..kernels.formats import FLOAT_DTYPES
 from ..kernels.shards import ShardedTensors
 from ..runtime.checkpoint import Checkpoint
-from ..runtime.families.names import is_ignored, with_base_prefix
+from ..runtime.families.names import asks_for_own_code, is_ignored, with_base_prefix
 from .families import family_of
 from .family import Family
 from .tasks import Here, Tasks
@@ -68,6 +68,8 @@ class Source:
         """
         where, directory = parse_device(device), find_directory(path)
         config = read_json(directory / "config.json")
+        if not asks_for_own_code(config):
+            config.pop("auto_map", None)  # it would name files that nobody copies
         if "quantization_config" in config:
             raise RefusedError(
                 f"{directory} is quantized or pruned already", "start from the dense model"

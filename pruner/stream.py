@@ -130,7 +130,7 @@ class BlockStream:
         return self._filled(self._blocks[index], index, tensors)
 
     def load_copy(self, index: int, tensors: Mapping[str, Tensor]) -> nn.Module:
-        """As `load_block`, a module of its own."""
+        """As `load_block`, a module of its own; made first, while the block has no memory yet."""
         return self._filled(copy.deepcopy(self._blocks[index]), index, tensors)
 
     def _filled(self, block: nn.Module, index: int, tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -175,7 +175,10 @@ class BlockStream:
     def outputs(self, parent: nn.Module) -> Tensor:
         """What the dense model's block gives on the dense model's activations, as `hidden`."""
         assert self.dense is not None, "the stream is not parallel"
-        return torch.cat([self.run(parent, self.dense[windows]) for windows, _ in self.batches()])
+        leaving = states(tuple(self.dense.shape), self._device, self._scratch)
+        for windows, _ in self.batches():
+            leaving[windows] = self.run(parent, self.dense[windows])
+        return leaving
 
     def run(self, block: nn.Module, batch: Tensor) -> Tensor:
         """One forward pass of a loaded block on [n, length, hidden]; n is 1, or that of a batch."""

@@ -115,7 +115,7 @@ class Walk:
                 _drop(batch)
         judged = any(batch.judging for batch in self._batches)
         return {
-            name: Observation(fit.result(), check.result() if judged else None)
+            name: Observation(fit.result(), check.result() if judged and check.tokens else None)
             for stage, fit, check in zip(stages, sums[False], sums[True], strict=True)
             for name in stage
         }
@@ -166,7 +166,7 @@ class _Sums:
 
     def __init__(self, judging: bool, tasks: Tasks) -> None:
         self._judging = judging
-        self._tokens = 0
+        self.tokens = 0
         self._gram, self._drift, self._shift = (_Total(tasks) for _ in range(3))
         self._wide: Tensor | None = None
         self._sample: list[Tensor] = []
@@ -176,7 +176,7 @@ class _Sums:
         if x.shape[1] >= WIDE:
             self._add_wide(x)
             return
-        self._tokens += len(x)
+        self.tokens += len(x)
         self._gram.add(x, x)
         if dense is None:
             return
@@ -189,21 +189,21 @@ class _Sums:
         if self._wide is None:
             self._wide = x.new_zeros(x.shape[1], x.shape[1])
         add_gram(self._wide, x)
-        missing = SAMPLED_TOKENS - min(self._tokens, SAMPLED_TOKENS)
+        missing = SAMPLED_TOKENS - min(self.tokens, SAMPLED_TOKENS)
         self._sample.append(x[:missing].clone())
-        self._tokens += len(x)
+        self.tokens += len(x)
 
     def result(self) -> InputStatistics:
-        tokens = max(self._tokens, 1)  # no token at all may have reached an expert
+        tokens = max(self.tokens, 1)  # no token at all may have reached an expert
         if self._wide is not None:
             mirror(self._wide.div_(tokens))
-            return InputStatistics(self._wide, self._tokens, sample=torch.cat(self._sample))
+            return InputStatistics(self._wide, self.tokens, sample=torch.cat(self._sample))
         gram, drift, shift = (
             None if total is None else total.div_(tokens)
             for total in (self._gram.sum(), self._drift.sum(), self._shift.sum())
         )
         assert gram is not None, "no window was observed"
-        return InputStatistics(gram, self._tokens, drift, shift)
+        return InputStatistics(gram, self.tokens, drift, shift)
 
 
 class _Total:

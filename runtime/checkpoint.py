@@ -19,7 +19,7 @@ from ..files import find_directory, read_json
 from ..kernels.formats import FORMATS, Dense, PackedLinear, expected_tensors, from_tensors
 from ..kernels.schema import JOURNAL_FILE, MANIFEST_FILE, LinearFormat, parse_quantization_config
 from ..kernels.shards import ShardedTensors
-from .families.names import is_ignored, with_base_prefix
+from .families.names import asks_for_own_code, is_ignored, with_base_prefix
 from .manifest import Manifest
 
 _FOREIGN_KEYS = ("compression_config", "sparsity_config")
@@ -182,7 +182,7 @@ def _stamp(file: Path) -> tuple[int, int, int]:
 
 
 def _refuse_foreign(directory: Path, config: Mapping[str, Any]) -> None:
-    if "auto_map" in config:
+    if asks_for_own_code(config):
         raise RefusedError(
             f"{directory / 'config.json'} has an auto_map: code from a checkpoint is never run"
         )

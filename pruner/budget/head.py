@@ -17,15 +17,20 @@ _ROWS = 128  # positions whose scores are held at a time
 
 
 def check_head(family: Family) -> None:
-    """Refuse a model whose scores take more than a norm and a matrix.
+    """Refuse a model whose scores take more than a norm and a matrix, or that has experts.
 
     Raises:
         UnsupportedModel: for that reason.
     """
-    reason = "it caps its scores" if family.capped else "" if family.norm else "it has no last norm"
-    if reason:
+    reasons = {
+        "it caps its scores": family.capped,
+        "it has no last norm": not family.norm,
+        "it has experts, and some may see no token": family.experts is not None,
+    }
+    found = [reason for reason, holds in reasons.items() if holds]
+    if found:
         raise UnsupportedModel(
-            f"a quality budget does not know how to score this model: {reason}",
+            f"a quality budget does not know how to judge this model: {found[0]}",
             "prune it to one format: --pattern and --bits, without a budget",
         )
 

@@ -65,6 +65,11 @@ class InputStatistics:
             self._factors[damping] = Factor(upper, raised, dead)
         return self._factors[damping]
 
+    @property
+    def bare(self) -> InputStatistics:
+        """What an error is told by, without all that was made of it."""
+        return InputStatistics(self.hessian, self.tokens, sample=self.sample)
+
     def reordered(self, order: Tensor) -> InputStatistics:
         """The statistics of the same inputs in the order `order` [K]."""
         hessian, drift, shift = (

@@ -38,6 +38,21 @@ _BUFFERS = (
 )
 
 
+# Classes that transformers took over as they are, and that configs of before still ask for.
+_ADOPTED: Mapping[str, frozenset[str]] = {"phi3": frozenset({"Phi3Config", "Phi3ForCausalLM"})}
+
+
+def asks_for_own_code(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json names code beside it, other than what transformers has by that name."""
+    named = config.get("auto_map", {})
+    kind = config.get("model_type")
+    known = _ADOPTED.get(kind, frozenset()) if isinstance(kind, str) else frozenset()
+    if not isinstance(named, dict):
+        return True
+    classes = {each.rpartition(".")[2] if isinstance(each, str) else "" for each in named.values()}
+    return not classes <= known
+
+
 def with_base_prefix(config: Mapping[str, Any], tensors: ShardedTensors) -> ShardedTensors:
     """The tensors of a model with that config.json, by the names that transformers has for them.
 

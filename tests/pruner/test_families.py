@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from shutil import copytree
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from halfweave.errors import RefusedError, UnsupportedModel
 from halfweave.files import read_json
+from halfweave.pruner import cost
 from halfweave.pruner.coverage import coverage
 from halfweave.pruner.export import export
 from halfweave.pruner.family import FreeChannels
@@ -177,23 +179,30 @@ def test_layers_lose_less_than_by_magnitude(
     assert all(errors["admm"][n] < errors["magnitude"][n] for n in first)  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("name", ["gpt2", "mixtral"])
-@pytest.mark.parametrize("pattern", ["2:4", "50%"])
+@pytest.mark.parametrize("name", ["gpt2", "mixtral", "opt"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"pattern": "50%"}, {"pattern": "50%", "recover": "blocks"}, {"method": "sparsegpt"}],
+    ids=str,
+)
 def test_a_resumed_run_gives_the_same_bytes(
-    name: str, pattern: str, directories: dict[str, Path], tmp_path: Path
+    name: str, changes: dict[str, object], tmp_path: Path
 ) -> None:
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    prune(directories[name], whole, recipe(**PATTERNS[pattern]))
+    """In 16 bits, with biases: whatever a weight is held in, it gives the same bits."""
+    whole, cut, asked = tmp_path / "whole", tmp_path / "cut", recipe(**changes)
+    tiny = replace(MODELS[name], dtype=torch.bfloat16, hidden=192, intermediate=384)
+    model = save_tiny(tmp_path / "model", tiny)
+    prune(model, whole, asked)
 
-    first_block = len(Source.open(directories[name]).family.linears)
+    first_block = len(Source.open(model).family.linears)
 
     def kill(step: object) -> None:
         if getattr(step, "done", 0) > first_block:
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        prune(directories[name], cut, recipe(**PATTERNS[pattern]), progress=kill)
-    resumed = prune(directories[name], cut, recipe(**PATTERNS[pattern]), resume=True)
+        prune(model, cut, asked, progress=kill)
+    resumed = prune(model, cut, asked, resume=True)
     assert resumed.resumed_blocks == 1
     assert everything(cut) == everything(whole)
 
@@ -232,7 +241,7 @@ def test_what_experts_saw_is_told(directories: dict[str, Path], tmp_path: Path) 
     said = coverage(result.linears.values())
     assert said is not None
     assert said in (tmp_path / "out" / "README.md").read_text()
-    assert f"of {len(experts)} linears fewer than they have inputs, and lean on" in said
+    assert f"of {len(experts)} linears fewer than they have inputs, and were" in said
 
 
 def test_experts_that_saw_nothing_are_pruned_by_what_their_layer_saw(
@@ -321,6 +330,7 @@ def test_names_of_the_hub_are_those_of_transformers(
         ("gemma2", {"recover": "distill"}, "caps its scores"),
         ("gemma2", {"max_ppl_ratio": 1.5}, "caps its scores"),
         ("opt 350m", {"target_bytes": 0.5}, "no last norm"),
+        ("mixtral", {"target_bytes": 0.5}, "it has experts"),
     ],
 )
 def test_what_a_family_cannot_have_is_refused_before_work(
@@ -345,11 +355,18 @@ def test_a_budget_chooses_formats_in_other_families(
     assert result.budget.share_of_bytes <= 0.62
 
 
-def test_a_plan_counts_an_experts_share(directories: dict[str, Path]) -> None:
-    few, many = recipe(method="wanda"), recipe(method="wanda", calib_windows=4096)
-    plan = plan_prune(directories["qwen3_moe"], few)
-    assert len(plan.linears) == 2 * (4 + 3 * 6)
-    assert plan_prune(directories["qwen3_moe"], many).seconds > plan.seconds
+def test_a_plan_counts_an_experts_share(
+    directories: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cost, "_flops_per_second", lambda: 1e9)
+    seconds = {}
+    for chosen in (1, 2, 4):
+        model = tmp_path / str(chosen)
+        copytree(directories["qwen3_moe"], model)
+        edit_json(model / "config.json", lambda c, n=chosen: c.update(num_experts_per_tok=n))
+        seconds[chosen] = plan_prune(model, recipe(method="wanda", calib_windows=64)).seconds
+    assert seconds[4] - seconds[2] == pytest.approx(2 * (seconds[2] - seconds[1]))
+    assert seconds[2] > seconds[1]
 
 
 def test_mixed_blocks_are_refused(directories: dict[str, Path], tmp_path: Path) -> None:
@@ -372,3 +389,26 @@ def test_what_cannot_be_served_can_be_pruned_and_exported(tmp_path: Path) -> Non
     assert dense_model(tmp_path / "plain")(windows(1)).logits.shape == (1, 40, 320)
     with pytest.raises(UnsupportedModel, match="longrope"):
         load_model(tmp_path / "pruned")
+
+
+@pytest.mark.parametrize("beginning", ["", "microsoft/Phi-3-mini-4k-instruct--"])
+def test_phi3_asks_for_code_that_transformers_has_taken_over(
+    beginning: str, directories: dict[str, Path], tmp_path: Path
+) -> None:
+    """As its configs of the hub do; nothing of it is run, and the pruned model asks for none."""
+    model, asked = (
+        tmp_path / "model",
+        {
+            "AutoConfig": f"{beginning}configuration_phi3.Phi3Config",
+            "AutoModelForCausalLM": f"{beginning}modeling_phi3.Phi3ForCausalLM",
+        },
+    )
+    copytree(directories["phi3"], model)
+    edit_json(model / "config.json", lambda config: config.update(auto_map=asked))
+    load_model(model)
+    prune(model, tmp_path / "out", recipe())
+    assert "auto_map" not in read_json(tmp_path / "out" / "config.json")
+    asked["AutoModelForCausalLM"] = "modeling_phi3.Another"
+    edit_json(model / "config.json", lambda config: config.update(auto_map=asked))
+    with pytest.raises(UnsupportedModel, match="never run"):
+        Source.open(model)
