@@ -20,6 +20,7 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -191,13 +192,68 @@ def _write_hole(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
         file.truncate(8 + len(text) + end)
 
 
-def halfweave(*arguments: str) -> tuple[dict[str, Any], float]:
-    """Run it; its document, and the greatest memory of any child so far, in bytes."""
+def halfweave(*arguments: str) -> dict[str, Any]:
+    """Run it; its document."""
+    done = subprocess.run(_command(arguments), stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _command(arguments: Sequence[str]) -> list[str]:
     command = [str(Path(sys.executable).with_name("halfweave")), *arguments, "--json"]
     print("$", *command, flush=True)
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return command
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run, whole or ended after some blocks: when each shard was there, and how large it is."""
+
+    started: float
+    written: list[float]
+    nbytes: list[int]
+    errors: dict[str, float]
+    peak_bytes: int
+
+
+def run_blocks(out: Path, arguments: Sequence[str], blocks: int) -> Run:
+    """Prune until so many blocks are finished; the rest is left undone."""
+    started = time.time()
+    process = subprocess.Popen(_command(arguments), stdout=subprocess.DEVNULL)
+    linears: dict[str, Any] | None = None
+    while linears is None and process.poll() is None:
+        time.sleep(0.5)
+        linears = _finished(out, blocks)
+    process.terminate()
+    process.wait()
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    return json.loads(done.stdout.splitlines()[-1]), peak
+    linears = linears or _finished(out, blocks)
+    if linears is None:
+        raise SystemExit("the run ended before its time; see what it said above")
+    shards = sorted(out.glob("model-*.safetensors"))[: blocks + 1]
+    return Run(
+        started,
+        [shard.stat().st_mtime for shard in shards],
+        [shard.stat().st_size for shard in shards],
+        {name: record["relative_error"] for name, record in linears.items()},
+        peak,
+    )
+
+
+def _finished(out: Path, blocks: int) -> dict[str, Any] | None:
+    """What is recorded of the linears of so many blocks; None while they are not finished."""
+    journal, manifest = out / ".halfweave-journal.jsonl", out / "halfweave.json"
+    if manifest.exists():
+        whole: dict[str, Any] = json.loads(manifest.read_text())["linears"]
+        return whole
+    try:
+        lines = journal.read_text().rpartition("\n")[0].splitlines()  # the last may be half
+    except FileNotFoundError:
+        return None
+    shards = [json.loads(line)["shard"] for line in lines if line.startswith('{"shard"')]
+    if len(shards) <= blocks:
+        return None
+    return {name: record for shard in shards for name, record in shard["linears"].items()}
 
 
 def measure(options: argparse.Namespace, opt: Opt) -> dict[str, Any]:
@@ -206,33 +262,28 @@ def measure(options: argparse.Namespace, opt: Opt) -> dict[str, Any]:
     write_opt(source, opt, options.tokenizer)
     shutil.rmtree(out, ignore_errors=True)
     asked = [
-        *("--method", options.method, "--calib-windows", str(options.windows)),
-        *("--calib-length", str(options.length)),
+        *("prune", str(source), str(out), "--method", options.method),
+        *("--calib-windows", str(options.windows), "--calib-length", str(options.length)),
     ]
-    plan, _ = halfweave("prune", str(source), str(out), *asked, "--dry-run")
-    started = time.time()
-    document, peak = halfweave("prune", str(source), str(out), *asked)
-    written = [path.stat().st_mtime for path in sorted(out.glob("model-*.safetensors"))]
-    per_block = [after - before for before, after in pairwise(written)]
-    linears = document["result"]["linears"]
-    errors = {name: record["relative_error"] for name, record in linears.items()}
-    nbytes = [path.stat().st_size for path in sorted(out.glob("model-*.safetensors"))][1:]
+    plan = halfweave(*asked, "--dry-run")["plan"]
+    run = run_blocks(out, asked, options.blocks)
     if not options.keep:
         shutil.rmtree(out)
-    mean = sum(per_block) / len(per_block)
+    seconds = [after - before for before, after in pairwise(run.written)]
+    mean = sum(seconds) / len(seconds)
     return {
-        "blocks": _BLOCKS_MADE,
+        "blocks": len(seconds),
         "method": options.method,
         "calibration_tokens": options.windows * options.length,
-        "seconds_each_block": [round(seconds, 1) for seconds in per_block],
+        "seconds_each_block": [round(each, 1) for each in seconds],
         "seconds_per_block": round(mean, 1),
-        "seconds_before_first_block": round(written[0] - started, 1),
-        "bytes_per_block": nbytes,
-        "peak_rss_gib": round(peak / _GIB, 2),
-        "planned_rss_gib": round(plan["plan"]["peak_memory_bytes"] / _GIB, 2),
-        "planned_seconds": round(plan["plan"]["seconds"], 1),
+        "seconds_before_first_block": round(run.written[0] - run.started, 1),
+        "bytes_per_block": run.nbytes[1:],
+        "peak_rss_gib": round(run.peak_bytes / _GIB, 2),
+        "planned_rss_gib": round(plan["peak_memory_bytes"] / _GIB, 2),
+        "planned_seconds": round(plan["seconds"], 1),
         "hessian": "full",
-        "relative_errors": errors,
+        "relative_errors": run.errors,
         "projected_hours_96_blocks": round(opt.blocks * mean / 3600, 1),
     }
 
@@ -242,9 +293,8 @@ def plan_bloom(options: argparse.Namespace, bloom: Bloom) -> dict[str, Any]:
     source = options.work / "bloom-176b-headers"
     write_headers(source, bloom)
     asked = ["--method", options.method, "--calib-windows", "128", "--calib-length", "2048"]
-    document, _ = halfweave("prune", str(source), str(options.work / "none"), *asked, "--dry-run")
+    plan = halfweave("prune", str(source), str(options.work / "none"), *asked, "--dry-run")["plan"]
     shutil.rmtree(source)
-    plan = document["plan"]
     return {
         "blocks": bloom.blocks,
         "method": options.method,
@@ -269,6 +319,7 @@ def parse_options() -> argparse.Namespace:
     add("--method", default="sparsegpt", help="of pruning")
     add("--windows", type=int, default=8, help="calibration windows")
     add("--length", type=int, default=512, help="tokens per calibration window")
+    add("--blocks", type=int, default=_BLOCKS_MADE, help="stop after so many")
     add("--keep", action="store_true", help="keep the pruned model")
     return parser.parse_args()
 

@@ -43,8 +43,7 @@ nothing of quality; time and memory do not depend on them.
 |---|---|
 {_errors(opt["relative_errors"])}
 
-The errors are those on the calibration tokens, of `fc2` on 1024 of them. With fewer tokens than
-inputs they flatter.
+The errors are those on 1024 of the calibration tokens. With fewer tokens than inputs they flatter.
 
 ## Projected: all 96 blocks
 

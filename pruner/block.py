@@ -167,7 +167,7 @@ class BlockPruner:
         started = time.perf_counter()
         observation = self._reorder(block, stage[0], self._fed(block, stage[0], seen), linears)
         # A wide Hessian is used up where it lies: there is no room for one at every worker.
-        tasks = self._source.tasks if observation.fit.sample is None else Here()
+        tasks = Here() if observation.fit.wide else self._source.tasks
         linears |= {short: self._begin(block, short, observation) for short in stage}
         shared, waiting = tasks.share(observation), {}
         for short in stage:

@@ -45,7 +45,7 @@ def solve_guarded(
     is a baseline, nor a linear so wide that SparseGPT would use up its Hessian.
     """
     ours = METHODS[method](weight, fit, target)
-    if check is None or method != _GUARDED or fit.sample is not None:
+    if check is None or method != _GUARDED or fit.wide:
         return Solved(ours, method)
     theirs = METHODS[BASELINE](weight, fit, target)
     error = mixed_error(weight, ours.weight, check, target.mix)

@@ -31,7 +31,8 @@ class Lost:
 def lost(original: Tensor, stored: PackedLinear, fit: InputStatistics) -> Lost:
     """Of `original` [N, K] of any float dtype, and of what is stored for it.
 
-    The tokens are all, or where the Hessian is used up those that were sampled.
+    The tokens are all, or those that were sampled, where inputs are many: a product with their
+    Hessian would take as long as the pruning.
     """
     parts = []
     for part in row_ranges(*original.shape):

@@ -28,7 +28,9 @@ def shrunk(statistics: InputStatistics, layer: InputStatistics | None) -> InputS
     known = statistics.tokens / len(statistics.hessian)
     towards = _alike(statistics.hessian) if layer is None else layer.hessian
     hessian = known * statistics.hessian + (1 - known) * towards
-    return InputStatistics(hessian, statistics.tokens, sample=statistics.sample)
+    return InputStatistics(
+        hessian, statistics.tokens, sample=statistics.sample, wide=statistics.wide
+    )
 
 
 def _alike(hessian: Tensor) -> Tensor:

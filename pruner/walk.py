@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..kernels.device import available_memory_bytes
 from .methods.base import InputStatistics
 from .pausing import PausingPass, stops
-from .solvers.wide import SAMPLED_TOKENS, WIDE, add_gram, mirror
+from .solvers.wide import SAMPLED_FROM, SAMPLED_TOKENS, WIDE, add_gram, mirror
 from .stream import BlockStream
 from .tasks import Tasks
 
@@ -161,7 +161,7 @@ class Walk:
 class _Sums:
     """X^T X of the inputs it is given, in fp32, and their drift from the dense model's.
 
-    Of wide inputs only the upper triangle is summed, and some inputs are kept; no drift.
+    Of wide inputs only the upper triangle is summed, and no drift; of many inputs some are kept.
     """
 
     def __init__(self, judging: bool, tasks: Tasks) -> None:
@@ -173,10 +173,12 @@ class _Sums:
 
     def add(self, seen: Tensor, dense: Tensor | None) -> None:
         x = seen.float().flatten(0, -2)
+        if x.shape[1] >= SAMPLED_FROM and self.tokens < SAMPLED_TOKENS:
+            self._sample.append(x[: SAMPLED_TOKENS - self.tokens].clone())
+        self.tokens += len(x)
         if x.shape[1] >= WIDE:
             self._add_wide(x)
             return
-        self.tokens += len(x)
         self._gram.add(x, x)
         if dense is None:
             return
@@ -189,21 +191,19 @@ class _Sums:
         if self._wide is None:
             self._wide = x.new_zeros(x.shape[1], x.shape[1])
         add_gram(self._wide, x)
-        missing = SAMPLED_TOKENS - min(self.tokens, SAMPLED_TOKENS)
-        self._sample.append(x[:missing].clone())
-        self.tokens += len(x)
 
     def result(self) -> InputStatistics:
         tokens = max(self.tokens, 1)  # no token at all may have reached an expert
+        sample = torch.cat(self._sample) if self._sample else None
         if self._wide is not None:
             mirror(self._wide.div_(tokens))
-            return InputStatistics(self._wide, self.tokens, sample=torch.cat(self._sample))
+            return InputStatistics(self._wide, self.tokens, sample=sample, wide=True)
         gram, drift, shift = (
             None if total is None else total.div_(tokens)
             for total in (self._gram.sum(), self._drift.sum(), self._shift.sum())
         )
         assert gram is not None, "no window was observed"
-        return InputStatistics(gram, self.tokens, drift, shift)
+        return InputStatistics(gram, self.tokens, drift, shift, sample)
 
 
 class _Total:

@@ -40,7 +40,8 @@ class InputStatistics:
     tokens: int
     drift: Tensor | None = None  # [K, K], see solvers/objective.py; None: not collected
     shift: Tensor | None = None  # [K, K], second moment of what `drift` is the first of
-    sample: Tensor | None = None  # [tokens, K], some inputs of a linear whose Hessian is used up
+    sample: Tensor | None = None  # [tokens, K], some inputs, where there are many of them
+    wide: bool = False  # SparseGPT's factor takes the Hessian's place
     _curvatures: dict[float, Curvature] = field(default_factory=dict, repr=False, compare=False)
     _factors: dict[float, Factor] = field(default_factory=dict, repr=False, compare=False)
 
@@ -57,7 +58,7 @@ class InputStatistics:
         """
         if damping not in self._factors:
             dead = self.hessian.diagonal() == 0
-            if self.sample is None:
+            if not self.wide:
                 upper, raised = inverse_factor(self.hessian, damping)
             else:
                 taken = factorize(self.hessian, damping)
@@ -68,7 +69,7 @@ class InputStatistics:
     @property
     def bare(self) -> InputStatistics:
         """What an error is told by, without all that was made of it."""
-        return InputStatistics(self.hessian, self.tokens, sample=self.sample)
+        return InputStatistics(self.hessian, self.tokens, sample=self.sample, wide=self.wide)
 
     def reordered(self, order: Tensor) -> InputStatistics:
         """The statistics of the same inputs in the order `order` [K]."""
@@ -79,7 +80,7 @@ class InputStatistics:
         assert hessian is not None
         known = {damping: each.reordered(order) for damping, each in self._curvatures.items()}
         sample = None if self.sample is None else self.sample[:, order]
-        return InputStatistics(hessian, self.tokens, drift, shift, sample, known)
+        return InputStatistics(hessian, self.tokens, drift, shift, sample, self.wide, known)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from torch import Tensor
 from .objective import LADDER
 
 WIDE = 16384  # inputs from which on a Hessian is a gigabyte
-SAMPLED_TOKENS = 1024  # inputs that are kept to judge a linear whose Hessian is used up
+# From so many inputs on a linear's error is told on so many tokens.
+SAMPLED_FROM, SAMPLED_TOKENS = 8192, 1024
 _BLOCK = 2048
 
 

@@ -14,7 +14,13 @@ import scale_page
 @pytest.fixture
 def options(tmp_path: Path, tiny_model: Path) -> argparse.Namespace:
     return argparse.Namespace(
-        work=tmp_path, tokenizer=tiny_model, method="sparsegpt", windows=2, length=32, keep=True
+        work=tmp_path,
+        tokenizer=tiny_model,
+        method="sparsegpt",
+        windows=2,
+        length=32,
+        keep=True,
+        blocks=2,
     )
 
 
@@ -29,6 +35,13 @@ def test_blocks_are_made_pruned_and_timed(options: argparse.Namespace, tmp_path:
     assert len(found["relative_errors"]) == 12
     weights = 4 * 64 * 64 + 2 * 64 * 256
     assert 9 / 16 < found["bytes_per_block"][0] / (2 * weights) < 0.75  # 9 bits of every 16
+
+
+def test_a_run_may_end_after_its_first_block(options: argparse.Namespace, tmp_path: Path) -> None:
+    options.blocks = 1
+    found = scale.measure(options, scale.Opt(hidden=64, ffn=256, heads=4, vocab=320, positions=64))
+    assert (found["blocks"], len(found["seconds_each_block"])) == (1, 1)
+    assert len(found["relative_errors"]) in (6, 12)  # a small model is sooner done than stopped
 
 
 def test_a_plan_is_made_of_headers_and_the_page_says_what_it_is(

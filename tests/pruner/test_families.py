@@ -179,10 +179,15 @@ def test_layers_lose_less_than_by_magnitude(
     assert all(errors["admm"][n] < errors["magnitude"][n] for n in first)  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("name", ["gpt2", "mixtral", "opt"])
 @pytest.mark.parametrize(
-    "changes",
-    [{}, {"pattern": "50%"}, {"pattern": "50%", "recover": "blocks"}, {"method": "sparsegpt"}],
+    ("name", "changes"),
+    [
+        ("gpt2", {"pattern": "50%"}),
+        ("mixtral", {}),
+        ("opt", {}),
+        ("opt", {"pattern": "50%", "recover": "blocks"}),
+        ("opt", {"method": "sparsegpt"}),
+    ],
     ids=str,
 )
 def test_a_resumed_run_gives_the_same_bytes(
@@ -190,7 +195,9 @@ def test_a_resumed_run_gives_the_same_bytes(
 ) -> None:
     """In 16 bits, with biases: whatever a weight is held in, it gives the same bits."""
     whole, cut, asked = tmp_path / "whole", tmp_path / "cut", recipe(**changes)
-    tiny = replace(MODELS[name], dtype=torch.bfloat16, hidden=192, intermediate=384)
+    tiny = replace(MODELS[name], dtype=torch.bfloat16)
+    if name == "opt":  # small products give the same bits in any way
+        tiny = replace(tiny, hidden=192, intermediate=384)
     model = save_tiny(tmp_path / "model", tiny)
     prune(model, whole, asked)
 

@@ -97,6 +97,7 @@ def test_a_wide_linear_is_pruned_as_any_other(
     asked = recipe(method=method, calib_windows=16, mix=0.0)
     usual = prune(tiny_model, tmp_path / "usual", asked)
     monkeypatch.setattr(walk, "WIDE", 100)
+    monkeypatch.setattr(walk, "SAMPLED_FROM", 100)
     wide = prune(tiny_model, tmp_path / "wide", asked)
     first, second = Checkpoint.open(usual.path), Checkpoint.open(wide.path)
     name = "model.layers.0.mlp.down_proj"
@@ -111,7 +112,7 @@ def test_a_wide_linear_is_pruned_as_any_other(
 def test_an_error_is_that_of_sampled_inputs_where_the_hessian_is_gone() -> None:
     x, weight, changed = torch.randn(30, 16), torch.randn(8, 16), torch.randn(8, 16)
     full = InputStatistics(x.T @ x / 30, 30)
-    gone = InputStatistics(torch.zeros(16, 16), 30, sample=x)
+    gone = InputStatistics(torch.zeros(16, 16), 30, sample=x, wide=True)
     expected, found = (lost(weight, Dense(changed), fit) for fit in (full, gone))
     assert found.lost == pytest.approx(expected.lost, rel=1e-4)
     assert Lost.relative([found]) == pytest.approx(Lost.relative([expected]), rel=1e-4)
