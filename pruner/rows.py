@@ -29,11 +29,12 @@ class StoredLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] to [..., N]."""
-        parts = [
-            functional.linear(x, self.weight[rows].to(x.dtype))
-            for rows in row_ranges(self.out_features, self.in_features)
-        ]
-        y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        ranges = list(row_ranges(self.out_features, self.in_features))
+        if len(ranges) == 1:  # as it is: a slice's gradient would be one more copy
+            y = functional.linear(x, self.weight.to(x.dtype))
+        else:
+            parts = [functional.linear(x, self.weight[rows].to(x.dtype)) for rows in ranges]
+            y = torch.cat(parts, dim=-1)
         return y if self.bias is None else y + self.bias
 
 
