@@ -49,7 +49,7 @@ bench: work/SmolLM2-135M-Instruct
 layer-error: work/SmolLM2-135M-Instruct $(VENV)/.text-ready
 	$(BIN)/python benchmarks/layer_error.py --model $< --text work/text/calib.wiki.txt --blocks 5 14
 
-# Blocks of OPT-175B's size, pruned here; 16 GB of disk, 20 GiB of memory, most of an hour.
+# Blocks of OPT-175B's size, pruned here; wants 16 GB of disk and 20 GiB of memory.
 scale: work/SmolLM2-135M-Instruct
 	$(BIN)/python benchmarks/scale.py --work work/scale --tokenizer $<
 

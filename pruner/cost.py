@@ -222,14 +222,15 @@ def _least_memory(source: Source, linears: Sequence[Linear], recipe: Recipe) -> 
     short = {each.name.removeprefix(source.family.block_prefix(0)): each for each in block}
     stages = [[short[name] for name in stage] for stage in source.family.stages]
     hessians = [_hessian_bytes(stage[0], recipe, copies) for stage in stages]
-    staged = is_staged(recipe) and not recipe.has_budget and recipe.recover != "blocks"
+    stay = recipe.has_budget or recipe.recover == "blocks"  # the Hessians, to the block's end
+    staged = is_staged(recipe) and not stay
     together = max(hessians) if staged else sum(hessians)
     weights = sum(_weight_bytes(source, linear, recipe, copies, False) for linear in block)
     moments = [weights + together + _passing_bytes(block, recipe)]
     for stage, hessian in zip(stages, hessians, strict=True):
         left = hessian if staged else together
         moments.append(weights + left + max(_method_bytes(linear, recipe) for linear in stage))
-        together -= 0 if recipe.has_budget or recipe.recover == "blocks" else hessian
+        together -= 0 if stay else hessian
         for linear in stage:
             weights -= _weight_bytes(source, linear, recipe, copies, False)
             weights += _weight_bytes(source, linear, recipe, copies, True)

@@ -113,12 +113,11 @@ class Walk:
                 total.add(batch.ours.until(self._block.get_submodule(first)), dense)
             if not batch.waits:
                 _drop(batch)
-        judged = any(batch.judging for batch in self._batches)
-        return {
-            name: Observation(fit.result(), check.result() if judged and check.tokens else None)
-            for stage, fit, check in zip(stages, sums[False], sums[True], strict=True)
-            for name in stage
-        }
+        found: dict[str, Observation] = {}
+        for stage, fit, check in zip(stages, sums[False], sums[True], strict=True):
+            seen = Observation(fit.result(), check.result() if check.tokens else None)
+            found |= dict.fromkeys(stage, seen)
+        return found
 
     @torch.no_grad()
     def finish(self, anew: bool = False) -> None:
@@ -193,6 +192,7 @@ class _Sums:
         add_gram(self._wide, x)
 
     def result(self) -> InputStatistics:
+        """Per token; to be asked for once, since the sums are divided where they are."""
         tokens = max(self.tokens, 1)  # no token at all may have reached an expert
         sample = torch.cat(self._sample) if self._sample else None
         if self._wide is not None:

@@ -137,3 +137,31 @@ def test_without_memory_for_waiting_the_bytes_are_the_same(
     monkeypatch.setattr(walk_module, "waiting_share", lambda *_: share)
     prune(tiny_model, tmp_path / "anew", chosen)
     assert everything(tmp_path / "waiting") == everything(tmp_path / "anew")
+
+
+def test_linears_of_a_stage_share_the_mean_of_their_inputs_squares(tiny_model: Path) -> None:
+    """In units of a token: a budget and a starved expert compare them with others."""
+    source = Source.open(tiny_model)
+    windows = torch.arange(9 * 32).view(9, 32) % 250
+    stream = BlockStream(source, windows, held_out=2)
+    block = stream.load_block(0, source.block_tensors(0))
+    inputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> None:
+        linear = block.get_submodule(name)
+        linear.register_forward_pre_hook(lambda _, args: inputs.__setitem__(name, args[0]))
+
+    for name in source.family.linears:
+        keep(name)
+    with Walk(stream, block) as walk:
+        seen = walk.observe(source.family.stages)
+    fitted = []
+    for window in stream.hidden[:7]:
+        stream.run(block, window[None])
+        fitted.append({name: x.flatten(0, -2) for name, x in inputs.items()})
+    for stage in source.family.stages:
+        assert all(seen[name] is seen[stage[0]] for name in stage)
+        x = torch.cat([each[stage[0]] for each in fitted])
+        found = seen[stage[0]].fit
+        assert found.tokens == 7 * 32
+        assert torch.allclose(found.hessian, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
