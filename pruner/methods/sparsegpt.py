@@ -19,6 +19,7 @@ from . import magnitude
 from .base import InputStatistics, Pruned, Target
 
 BLOCK = 128  # columns per lazy update; every group size and every M divides it
+CHUNK = 32  # columns of a block that see each other's errors at once; divides every group size
 
 
 def prune(weight: Tensor, statistics: InputStatistics, target: Target) -> Pruned:
@@ -47,37 +48,60 @@ def _sweep(weight: Tensor, factor: Tensor, target: Target, note: str) -> Pruned:
     scales: list[Tensor] = []
     for start in range(0, columns, BLOCK):
         stop = min(start + BLOCK, columns)
-        block = weight[:, start:stop].clone()
-        inner = factor[start:stop, start:stop]
-        errors = torch.zeros_like(block)
-        if target.pattern.fraction and not target.pattern.of:
-            saliency = block**2 / inner.diagonal() ** 2
-            keep[:, start:stop] = keep_above_quantile(saliency, target.pattern.fraction)
-        for i in range(stop - start):
-            j = start + i
-            _choose_group(keep, block, inner, target, start, i)
-            if target.bits == 4 and j % target.group == 0:
-                scales.append(absmax_scale(block[:, i : i + target.group]))
-            column = block[:, i]
-            kept = torch.where(keep[:, j], column, 0)
-            if target.bits == 4:
-                codes[:, j] = encode(kept, scales[-1])
-                kept = codes[:, j] * scales[-1].float()
-            result[:, j] = kept
-            errors[:, i] = (column - kept) / inner[i, i]
-            block[:, i:] -= errors[:, i : i + 1] * inner[i, i:]
-        weight[:, stop:] -= errors @ factor[start:stop, stop:]
+        block = _Block(weight[:, start:stop], factor[start:stop, start:stop], target)
+        block.sweep(scales)
+        result[:, start:stop] = block.result.T
+        keep[:, start:stop] = block.keep.T
+        if target.bits == 4:
+            codes[:, start:stop] = block.codes.T
+        weight[:, stop:].addmm_(block.errors.T, factor[start:stop, stop:], alpha=-1)
     if target.bits == 16:
         return Pruned(result, keep, note=note)
     return Pruned(result, keep, codes, torch.stack(scales, dim=1), note)
 
 
-def _choose_group(
-    keep: Tensor, block: Tensor, inner: Tensor, target: Target, start: int, i: int
-) -> None:
-    """At the first column of an N:M group, choose its mask from the compensated weights."""
-    of = target.pattern.of
-    if of and i % of == 0:
-        saliency = block[:, i : i + of] ** 2 / inner.diagonal()[i : i + of] ** 2
-        chosen = keep_n_of_m(saliency, target.pattern.kept, of)
-        keep[:, start + i : start + i + of] = chosen
+class _Block:
+    """A block of columns [N, B] on its way through the sweep, transposed: a column is contiguous.
+
+    Within a chunk a column's error is pushed on at once; onto later chunks, a chunk's together.
+    """
+
+    def __init__(self, weight: Tensor, factor: Tensor, target: Target) -> None:
+        self.weight = weight.T.contiguous()  # [B, N], compensated as the sweep goes on
+        self.factor, self.diagonal, self.target = factor, factor.diagonal(), target
+        self.keep = torch.ones_like(self.weight, dtype=torch.bool)
+        self.result, self.errors = torch.empty_like(self.weight), torch.empty_like(self.weight)
+        self.codes = torch.empty_like(self.weight if target.bits == 4 else self.weight[:0])
+        if target.pattern.fraction and not target.pattern.of:
+            saliency = self._saliency(0, len(self.weight)).T.contiguous()
+            self.keep = keep_above_quantile(saliency, target.pattern.fraction).T.contiguous()
+
+    def sweep(self, scales: list[Tensor]) -> None:
+        """Fill result, keep, errors and codes, all [B, N]; the groups' scales are appended."""
+        size = max(CHUNK, self.target.pattern.of)
+        for start in range(0, len(self.weight), size):
+            stop = min(start + size, len(self.weight))
+            for i in range(start, stop):
+                self._column(i, stop, scales)
+            reach = self.factor[start:stop, stop:].T
+            self.weight[stop:].addmm_(reach, self.errors[start:stop], alpha=-1)
+
+    def _column(self, i: int, stop: int, scales: list[Tensor]) -> None:
+        """Round column `i`, and push its error onto those up to `stop`."""
+        of, bits, group = self.target.pattern.of, self.target.bits, self.target.group
+        if of and i % of == 0:
+            saliency = self._saliency(i, i + of).T.contiguous()
+            self.keep[i : i + of] = keep_n_of_m(saliency, self.target.pattern.kept, of).T
+        if bits == 4 and i % group == 0:
+            scales.append(absmax_scale(self.weight[i : i + group].T.contiguous()))
+        kept = torch.where(self.keep[i], self.weight[i], 0)
+        if bits == 4:
+            self.codes[i] = encode(kept, scales[-1])
+            kept = self.codes[i] * scales[-1].float()
+        self.result[i] = kept
+        torch.sub(self.weight[i], kept, out=self.errors[i]).div_(self.diagonal[i])
+        self.weight[i + 1 : stop].addr_(self.factor[i, i + 1 : stop], self.errors[i], alpha=-1)
+
+    def _saliency(self, start: int, stop: int) -> Tensor:
+        """What removing each weight of these columns costs, [columns, N]."""
+        return (self.weight[start:stop] / self.diagonal[start:stop, None]) ** 2
