@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Protocol
 
+from ..runtime.linear_kinds import kinds_of
 from .console import duration, size
 
 if TYPE_CHECKING:
@@ -41,12 +42,12 @@ LINEARS_HEADER = ("linear", "count", "err median", "err worst", "format")
 
 def linears(records: Mapping[str, Stored]) -> list[Row]:
     """One row for each kind of linear and format: how many, and their relative errors."""
-    kinds: dict[tuple[str, str], list[Stored]] = {}
+    kinds, groups = kinds_of(records), dict[tuple[str, str], list[Stored]]()
     for name, record in records.items():
-        kinds.setdefault((name.rpartition(".")[2], record.format), []).append(record)
+        groups.setdefault((kinds[name], record.format), []).append(record)
     return [
         (kind, str(len(group)), *_errors(r.relative_error for r in group), stored)
-        for (kind, stored), group in kinds.items()
+        for (kind, stored), group in groups.items()
     ]
 
 
@@ -93,9 +94,8 @@ EVAL_HEADER = ("model", "perplexity", "KL nats/token", "same top token", "tokens
 
 def formats(plan: BudgetPlan) -> list[str]:
     """What a budget chose, by kind of linear."""
-    counts = Counter(
-        (choice.name.rpartition(".")[2], choice.chosen.format) for choice in plan.linears
-    )
+    kinds = kinds_of(choice.name for choice in plan.linears)
+    counts = Counter((kinds[choice.name], choice.chosen.format) for choice in plan.linears)
     chosen = [f"  {kind}: {count} x {form}" for (kind, form), count in sorted(counts.items())]
     first = (
         f"budget: {plan.share_of_bytes:.3f} of the bytes, "

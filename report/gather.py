@@ -17,6 +17,7 @@ from ..errors import HalfweaveError
 from ..files import find_directory
 from ..kernels.formats import Sparse24, Sparse24Int4
 from ..runtime.checkpoint import Checkpoint
+from ..runtime.linear_kinds import kinds_of
 from .documents import (
     COMMANDS,
     KINDS,
@@ -51,7 +52,8 @@ class Found:
     """One directory, read.
 
     `missing` has, for each kind of document that cannot be shown, why; `errors` the relative error
-    of each linear by layer and kind of linear, None where there is none.
+    of each linear by layer and kind of linear, the worst of a layer's experts, None where there is
+    none.
     """
 
     path: Path
@@ -157,12 +159,12 @@ def _formats(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 def _errors(linears: Mapping[str, Mapping[str, object]]) -> dict[tuple[int, str], float | None]:
     found: dict[tuple[int, str], float | None] = {}
-    for name, record in linears.items():
-        place = _LAYER.search(name)
-        error = record.get("relative_error")
+    for name, kind in kinds_of(linears).items():
+        place, error = _LAYER.search(name), linears[name].get("relative_error")
         if place is not None:
-            key = (int(place[1]), name.rpartition(".")[2])
-            found[key] = float(error) if isinstance(error, (int, float)) else None
+            known = [found.get((int(place[1]), kind)), error]
+            numbers = [float(each) for each in known if isinstance(each, (int, float))]
+            found[int(place[1]), kind] = max(numbers, default=None)
     return found
 
 

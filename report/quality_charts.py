@@ -288,6 +288,8 @@ def error_chart(main: Found) -> Chart:
         "Relative squared error of a linear's outputs, by the pruner, on the calibration tokens"
         f"{tokens}; 0 is no error. Crossed cells were kept as they were, or not measured."
     )
+    if any("*" in kind for kind in kinds):
+        caption += " Of a layer's experts it is the worst."
     grid = [[known.get((layer, kind), math.nan) for layer in layers] for kind in kinds]
     picture = _heat_map(kinds, layers, grid)
     rows = tuple(
