@@ -25,7 +25,7 @@ from ..kernels.measured import DENSE, SPARSE, Measured, Product
 from ..runtime.checkpoint import Checkpoint
 from .candidates import Candidate, Sampler, native_candidate, torch_candidate
 from .cold import cold_bytes
-from .offline import LEAST_REPETITIONS
+from .offline_plan import LEAST_REPETITIONS
 from .products import ModelProduct, model_products
 from .progress import Progress, silent
 from .significance import ALPHA, shift

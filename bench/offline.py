@@ -10,75 +10,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ..errors import HalfweaveError, UsageError
+from ..errors import UsageError
 from ..files import sha256_file
-from ..kernels.cpu.bandwidth import read_bandwidth
-from ..kernels.cpu.library import library
 from ..kernels.dispatch import choose
 from ..kernels.formats import Dense
 from ..runtime.checkpoint import Checkpoint
-from ..runtime.engine_settings import EngineSettings
 from ..runtime.eval import EvalResult, evaluate, flattered
 from ..runtime.hardware import Hardware, peak_memory_bytes, this_machine, versions
 from ..runtime.model import LoadSettings, Model, load_model
 from ..runtime.threads import in_passing_thread
-from .batches import BatchBench, BatchSample, batch_row, decode_length, one_batch
+from .batches import BatchBench, BatchSample, batch_row, decode_length
 from .document import about_model
 from .footprint import Footprint, measure_footprint
+from .offline_plan import BenchPlan
 from .progress import Progress, silent
-from .requests import carry_out
 from .stats import Spread, percentiles
 from .token_bytes import token_bytes
-
-LEAST_REPETITIONS = 5
-
-_STEP_TOKENS = EngineSettings().tokens_per_step
-
-
-@dataclass(frozen=True)
-class BenchPlan:
-    """What to measure. Medians of fewer than five repetitions are not offered.
-
-    Raises:
-        UsageError: a number is too small.
-    """
-
-    prompt_tokens: int = 128
-    new_tokens: int = 64
-    repetitions: int = 7
-    warmups: int = 1
-    window: int = 512
-    max_windows: int = 8
-    batches: tuple[int, ...] = (1, 2, 4, 8, 16)
-
-    def __post_init__(self) -> None:
-        least = {"prompt_tokens": 1, "new_tokens": 2, "repetitions": LEAST_REPETITIONS}
-        for name, low in (*least.items(), ("warmups", 1), ("window", 2), ("max_windows", 1)):
-            if getattr(self, name) < low:
-                raise UsageError(f"{name} must be at least {low}")
-        if any(batch < 1 for batch in self.batches):
-            raise UsageError("a batch must be at least 1")
-        if len(set(self.batches)) < len(self.batches):
-            raise UsageError("a batch is given twice")
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One request as its caller saw it. A gap may end with several tokens when they coalesce."""
-
-    ttft_ms: float
-    prefill_ms: float
-    gaps_ms: tuple[float, ...]
-    gap_tokens: tuple[int, ...]
-
-    @property
-    def decode_tokens_per_s(self) -> float:
-        """Tokens after the first over the time they took."""
-        return 1000 * sum(self.gap_tokens) / sum(self.gaps_ms)
+from .turns import STEP_TOKENS, ReadBandwidth, Sample, take_turns
 
 
 @dataclass(frozen=True)
@@ -166,8 +117,8 @@ def bench_offline(
         tell(done, len(paths), f"load {name}")
     prompt = _prompt(models, text, plan)
     quality = in_passing_thread(lambda: _quality(models, text, plan, tell))
-    read = _ReadBandwidth(settings)
-    samples, batches = _samples(models, prompt, plan, tell, read)
+    read = ReadBandwidth(settings)
+    samples, batches = take_turns(models, prompt, plan, tell, read)
     feet = {
         name: measure_footprint(path, settings, machine.threads, prompt, plan.new_tokens)
         for name, path in ordered.items()
@@ -241,7 +192,7 @@ def _prompt(models: Mapping[str, Model], text: str, plan: BenchPlan) -> tuple[in
 
 def _answer_lengths(plan: BenchPlan) -> list[int]:
     batched = [
-        decode_length(batch, plan.prompt_tokens, plan.new_tokens, _STEP_TOKENS)
+        decode_length(batch, plan.prompt_tokens, plan.new_tokens, STEP_TOKENS)
         for batch in plan.batches
     ]
     return [plan.new_tokens, *batched]
@@ -267,97 +218,6 @@ def _quality(
 
 def _labelled(tell: Progress, label: str) -> Progress:
     return lambda done, total, figure: tell(done, total, f"{label} {figure}")
-
-
-class _ReadBandwidth:
-    """Bytes a second that this process's threads read; nothing without the kernels, or on a GPU.
-
-    Looked at in every round, since the weights are then read as fast as memory is at that time.
-    """
-
-    def __init__(self, settings: LoadSettings) -> None:
-        self._native = library() if settings.device == "cpu" else None
-        self.samples: list[float] = []
-
-    def look(self) -> None:
-        """Measure for a tenth of a second."""
-        native = self._native
-        if native is not None:
-            self.samples.append(in_passing_thread(lambda: read_bandwidth(native)))
-
-    @property
-    def best(self) -> float | None:
-        """The one that others disturbed least."""
-        return max(self.samples, default=None)
-
-
-def _samples(
-    models: Mapping[str, Model],
-    prompt: tuple[int, ...],
-    plan: BenchPlan,
-    tell: Progress,
-    read: _ReadBandwidth,
-) -> tuple[dict[str, list[Sample]], dict[str, dict[int, list[BatchSample]]]]:
-    """In turns, A B A B of every batch, so that whatever the machine does falls on all alike.
-
-    A batch has as many samples as there are turns, or none: comparisons pair them by turn.
-    """
-    samples: dict[str, list[Sample]] = {name: [] for name in models}
-    batches: dict[str, dict[int, list[BatchSample | None]]] = {
-        name: {batch: [] for batch in plan.batches} for name in models
-    }
-    turns, done = plan.warmups + plan.repetitions, 0
-    total = turns * len(models) * (1 + len(plan.batches))
-
-    def told(turn: int, name: str, size: str = "") -> None:
-        nonlocal done
-        done += 1
-        tell(done, total, f"{'measure' if turn >= plan.warmups else 'warm up'} {name}{size}")
-
-    for turn in range(turns):
-        read.look()
-        for name, model in models.items():
-            samples[name].append(_one_request(model, prompt, plan.new_tokens))
-            told(turn, name)
-        for batch in plan.batches:
-            for name, model in models.items():
-                found = one_batch(model, prompt, batch, plan.new_tokens, _STEP_TOKENS)
-                batches[name][batch].append(found)
-                told(turn, name, f" x{batch}")
-    return (
-        {name: found[plan.warmups :] for name, found in samples.items()},
-        {name: _complete(found, plan.warmups) for name, found in batches.items()},
-    )
-
-
-def _complete(
-    found: Mapping[int, Sequence[BatchSample | None]], warmups: int
-) -> dict[int, list[BatchSample]]:
-    """Without warm-ups, and without batches for which a turn had no room."""
-    measured = {batch: each[warmups:] for batch, each in found.items()}
-    return {
-        batch: [sample for sample in each if sample is not None]
-        for batch, each in measured.items()
-        if None not in each
-    }
-
-
-def _one_request(model: Model, prompt: tuple[int, ...], new_tokens: int) -> Sample:
-    """Send one request and time what comes back.
-
-    Raises:
-        HalfweaveError: the engine did not carry it out to the end.
-    """
-    answer = carry_out(model, [prompt], new_tokens)[0]
-    if len(answer.arrivals) < 2 or answer.timings is None:
-        raise HalfweaveError(f"{model.name} sent all its tokens at once: nothing to measure")
-    times = [at for at, _ in answer.arrivals]
-    return Sample(
-        ttft_ms=1000 * (times[0] - answer.sent),
-        prefill_ms=answer.timings.prefill_ms,
-        gaps_ms=tuple(1000 * (b - a) for a, b in pairwise(times)),
-        gap_tokens=tuple(count for _, count in answer.arrivals[1:]),
-    )
 
 
 @dataclass(frozen=True)

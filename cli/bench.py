@@ -102,7 +102,8 @@ def _quiet(
 
 def _offline(console: Console, asked: Asked, keeping: Keeping) -> _Found:
     from ..bench.document import about_model
-    from ..bench.offline import BenchPlan, baseline_first, bench_offline
+    from ..bench.offline import baseline_first, bench_offline
+    from ..bench.offline_plan import BenchPlan
 
     model, speed = asked.needed_model, asked.speed
     plan = BenchPlan(

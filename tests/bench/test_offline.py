@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 from halfweave.bench.batches import decode_length
 from halfweave.bench.compare import NO_CHANGE, compare
-from halfweave.bench.offline import BenchPlan, BenchResult, Sample, bench_offline
+from halfweave.bench.offline import BenchResult, bench_offline
+from halfweave.bench.offline_plan import BenchPlan
 from halfweave.bench.stats import Spread, distribution, percentiles
 from halfweave.bench.token_bytes import token_bytes
+from halfweave.bench.turns import Sample
 from halfweave.errors import UsageError
 from halfweave.files import sha256_file
 from halfweave.runtime.eval import evaluate
