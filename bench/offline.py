@@ -111,11 +111,8 @@ def bench_offline(
     plan, tell, settings = plan or BenchPlan(), progress or silent, loading or LoadSettings()
     machine = this_machine()  # before our own work adds to the load
     ordered = baseline_first(paths)
-    models = {}
-    for done, (name, path) in enumerate(ordered.items(), start=1):
-        models[name] = load_model(path, **vars(settings))
-        tell(done, len(paths), f"load {name}")
-    prompt = _prompt(models, text, plan)
+    models = load_all(ordered, settings, tell)
+    prompt = first_tokens(models, text, plan)
     quality = in_passing_thread(lambda: _quality(models, text, plan, tell))
     read = ReadBandwidth(settings)
     samples, batches = take_turns(models, prompt, plan, tell, read)
@@ -174,8 +171,23 @@ def baseline_first(paths: Mapping[str, str | Path]) -> dict[str, str | Path]:
     return {dense[0]: paths[dense[0]], **paths}
 
 
-def _prompt(models: Mapping[str, Model], text: str, plan: BenchPlan) -> tuple[int, ...]:
-    """The first tokens of the text: the same for all models, and real language."""
+def load_all(
+    paths: Mapping[str, str | Path], settings: LoadSettings, tell: Progress = silent
+) -> dict[str, Model]:
+    """Load all models in `paths`, by their names. Raises as `load_model`."""
+    models = {}
+    for done, (name, path) in enumerate(paths.items(), start=1):
+        models[name] = load_model(path, **vars(settings))
+        tell(done, len(paths), f"load {name}")
+    return models
+
+
+def first_tokens(models: Mapping[str, Model], text: str, plan: BenchPlan) -> tuple[int, ...]:
+    """The prompt: the first tokens of the text, the same for all models, and real language.
+
+    Raises:
+        UsageError: the text or a model's context is too short for the plan.
+    """
     longest = max(_answer_lengths(plan))
     needed = plan.prompt_tokens + longest
     for model in models.values():

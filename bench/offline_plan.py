@@ -34,3 +34,8 @@ class BenchPlan:
             raise UsageError("a batch must be at least 1")
         if len(set(self.batches)) < len(self.batches):
             raise UsageError("a batch is given twice")
+
+    @property
+    def turns(self) -> int:
+        """How often every model is looked at, warm-ups included."""
+        return self.warmups + self.repetitions

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -57,6 +58,33 @@ class ReadBandwidth:
         return max(self.samples, default=None)
 
 
+@dataclass(frozen=True)
+class Turn:
+    """One look at every model, by name; None where a batch had no room to run side by side."""
+
+    alone: Mapping[str, Sample]
+    batches: Mapping[str, Mapping[int, BatchSample | None]]
+
+
+def take_turn(
+    models: Mapping[str, Model],
+    prompt: tuple[int, ...],
+    plan: BenchPlan,
+    told: Callable[[str], None] = lambda what: None,
+) -> Turn:
+    """One request of every model, and then one batch of every size, A B A B."""
+    alone: dict[str, Sample] = {}
+    batches: dict[str, dict[int, BatchSample | None]] = {name: {} for name in models}
+    for name, model in models.items():
+        alone[name] = _one_request(model, prompt, plan.new_tokens)
+        told(name)
+    for batch in plan.batches:
+        for name, model in models.items():
+            batches[name][batch] = one_batch(model, prompt, batch, plan.new_tokens, STEP_TOKENS)
+            told(f"{name} x{batch}")
+    return Turn(alone, batches)
+
+
 def take_turns(
     models: Mapping[str, Model],
     prompt: tuple[int, ...],
@@ -64,47 +92,37 @@ def take_turns(
     tell: Progress,
     read: ReadBandwidth,
 ) -> tuple[dict[str, list[Sample]], dict[str, dict[int, list[BatchSample]]]]:
-    """In turns, A B A B of every batch, so that whatever the machine does falls on all alike.
+    """So that whatever the machine does falls on all models alike.
 
     A batch has as many samples as there are turns, or none: comparisons pair them by turn.
     """
-    samples: dict[str, list[Sample]] = {name: [] for name in models}
-    batches: dict[str, dict[int, list[BatchSample | None]]] = {
-        name: {batch: [] for batch in plan.batches} for name in models
-    }
-    turns, done = plan.warmups + plan.repetitions, 0
-    total = turns * len(models) * (1 + len(plan.batches))
+    turns: list[Turn] = []
+    in_turn = len(models) * (1 + len(plan.batches))
+    steps = itertools.count(1)
 
-    def told(turn: int, name: str, size: str = "") -> None:
-        nonlocal done
-        done += 1
-        tell(done, total, f"{'measure' if turn >= plan.warmups else 'warm up'} {name}{size}")
+    def told(what: str) -> None:
+        warming = len(turns) < plan.warmups
+        tell(next(steps), plan.turns * in_turn, f"{'warm up' if warming else 'measure'} {what}")
 
-    for turn in range(turns):
+    for _ in range(plan.turns):
         read.look()
-        for name, model in models.items():
-            samples[name].append(_one_request(model, prompt, plan.new_tokens))
-            told(turn, name)
-        for batch in plan.batches:
-            for name, model in models.items():
-                found = one_batch(model, prompt, batch, plan.new_tokens, STEP_TOKENS)
-                batches[name][batch].append(found)
-                told(turn, name, f" x{batch}")
+        turns.append(take_turn(models, prompt, plan, told))
+    kept = turns[plan.warmups :]
     return (
-        {name: found[plan.warmups :] for name, found in samples.items()},
-        {name: _complete(found, plan.warmups) for name, found in batches.items()},
+        {name: [turn.alone[name] for turn in kept] for name in models},
+        {name: _complete([turn.batches[name] for turn in turns], plan.warmups) for name in models},
     )
 
 
 def _complete(
-    found: Mapping[int, Sequence[BatchSample | None]], warmups: int
+    found: Sequence[Mapping[int, BatchSample | None]], warmups: int
 ) -> dict[int, list[BatchSample]]:
-    """Without warm-ups, and without batches for which a turn had no room."""
-    measured = {batch: each[warmups:] for batch, each in found.items()}
+    """By batch, without warm-ups, and without batches for which a turn had no room."""
+    by_batch = {batch: [turn[batch] for turn in found] for batch in found[0]}
     return {
-        batch: [sample for sample in each if sample is not None]
-        for batch, each in measured.items()
-        if None not in each
+        batch: [sample for sample in samples[warmups:] if sample is not None]
+        for batch, samples in by_batch.items()
+        if None not in samples
     }
 
 

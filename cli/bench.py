@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument
 
-from ..errors import UsageError
 from . import bench_tables
+from .bench_plan import kernel_plan, offline_plan, serve_plan, tell_plan
 from .bench_words import Asked, command_line, named, understood
 from .console import Console, plain
 from .flags import Comparing, Keeping, Loading, Output, Speed, Traffic
@@ -48,6 +48,9 @@ def bench(
         return
     asked = understood(words or (), speed, traffic, loading)
     check_out(keeping.out)
+    if keeping.dry_run:
+        tell_plan(console, asked)
+        return
     found = _MEASURE[asked.mode](console, asked, keeping)
     told: dict[str, Any] = plain(found.document(asked.mode))
     for line in bench_tables.notes(told["notes"]):
@@ -103,17 +106,9 @@ def _quiet(
 def _offline(console: Console, asked: Asked, keeping: Keeping) -> _Found:
     from ..bench.document import about_model
     from ..bench.offline import baseline_first, bench_offline
-    from ..bench.offline_plan import BenchPlan
 
     model, speed = asked.needed_model, asked.speed
-    plan = BenchPlan(
-        prompt_tokens=speed.prompt_tokens,
-        new_tokens=speed.new_tokens,
-        window=speed.window,
-        max_windows=speed.max_windows,
-        repetitions=asked.repetitions(BenchPlan.repetitions),
-        batches=tuple(speed.batch) or BenchPlan.batches,
-    )
+    plan = offline_plan(asked)
     text, origin = read_source(speed.text)
     about, paths = about_model(model), baseline_first(named(model, speed.against))
     with _quiet(asked, keeping) as (machine, notes), console.progress("step") as bar:
@@ -133,17 +128,10 @@ def _offline(console: Console, asked: Asked, keeping: Keeping) -> _Found:
 
 def _kernel(console: Console, asked: Asked, keeping: Keeping) -> _Found:
     from ..bench.document import about_model
-    from ..bench.kernel import KernelPlan, bench_kernel
+    from ..bench.kernel import bench_kernel
     from ..bench.quiet import BUSY
 
-    if asked.loading.device != "cpu":
-        raise UsageError(f"products are measured on the CPU, not on {asked.loading.device}")
-    speed, about = asked.speed, about_model(asked.needed_model)
-    plan = KernelPlan(
-        tuple(speed.tokens) or KernelPlan.tokens,
-        asked.repetitions(KernelPlan.repetitions),
-        asked.loading.head_bits,
-    )
+    plan, about = kernel_plan(asked), about_model(asked.needed_model)
     with _quiet(asked, keeping) as (machine, notes), console.progress("product") as bar:
         busy = any(note.startswith(BUSY) for note in notes)
         result = bench_kernel(asked.needed_model, plan, bar.step)
@@ -171,7 +159,7 @@ def _keep_table(result: KernelResult, keeping: Keeping, busy: bool) -> str:
 
 
 def _serve(console: Console, asked: Asked, keeping: Keeping) -> _Found:
-    from .bench_serve import measure_endpoints, serve_plan
+    from .bench_serve import measure_endpoints
 
     plan = serve_plan(asked)
     with _quiet(asked, keeping, pin=False) as (machine, notes):

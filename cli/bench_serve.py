@@ -51,29 +51,6 @@ def measure_endpoints(
     return about, {**figures, **points_body(points)}, notes
 
 
-def serve_plan(asked: Asked) -> ServePlan:
-    """How the endpoints are to be loaded.
-
-    Raises:
-        UsageError: a number is out of range, or a limit of goodput is none.
-    """
-    from ..bench.serve_plan import ServePlan, loads, parse_slos
-
-    speed, traffic = asked.speed, asked.traffic
-    return ServePlan(
-        loads(traffic.rate, traffic.concurrency),
-        requests=traffic.requests,
-        repetitions=asked.repetitions(ServePlan.repetitions),
-        prompt_tokens=speed.prompt_tokens,
-        new_tokens=speed.new_tokens,
-        slos=parse_slos(asked.limits),
-        seed=traffic.seed,
-        ignore_eos=traffic.ignore_eos,
-        chat=traffic.chat,
-        timeout_s=traffic.request_timeout,
-    )
-
-
 def _prompts(asked: Asked) -> Prompts:
     from ..bench.prompts import Prompts
     from ..runtime.tokenizer import Tokenizer

@@ -252,6 +252,9 @@ class Keeping:
     even_if_busy: Annotated[
         bool, Flag("--even-if-busy", help="Measure although others are at work.")
     ] = False
+    dry_run: Annotated[bool, Flag("--dry-run", help="Say what would be measured, and stop.")] = (
+        False
+    )
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,43 @@ def test_a_dry_import_reads_the_table_only(halfweave: Command, tmp_path: Path) -
     assert not (tmp_path / "out").exists()
 
 
+def test_a_dry_benchmark_says_what_it_would_measure_and_for_how_long(
+    halfweave: Command, tiny_model: Path, pruned: Path
+) -> None:
+    before = written(pruned)
+    flags = ("--batch", 1, "--batch", 3, "--prompt-tokens", 8, "--new-tokens", 4, "--window", 32)
+    asked = ("bench", pruned, "--against", tiny_model, *flags, "--dry-run")
+    ran = halfweave(*asked)
+    names = f"{tiny_model.name}, {pruned.name}"
+    assert ran.out.startswith(f"plan: {names} in 8 turns, 1 of them to warm up\n")
+    assert re.search(r"^  about [\dhms]+ and [\d.]+ [MG]iB of memory here", ran.out, re.M)
+    told = halfweave(*asked, "--json", "--repetitions", 20).document
+    assert (told["dry_run"], told["kind"], told["plan"]["turns"]) == (True, "offline", 21)
+    assert (told["plan"]["batches"], told["plan"]["windows"]) == ([1, 3], 8)
+    assert_error(halfweave("bench", pruned, "--dry-run"), 2, "no dense baseline", "--against")
+    assert written(pruned) == before
+
+
+def test_a_dry_benchmark_of_products_lists_them(halfweave: Command, pruned: Path) -> None:
+    asked = ("bench", pruned, "kernel", "--tokens", 1, "--tokens", 16, "--dry-run", "--json")
+    plan = halfweave(*asked).document["plan"]
+    assert (plan["tokens"], plan["repetitions"]) == ([1, 16], 11)
+    assert {"format": "sparse24", "N": 136, "K": 72} in plan["products"]
+
+
+def test_a_dry_load_counts_requests_and_starts_no_server(halfweave: Command, pruned: Path) -> None:
+    loads = ("--rate", 2, "--concurrency", 4, "--requests", 6, "--repetitions", 5)
+    plan = halfweave("bench", pruned, "serve", *loads, "--dry-run", "--json").document["plan"]
+    assert plan == {
+        "endpoints": [pruned.name],
+        "loads": ["2 req/s", "4 clients"],
+        "requests": 60,
+        "least_seconds": 15.0,
+    }
+    wrong = halfweave("bench", pruned, "serve", "--rate", 0, "--dry-run")
+    assert_error(wrong, 2, "a rate or concurrency must be above 0")
+
+
 def on_a_terminal(*arguments: object, columns: int = 100) -> str:
     """What a person sees who runs a command in a terminal of so many columns."""
     leader, follower = pty.openpty()

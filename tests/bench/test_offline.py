@@ -145,7 +145,8 @@ def test_runs_are_compared_by_the_ratio_to_dense_of_the_same_turn(result: BenchR
     first = json.loads(json.dumps({**told, **result.body()}))
     for ms, model in zip((20.0, 10.0), first["models"], strict=True):
         for turn, sample in enumerate(model["samples"]):
-            sample["gaps_ms"] = [ms + 0.1 * turn] * len(sample["gaps_ms"])
+            sample["gaps_ms"] = [ms + 0.1 * (turn % 2)] * (PLAN.new_tokens - 1)
+            sample["gap_tokens"] = [1] * (PLAN.new_tokens - 1)
     assert (compare(first, first).verdict, compare(first, first).relative) == (NO_CHANGE, True)
     busy = copy.deepcopy(first)
     for sample in (sample for model in busy["models"] for sample in model["samples"]):
