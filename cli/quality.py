@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UsageError
+from ..errors import HalfweaveError, UsageError
 from . import tables
 from .console import Console, Progress, duration, plain, size
 from .flags import Asking, Loading, Measuring, Protocol
@@ -54,16 +54,24 @@ def measure_quality(
     other = None if against is None else against.name
     console.table(tables.EVAL_HEADER, tables.evaluation(model.name, other, result))
     found = _Measured(model, against, origin, result, {}, {})
-    if tasks is not None:  # asked after that was shown: a task may fail after hours
-        with console.progress("question") as bar:
-            found = _asked(found, tasks, bar)
+
+    def kept(found: _Measured, notes: Sequence[str] = ()) -> dict[str, Any]:
+        document = _document(found, measuring, asking, protocol, loading, notes)
+        keep(console, document, path, protocol.save, protocol.out)
+        return document
+
+    if tasks is not None:
+        try:
+            with console.progress("question") as bar:
+                found = _asked(found, tasks, bar)
+        except (HalfweaveError, KeyboardInterrupt) as error:  # which may come after hours
+            kept(found, [f"the tasks were not finished: {str(error) or 'interrupted'}"])
+            raise
     if found.tasks:
         rows = tables.tasks(model.name, other, found.tasks, found.against_tasks)
         console.table(tables.TASKS_HEADER, rows)
     console.say(f"text: {origin}, SHA-256 {result.text_sha256[:16]}, windows of {result.window}")
-    document = _document(found, measuring, asking, protocol, loading)
-    keep(console, document, path, protocol.save, protocol.out)
-    console.document({"verb": "eval", **document})
+    console.document({"verb": "eval", **kept(found)})
 
 
 def _tasks(asking: Asking) -> Tasks | None:
@@ -159,6 +167,7 @@ def _document(
     asking: Asking,
     protocol: Protocol,
     loading: Loading,
+    notes: Sequence[str],
 ) -> dict[str, Any]:
     from ..bench.document import document
     from ..runtime.hardware import this_machine
@@ -176,7 +185,7 @@ def _document(
             "tasks": found.tasks,
             "against_tasks": found.against_tasks,
         },
-        notes=_notes(found),
+        notes=[*_notes(found), *notes],
         command=command_line(),
     )
     return {name: plain(value) for name, value in told.items()}

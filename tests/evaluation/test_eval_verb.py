@@ -131,3 +131,19 @@ def test_tasks_are_asked_of_both_models(
     assert set(kept.tasks) == set(kept.against_tasks) == {"riddles_choice", "riddles_cloze"}
     wrong = halfweave("eval", packed, "--tasks", "riddles_choise", "--include-path", folder)
     assert_error(wrong, 2, "no task 'riddles_choise'", "riddles_choice")
+
+
+@pytest.mark.skipif(bool(MISSING), reason=REASON)
+def test_a_task_that_fails_leaves_what_was_measured_before_it(
+    halfweave: Command, packed: Path, tiny_model: Path, text: Path, tmp_path: Path
+) -> None:
+    folder = write_tasks(tmp_path, tiny_model)
+    broken = (folder / "choice.yaml").read_text().replace("{{begin}}", "{{1 / 0}}")
+    (folder / "choice.yaml").write_text(broken)
+    tasks = ("--tasks", "riddles_choice", "--include-path", folder)
+    ran = halfweave("eval", packed, *flags(text), *tasks)
+    assert (ran.code, "the task failed" in ran.err) == (1, True)
+    kept = read_document(packed / "measured" / "eval.json")
+    assert isinstance(kept, EvalDocument)
+    assert (kept.result.tokens > 0, kept.tasks) == (True, {})
+    assert any(note.startswith("the tasks were not finished: ") for note in kept.notes)
