@@ -18,6 +18,8 @@ import weakref
 from collections.abc import Mapping
 from typing import Any
 
+from ..errors import CapacityError
+
 
 class ChildEnded(Exception):  # noqa: N818 - names what happened, not a fault of this program
     """The process died instead of answering; `too_long` if its processor time had run out."""
@@ -41,6 +43,7 @@ class Child:
 
         Raises:
             ChildEnded: there is none; the next call starts a new process.
+            CapacityError: no process can be started: memory, processes or open files ran out.
         """
         with self._lock:
             return self._ask(line)
@@ -64,16 +67,19 @@ class Child:
     def _started(self) -> subprocess.Popen[str]:
         # -P: the working directory must not shadow modules that it imports. A session of its own:
         # Ctrl-C is for this process to handle; the child ends when its input does.
-        child = subprocess.Popen(
-            [sys.executable, "-P", "-m", self._module],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            encoding="utf-8",
-            start_new_session=True,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "OPENBLAS_NUM_THREADS": "1"},
-        )
+        try:
+            child = subprocess.Popen(
+                [sys.executable, "-P", "-m", self._module],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                encoding="utf-8",
+                start_new_session=True,
+                env={**os.environ, "HF_HUB_OFFLINE": "1", "OPENBLAS_NUM_THREADS": "1"},
+            )
+        except OSError as error:
+            raise CapacityError(f"no process could be started: {error.strerror}") from error
         weakref.finalize(self, _stop, child)
         _write(child, json.dumps(self._setup, default=str))
         return child

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from halfweave.errors import RequestError
+from halfweave.errors import CapacityError, RequestError
 from halfweave.runtime.template import TemplateRenderer
 from halfweave.runtime.tokenizer import Tokenizer
 from support.tiny import EOS, save_tokenizer
@@ -178,3 +180,17 @@ def test_a_renderer_that_is_dropped_leaves_no_process() -> None:
     assert child is not None
     del renderer
     assert child.poll() is not None
+
+
+def test_without_files_to_spare_a_template_has_to_wait_and_works_afterwards(
+    tiny_model: Path,
+) -> None:
+    tokenizer = Tokenizer.open(tiny_model)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) - 1, hard))
+    try:
+        with pytest.raises(CapacityError, match="no process could be started"):
+            tokenizer.apply_chat_template(HELLO)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert tokenizer.apply_chat_template(HELLO)
