@@ -97,11 +97,14 @@ def prune(
 ) -> None:
     """Prune a dense model directory into a new one."""
     from ..pruner.coverage import coverage
+    from ..pruner.outdir import check_directory
     from ..pruner.pipeline import plan_prune
     from ..pruner.pipeline import prune as prune_model
 
     console = Console(output.json)
     recipe = _recipe(pruning, run.recipe)
+    if run.dry_run:
+        check_directory(Path(model), Path(out), run.resume, run.overwrite)
     plan = plan_prune(model, recipe, working.device)
     for line in tables.plan(plan, recipe):
         (console.say if run.dry_run else console.tell)(line)
@@ -186,12 +189,14 @@ def recover(
     output: Output,
 ) -> None:
     """Train a pruned model directory towards its dense parent, into a new one."""
+    from ..pruner.outdir import check_directory
     from ..pruner.recovery import Recovery, plan_recover
     from ..pruner.recovery import recover as recover_model
 
     console = Console(output.json)
     recovery = Recovery(**vars(recovering))
     if restart.dry_run:
+        check_directory(Path(model), Path(out), restart.resume, restart.overwrite)
         plan = plan_recover(model, parent, out, recovery, working.device)
         amount = f"{recovery.tokens} tokens" if recovery.tokens else duration(60 * plan.minutes)
         console.say(f"plan: {amount} of training on {plan.windows} windows of {plan.length} tokens")

@@ -17,7 +17,6 @@ from ..kernels.schema import (
 from .journal import blank, is_begun
 from .recover.state import STATE_FILE
 from .save import is_leftover, is_ours
-from .source import Source
 
 # Where a run with several steps keeps what only the next step needs; gone when it is complete.
 STEPS_DIRECTORY = ".halfweave-steps"
@@ -25,8 +24,15 @@ STEPS_DIRECTORY = ".halfweave-steps"
 _OUR_DIRECTORIES = (STEPS_DIRECTORY, MEASURED_DIRECTORY, REPORT_DIRECTORY)
 
 
-def prepare_directory(source: Source, out: Path, resume: bool, overwrite: bool) -> Path:
-    """Make `out`, or check that it may be written to.
+def prepare_directory(source: Path, out: Path, resume: bool, overwrite: bool) -> Path:
+    """Make `out`, or check that it may be written to; raises as `check_directory`."""
+    check_directory(source, out, resume, overwrite)
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def check_directory(source: Path, out: Path, resume: bool, overwrite: bool) -> None:
+    """See that a model of `source` may be written to `out`, which is left as it is.
 
     Raises:
         UsageError: both `resume` and `overwrite`.
@@ -37,12 +43,11 @@ def prepare_directory(source: Source, out: Path, resume: bool, overwrite: bool) 
             "--resume goes on with what --overwrite removes",
             "give one of the two",
         )
-    if out.resolve() == source.path.resolve():
+    if out.resolve() == source.resolve():
         raise RefusedError(f"{out} is the input; the input is never modified")
     if out.exists() and not out.is_dir():
         raise RefusedError(f"{out} is a file")
-    out.mkdir(parents=True, exist_ok=True)
-    entries = {entry.name for entry in out.iterdir()}
+    entries = {entry.name for entry in out.iterdir()} if out.exists() else set()
     unfinished = JOURNAL_FILE in entries
     if entries and not unfinished and MANIFEST_FILE not in entries:
         raise RefusedError(
@@ -53,7 +58,6 @@ def prepare_directory(source: Source, out: Path, resume: bool, overwrite: bool) 
             f"{out} holds {'an unfinished run' if unfinished else 'a finished model'}",
             "add --resume to go on" if unfinished else "add --overwrite to replace it",
         )
-    return out
 
 
 def held_bytes(directory: Path) -> int:

@@ -79,7 +79,7 @@ def prune(
     source = Source.open(model, device)
     plan = _planned(source, recipe)
     text = load_text(recipe.calib)
-    directory = prepare_directory(source, Path(out), resume, overwrite)
+    directory = prepare_directory(source.path, Path(out), resume, overwrite)
     with locked(directory), explained_memory(), _tasks(ray, source) as tasks:
         # All that can refuse the run comes before the one call that may remove a finished model.
         check_capacity(plan, directory, held_bytes(directory))

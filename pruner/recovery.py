@@ -111,7 +111,7 @@ def recover(
     if recovery.bits == 4:
         check_steps(source, recovery.settings)
     check(source, text.text, recovery.settings)
-    directory = prepare_directory(source, Path(out), resume, overwrite)
+    directory = prepare_directory(source.path, Path(out), resume, overwrite)
     with locked(directory), explained_memory():
         # All that can refuse the run comes before the one call that may remove a finished model.
         check_pair(source, Checkpoint.open(student), directory)

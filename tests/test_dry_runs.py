@@ -32,6 +32,25 @@ def test_a_dry_recovery_says_for_how_long_on_what(
     assert_error(wrong, 3, "halfweave.json|not made by halfweave")
 
 
+def test_a_dry_run_is_refused_where_the_run_would_be(
+    halfweave: Command, tiny_model: Path, pruned: Path, tmp_path: Path
+) -> None:
+    """Row 11."""
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "letter.txt").write_text("mine")
+    dry = ("--dry-run", *QUICK)
+    assert_error(halfweave("prune", tiny_model, tiny_model, *dry), 3, "is the input")
+    assert_error(halfweave("prune", tiny_model, taken, *dry), 3, "holds other files")
+    assert_error(halfweave("prune", tiny_model, pruned, *dry), 3, "a finished model", "--overwrite")
+    assert halfweave("prune", tiny_model, pruned, "--overwrite", *dry).code == 0
+    flags = ("--parent", tiny_model, "--minutes", 2, "--dry-run")
+    assert_error(halfweave("recover", pruned, pruned, *flags), 3, "is the input")
+    before = written(tmp_path)
+    assert halfweave("prune", tiny_model, tmp_path / "new" / "er", *dry).code == 0
+    assert written(tmp_path) == before
+
+
 def test_dry_compilation_counts_kernels(halfweave: Command) -> None:
     pytest.importorskip("triton")
     plan = halfweave("kernels", "compile", "--arch", "80", "--dry-run", "--json").document["plan"]
