@@ -262,7 +262,7 @@ def _row(
     }
     dense = {name: other for name, other in others.items() if name != INT4}
     best = min(dense, key=lambda name: dense[name].us.median)
-    wins = not _is_slower(ours, dense[best].samples_us)
+    wins = not is_slower(ours, dense[best].samples_us)
     return KernelRow(
         **asdict(product),
         M=tokens,
@@ -282,7 +282,8 @@ def _row(
     )
 
 
-def _is_slower(ours: tuple[float, ...], other: tuple[float, ...]) -> bool:
+def is_slower(ours: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    """Whether a dense product is faster than ours, by more than little and beyond chance."""
     found = shift(ours, other, _FLOOR)
     return found.ratio < 1 and found.p < ALPHA
 

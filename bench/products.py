@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 
 from ..kernels.cpu.library import Library
 from ..kernels.cpu.packed import CODED, PackedWeight, pack_weight, round_weight
+from ..kernels.dispatch import GPU_KINDS
 from ..kernels.formats import FORMATS, Dense, Int4, Int8, PackedLinear
 from ..kernels.measured import Product
 from ..runtime.checkpoint import Checkpoint
 from ..runtime.families import decoder_spec
 from ..runtime.fused import rounds_end
 from ..runtime.loading import Loader
+from ..runtime.stacked import TOGETHER, stacked
 
 _ROUNDED_GROUP = 32
 
@@ -39,35 +41,80 @@ class ModelProduct:
         return round_weight(library, weight.unpack(), self.rounded_bits)
 
 
+@dataclass(frozen=True)
+class _Collected:
+    """Products found so far, equal ones together."""
+
+    checkpoint: Checkpoint
+    found: dict[Product, ModelProduct] = field(default_factory=dict)
+
+    def stored(self, name: str, shape: tuple[int, int]) -> Product:
+        """The product with a linear as the checkpoint has it."""
+        entry = self.checkpoint.linears.get(name)
+        kind = Dense.kind if entry is None else entry.format
+        tensor = f"{name}.{FORMATS[kind].suffixes[0]}"
+        known = None if kind in CODED else str(self.checkpoint.tensors.dtype(tensor))
+        dtype = None if known is None else known.rpartition(".")[2]
+        return Product(kind, None if entry is None else entry.group, dtype, *shape)
+
+    def add(
+        self, product: Product, weight: Callable[[], PackedLinear], bits: int | None = None
+    ) -> None:
+        """Count one more; `weight` is read of the first."""
+        old = self.found.get(product)
+        count = 1 if old is None else old.count + 1
+        first = weight if old is None else old.weight
+        self.found[product] = ModelProduct(product, count, first, bits)
+
+
 def model_products(checkpoint: Checkpoint, head_bits: int = 8) -> list[ModelProduct]:
     """All of a model's linears in the order of a token, the head last, equal ones together.
 
     Raises as `decoder_spec`.
     """
-    spec = decoder_spec(checkpoint.config)
+    spec, every = decoder_spec(checkpoint.config), _Collected(checkpoint)
     loader = Loader(checkpoint, spec, torch.float32, torch.device("cpu"))
-    found: dict[Product, ModelProduct] = {}
-
-    def add(product: Product, weight: Callable[[], PackedLinear], bits: int | None = None) -> None:
-        old = found.get(product)
-        count = 1 if old is None else old.count + 1
-        found[product] = ModelProduct(product, count, weight if old is None else old.weight, bits)
-
-    def stored(name: str, shape: tuple[int, int]) -> Product:
-        entry = checkpoint.linears.get(name)
-        kind = Dense.kind if entry is None else entry.format
-        floats = f"{name}.{FORMATS[kind].suffixes[0]}"
-        dtype = None if kind in CODED else str(checkpoint.tensors.dtype(floats)).rpartition(".")[2]
-        return Product(kind, None if entry is None else entry.group, dtype, *shape)
-
     for layer in range(spec.layers):
         for linear in spec.linears(layer):
             read = partial(loader.linear, layer, linear.role, linear.expert)
-            add(stored(linear.name, linear.shape), read)
+            every.add(every.stored(linear.name, linear.shape), read)
     head, shape = spec.head_name, (spec.vocab, spec.embedded)
     if rounds_end(checkpoint, spec, head):
         kind, group = (Int8.kind, None) if head_bits == 8 else (Int4.kind, _ROUNDED_GROUP)
-        add(Product(kind, group, None, *shape), lambda: loader.end(head), head_bits)
+        every.add(Product(kind, group, None, *shape), lambda: loader.end(head), head_bits)
     else:
-        add(stored(head, shape), lambda: loader.end(head))
-    return list(found.values())
+        every.add(every.stored(head, shape), lambda: loader.end(head))
+    return list(every.found.values())
+
+
+def gpu_products(checkpoint: Checkpoint) -> list[ModelProduct]:
+    """Those that a GPU's kernels multiply by as packed: no dense linears, and no head.
+
+    Linears of one input are one product where the decoder for GPUs stacks them. Raises as
+    `decoder_spec`.
+    """
+    from ..runtime.gpu_decoder import lacking
+
+    spec, every = decoder_spec(checkpoint.config), _Collected(checkpoint)
+    if lacking(spec):
+        return [p for p in model_products(checkpoint) if _on_gpu(p.product) and not p.rounded_bits]
+    loader = Loader(checkpoint, spec, torch.float32, torch.device("cpu"))
+    for layer in range(spec.layers):
+        for roles in TOGETHER:
+            linears = [spec.linear(layer, role) for role in roles]
+            alone = [every.stored(linear.name, linear.shape) for linear in linears]
+            if len({(p.format, p.group, p.dtype) for p in alone}) > 1:
+                for product, role in zip(alone, roles, strict=True):
+                    every.add(product, partial(loader.linear, layer, role))
+                continue
+            product = replace(alone[0], N=sum(p.N for p in alone))
+            every.add(product, partial(_stacked, loader, layer, roles))
+    return [each for each in every.found.values() if _on_gpu(each.product)]
+
+
+def _stacked(loader: Loader, layer: int, roles: Sequence[str]) -> PackedLinear:
+    return stacked([loader.linear(layer, role) for role in roles])
+
+
+def _on_gpu(product: Product) -> bool:
+    return product.format in GPU_KINDS

@@ -12,13 +12,14 @@ from typer import Argument
 from . import bench_tables
 from .bench_plan import kernel_plan, offline_plan, serve_plan, tell_plan
 from .bench_words import Asked, command_line, named, understood
-from .console import Console, plain
+from .console import Console, Progress, plain
 from .flags import Comparing, Keeping, Loading, Output, Speed, Traffic
 from .keeping import check_out, keep
 from .loading import load_settings, read_source, set_threads
 
 if TYPE_CHECKING:
-    from ..bench.kernel import KernelResult
+    from ..bench.kernel import KernelPlan, KernelResult
+    from ..kernels.measured import Device
     from ..runtime.hardware import Hardware
 
 
@@ -128,31 +129,46 @@ def _offline(console: Console, asked: Asked, keeping: Keeping) -> _Found:
 
 def _kernel(console: Console, asked: Asked, keeping: Keeping) -> _Found:
     from ..bench.document import about_model
-    from ..bench.kernel import bench_kernel
     from ..bench.quiet import BUSY
 
     plan, about = kernel_plan(asked), about_model(asked.needed_model)
     with _quiet(asked, keeping) as (machine, notes), console.progress("product") as bar:
         busy = any(note.startswith(BUSY) for note in notes)
-        result = bench_kernel(asked.needed_model, plan, bar.step)
+        result, device = _products(asked, plan, bar)
     console.table(bench_tables.KERNEL_HEADER, bench_tables.kernel(result), words=(0, -1))
-    for line in bench_tables.kernel_lines(result, machine):
+    for line in bench_tables.kernel_lines(result, machine, asked.loading.device):
         console.say(line)
-    notes = [*notes, *result.notes, _keep_table(result, keeping, busy)]
+    notes = [*notes, *result.notes, _keep_table(result, device, keeping, busy)]
     return _Found(machine, about, plan, result.body(), notes)
 
 
-def _keep_table(result: KernelResult, keeping: Keeping, busy: bool) -> str:
-    """Give dispatch what was measured, unless it cannot be trusted or is not to be kept."""
-    from ..kernels.cpu.library import library
-    from ..kernels.measured import VARIABLE, cpu_device, write_table
+def _products(asked: Asked, plan: KernelPlan, bar: Progress) -> tuple[KernelResult, Device]:
+    """The products of a model on its device, and what a table of them holds for."""
+    if asked.loading.device == "cpu":
+        from ..bench.kernel import bench_kernel
+        from ..kernels.cpu.library import library
+        from ..kernels.measured import cpu_device
 
-    native = library()
-    if native is None or not keeping.save or busy:
+        result, native = bench_kernel(asked.needed_model, plan, bar.step), library()
+        assert native is not None  # or nothing could be measured
+        return result, cpu_device(native)
+    from ..bench.kernel_gpu import Gpu, bench_gpu
+    from ..kernels.cuda.choices import gpu_device
+    from ..kernels.device import parse_device
+
+    gpu = Gpu.of(parse_device(asked.loading.device))
+    return bench_gpu(asked.needed_model, gpu, plan, bar.step), gpu_device(gpu.number)
+
+
+def _keep_table(result: KernelResult, device: Device, keeping: Keeping, busy: bool) -> str:
+    """Give dispatch what was measured, unless it cannot be trusted or is not to be kept."""
+    from ..kernels.measured import VARIABLE, write_table
+
+    if not keeping.save or busy:
         why = "the machine was busy" if busy else "nothing is to be saved"
         return f"dispatch goes on as before: {why}"
     try:
-        path = write_table(cpu_device(native), result.table())
+        path = write_table(device, result.table())
     except OSError as error:
         return f"dispatch goes on as before: its table cannot be written, {error.strerror}"
     return f"dispatch keeps to this from now on, by {path}; {VARIABLE}=off ignores it"

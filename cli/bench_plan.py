@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UsageError
 from .bench_words import Asked, named
 from .console import Console, duration, size
 from .loading import load_settings, read_source, set_threads
@@ -31,11 +30,11 @@ def offline_plan(asked: Asked) -> BenchPlan:
 
 
 def kernel_plan(asked: Asked) -> KernelPlan:
-    """Raises UsageError where a number is out of range, or the device is none for it."""
+    """Raises UsageError where a number is out of range, or the device is not there."""
     from ..bench.kernel import KernelPlan
+    from ..kernels.device import parse_device
 
-    if asked.loading.device != "cpu":
-        raise UsageError(f"products are measured on the CPU, not on {asked.loading.device}")
+    parse_device(asked.loading.device)
     return KernelPlan(
         tuple(asked.speed.tokens) or KernelPlan.tokens,
         asked.repetitions(KernelPlan.repetitions),
@@ -99,12 +98,13 @@ def _offline(asked: Asked) -> _Told:
 
 
 def _kernel(asked: Asked) -> _Told:
-    from ..bench.products import model_products
+    from ..bench.products import gpu_products, model_products
     from ..runtime.checkpoint import Checkpoint
 
-    plan = kernel_plan(asked)
+    plan, on_cpu = kernel_plan(asked), asked.loading.device == "cpu"
     checkpoint = Checkpoint.open(asked.needed_model, verify=False)
-    products = [each.product for each in model_products(checkpoint, plan.head_bits)]
+    found = model_products(checkpoint, plan.head_bits) if on_cpu else gpu_products(checkpoint)
+    products = [each.product for each in found]
     tokens = ", ".join(map(str, plan.tokens))
     lines = [
         f"{len(products)} products of {tokens} tokens, {plan.repetitions} times each",

@@ -123,19 +123,34 @@ def kernel(result: KernelResult) -> list[Row]:
     ]
 
 
-def kernel_lines(result: KernelResult, machine: Hardware) -> list[str]:
+def kernel_lines(result: KernelResult, machine: Hardware, device: str) -> list[str]:
     """How to read the rows."""
+    how = _ON_CPU if device == "cpu" else _ON_GPU
     lost = [row for row in result.rows if not row.wins]
-    text = (
-        f"sparse is our kernel ({result.level}) for the weight as it is stored, M tokens at once, "
-        "medians in turns, weights that no cache holds. to dense is the time of the fastest of "
-        "torch in fp32, torch in bf16 and our dense kernel, over ours. Outputs are off by up to "
-        f"{max(row.error for row in result.rows):.1%}, from rounding. Memory is read at "
-        f"{result.read_gb_per_s:.1f} GB/s. {len(lost)} of {len(result.rows)} rows lose to a dense "
-        "product, which dispatch takes instead. A model in one C++ decoder keeps to the choice for "
-        "one token, so that its text does not depend on what is computed beside it."
+    text = how.format(
+        level=result.level,
+        error=f"{max(row.error for row in result.rows):.1%}",
+        read=f"{result.read_gb_per_s:.1f} GB/s",
+        lost=f"{len(lost)} of {len(result.rows)} rows",
     )
     return [_wrapped(text), f"machine: {machine.line}"]
+
+
+_ON_CPU = (
+    "sparse is our kernel ({level}) for the weight as it is stored, M tokens at once, medians in "
+    "turns, weights that no cache holds. to dense is the time of the fastest of torch in fp32, "
+    "torch in bf16 and our dense kernel, over ours. Outputs are off by up to {error}, from "
+    "rounding. Memory is read at {read}. {lost} lose to a dense product, which dispatch takes "
+    "instead. A model in one C++ decoder keeps to the choice for one token, so that its text does "
+    "not depend on what is computed beside it."
+)
+_ON_GPU = (
+    "Each row is of the fastest tile of our kernel ({level}) for the weight as it is stored, M "
+    "tokens at once, medians in turns, weights that no cache holds, replayed from graphs. to dense "
+    "is the time of torch's dense product over ours. Outputs are off by up to {error}, from "
+    "rounding. Memory is read at {read}. {lost} lose to the dense product, whose weight nobody "
+    "keeps beside the packed one: written out is to write it for that product alone."
+)
 
 
 TIMES_HEADER = ("load", "model", "TTFT, ms", "ITL, ms", "TPOT, ms", "E2E, ms")

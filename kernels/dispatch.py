@@ -81,7 +81,7 @@ def on_gpu(
 
 _EXPAND = Kernel("torch-dense", "expanded to dense at load, torch linear", _expand_once)
 _GPU = Kernel("cuda", "multiplied as packed, by Triton's kernels, in 16 bits", on_gpu)
-_GPU_KINDS = (Sparse24.kind, Sparse24Int4.kind, Int4.kind)
+GPU_KINDS = (Sparse24.kind, Sparse24Int4.kind, Int4.kind)
 _TABLE = {(kind, device): _EXPAND for kind in FORMATS for device in ("cpu", "cuda")}
 
 
@@ -95,7 +95,7 @@ def choose(kind: str, device_type: str, exact: bool = False) -> Kernel:
         native = library()
         if native is not None:
             return _packed(native, kind)
-    if device_type == "cuda" and kind in _GPU_KINDS and not exact and find_spec("triton"):
+    if device_type == "cuda" and kind in GPU_KINDS and not exact and find_spec("triton"):
         return _GPU
     kernel = _TABLE.get((kind, device_type))
     if kernel is None:

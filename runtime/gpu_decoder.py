@@ -9,7 +9,7 @@ runs on CPU tensors.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
@@ -20,7 +20,7 @@ from ..errors import UnsupportedModel
 from ..kernels.cuda.binding import parts_of
 from ..kernels.cuda.steps import Pages, attend_newest, gated, normed, remember
 from ..kernels.dispatch import LinearFunction, on_gpu
-from ..kernels.formats import Dense, Int4, Int8, PackedLinear, Sparse24, Sparse24Int4
+from ..kernels.formats import Dense, PackedLinear
 from ..kernels.paging import PAGE_POSITIONS
 from .draw import Draw, drawn_tokens
 from .gpu_graphs import StepBuffers, StepGraphs
@@ -28,6 +28,7 @@ from .loading import Loader
 from .paged import PagedDecoder, Part, pages_for, positions, token_ids
 from .rope import inverse_frequencies
 from .spec import DecoderSpec, RopeSpec
+from .stacked import TOGETHER, alike, stacked
 
 _MOST_SHARING = 16  # query heads to a pair of keys and values
 
@@ -91,7 +92,8 @@ class GpuDecoder(PagedDecoder):
             CheckpointError: a tensor is missing, illegal, or does not fit the config.
         """
         spec = loader.spec
-        _check(spec)
+        if missing := lacking(spec):
+            raise UnsupportedModel(f"the GPU kernels lack {', '.join(missing)}")
         self.spec, self._dtype, self.device = spec, loader.dtype, loader.device
         self._stored = self._dtype if kv_bits == 16 else torch.int8
         self._embedding = loader.embedding()
@@ -218,8 +220,9 @@ class GpuDecoder(PagedDecoder):
         return mixed[0].transpose(0, 1)
 
 
-def _check(spec: DecoderSpec) -> None:
-    lacking = [
+def lacking(spec: DecoderSpec) -> list[str]:
+    """What a model has and these kernels do not, in words."""
+    return [
         what
         for what, missing in (
             ("positions that are not rotary", not isinstance(spec.positions, RopeSpec)),
@@ -240,8 +243,6 @@ def _check(spec: DecoderSpec) -> None:
         )
         if missing
     ]
-    if lacking:
-        raise UnsupportedModel(f"the GPU kernels lack {', '.join(lacking)}")
 
 
 def _largest_dense_bytes(spec: DecoderSpec) -> int:
@@ -256,10 +257,7 @@ def _block(loader: Loader, layer: int) -> _Block:
     return _Block(
         loader.block_norm(layer, names.attention_norm).gain,
         loader.block_norm(layer, names.mlp_norm).gain,
-        _together(loader, layer, ("q", "k", "v")),
-        _together(loader, layer, ("o",)),
-        _together(loader, layer, ("gate", "up")),
-        _together(loader, layer, ("down",)),
+        *(_together(loader, layer, roles) for roles in TOGETHER),
     )
 
 
@@ -274,31 +272,14 @@ def _together(loader: Loader, layer: int, roles: Sequence[str]) -> LinearFunctio
         bias = torch.cat(
             [torch.zeros(count, device=loader.device) if b is None else b for b, count in known]
         )
-    if _alike(weights):
-        return _bound(_stacked(weights), bias, loader)
+    if alike(weights):
+        return _bound(stacked(weights), bias, loader)
     starts = [sum(rows[:index]) for index in range(len(rows))]
     parts = [
         _bound(weight, None if bias is None else bias[start : start + count], loader)
         for weight, start, count in zip(weights, starts, rows, strict=True)
     ]
     return lambda x: torch.cat([part(x) for part in parts], -1)
-
-
-def _alike(weights: Sequence[PackedLinear]) -> bool:
-    return len({(type(each), getattr(each, "group", None)) for each in weights}) == 1
-
-
-def _stacked(weights: Sequence[PackedLinear]) -> PackedLinear:
-    """Weights of one format as one, row after row."""
-    first = weights[0]
-    tensors = {
-        suffix: torch.cat([each.tensors()[suffix] for each in weights])
-        for suffix in first.tensors()
-    }
-    if isinstance(first, Dense):
-        return Dense(tensors["weight"])
-    assert isinstance(first, Sparse24 | Sparse24Int4 | Int4 | Int8)
-    return replace(first, **tensors)  # type: ignore[arg-type]
 
 
 def _bound(weight: PackedLinear, bias: Tensor | None, loader: Loader) -> LinearFunction:

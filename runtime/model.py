@@ -124,12 +124,17 @@ def _gpu_decoder(
             "the GPU kernels are compiled by Triton, which is not installed",
             "pip install 'halfweave[cuda]', or --dtype bfloat16, which torch computes in",
         ) from error
-    stored = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype"))
-    compute = torch.float16 if stored == "float16" else torch.bfloat16
+    compute = gpu_dtype(checkpoint)
     try:
         return GpuDecoder(Loader(checkpoint, spec, compute, device), kv_bits)
     except UnsupportedModel:
         return Decoder(checkpoint, spec, compute, device, exact=False)
+
+
+def gpu_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """What a GPU's kernels compute a model in, if nothing else is asked for."""
+    stored = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype"))
+    return torch.float16 if stored == "float16" else torch.bfloat16
 
 
 def _check_vocabulary(path: Path, spec: DecoderSpec, tokenizer: Tokenizer) -> None:

@@ -27,7 +27,7 @@ ALLOWED = {
     "cli": {"kernels", "runtime", "bench", "pruner", "evaluation", "report", "server"},
 }
 LEAVES = {"errors", "files"}
-GPU_ONLY = ("kernels/cuda/", "runtime/gpu_decoder.py")
+GPU_ONLY = ("bench/kernel_gpu.py", "kernels/cuda/", "runtime/gpu_decoder.py")
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 500, 60, 8
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..formats import Int4, PackedLinear, Sparse24, Sparse24Int4
+from .choices import limits_of
 from .fragments import FragmentWeight, from_int4, from_sparse24, from_sparse24_int4
 from .linear import (
     COLUMNS_MULTIPLE,
     KINDS,
     ROWS_MULTIPLE,
-    limits_of,
     multiply,
     multiply_in_parts,
     sparse_linear,

@@ -85,6 +85,11 @@ class FragmentWeight:
         scales = 0 if self.scales is None else self.scales.nbytes
         return self.values.nbytes + self.meta.nbytes + scales
 
+    def copy(self) -> FragmentWeight:
+        """The same in memory of its own."""
+        scales = None if self.scales is None else self.scales.clone()
+        return replace(self, values=self.values.clone(), meta=self.meta.clone(), scales=scales)
+
     def to(self, device: torch.device) -> FragmentWeight:
         """The same on a device."""
         scales = None if self.scales is None else self.scales.to(device)

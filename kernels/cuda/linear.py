@@ -5,32 +5,21 @@ They are computed on CPU tensors too, slowly: by the dense matrix that the weigh
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
 from torch import Tensor
 from torch.nn import functional
 
+from .choices import choice_on
 from .dense import dense_of_fragments
 from .fragments import WHOLE_COLUMNS, FragmentWeight, unpack
 from .sparse_gemm import sparse_gemm
 from .steps import add_up
-from .targets import ARCHITECTURES, Architecture
-from .variants import Choice, Product, Variant, choose
+from .variants import Choice, Product, Variant
 
 KINDS = {torch.float16: "f16", torch.bfloat16: "bf16"}
 ROWS_MULTIPLE = 16  # results are written 16 bytes at a time, wherever rows begin
 COLUMNS_MULTIPLE = 16  # and tokens read so
-
-
-@cache
-def limits_of(device: int) -> tuple[Architecture, int] | None:
-    """A GPU's limits and multiprocessors; None where it has no mma.sp that these kernels know."""
-    properties = torch.cuda.get_device_properties(device)
-    arch = 10 * properties.major + properties.minor
-    known = ARCHITECTURES.get(arch)
-    return None if known is None else (known, properties.multi_processor_count)
 
 
 def multiply(
@@ -39,15 +28,16 @@ def multiply(
     rows: int,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
+    chosen: Choice | None = None,
 ) -> Tensor:
-    """y [..., rows] = x [..., K] W^T (+ bias) (+ residual).
+    """y [..., rows] = x [..., K] W^T (+ bias) (+ residual), by a tile that is `chosen` or found.
 
     K and `rows` are multiples of 16; x, bias, residual and float weights have one dtype of KINDS.
     """
     if not x.is_cuda:
         return _on_cpu(x, weight, rows, bias, residual)
     inputs = x.reshape(-1, x.shape[-1]).contiguous()
-    chosen = _chosen(inputs, weight, rows)
+    chosen = chosen or choice_on(inputs.device.index, product_of(inputs, weight, rows))
     if chosen.tile is None:
         y = functional.linear(x, dense_of_fragments(weight, rows, x.shape[-1], x.dtype), bias)
         return y if residual is None else y + residual
@@ -64,9 +54,9 @@ def multiply(
 def multiply_in_parts(x: Tensor, weight: FragmentWeight, rows: int) -> Tensor:
     """As `multiply`, of x [M, K], but where K is parted the parts fp32 [splits, M, rows]."""
     inputs = x.contiguous()
-    chosen = _chosen(inputs, weight, rows)
+    chosen = choice_on(inputs.device.index, product_of(inputs, weight, rows))
     if chosen.splits == 1:
-        return multiply(inputs, weight, rows)
+        return multiply(inputs, weight, rows, chosen=chosen)
     parts = _room(inputs, rows, chosen.splits)
     _launch(inputs, weight, (None, None), parts, chosen)
     return parts
@@ -103,13 +93,10 @@ def _on_cpu(
     return (y if residual is None else y + residual.float()).to(x.dtype)
 
 
-def _chosen(inputs: Tensor, weight: FragmentWeight, rows: int) -> Choice:
-    found = limits_of(inputs.device.index)
-    if found is None:
-        raise NotImplementedError("this GPU has no sparse tensor cores that are known here")
+def product_of(inputs: Tensor, weight: FragmentWeight, rows: int) -> Product:
+    """What inputs [M, K] and a weight of so many rows make together."""
     (M, K), kind = inputs.shape, KINDS[inputs.dtype]
-    columns = 2 * K if weight.dense else K
-    return choose(Product(M, rows, columns, kind, weight.group, weight.dense), *found)
+    return Product(M, rows, 2 * K if weight.dense else K, kind, weight.group, weight.dense)
 
 
 def _room(inputs: Tensor, rows: int, splits: int) -> Tensor:

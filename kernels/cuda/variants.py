@@ -168,6 +168,15 @@ class Choice:
     tile: Tile | None
     splits: int
 
+    @property
+    def name(self) -> str:
+        """What tells it from the other `candidates` of a product."""
+        tile = self.tile
+        if tile is None:
+            return "written out"
+        warps = f"{tile.WN}x{tile.WK}x{tile.WM}"
+        return f"tile {tile.BN}x{tile.BM}, warps {warps}, {self.splits} parts"
+
 
 def choose(product: Product, arch: Architecture, multiprocessors: int) -> Choice:
     """The tile of a product on a GPU of so many multiprocessors."""
@@ -180,6 +189,34 @@ def choose(product: Product, arch: Architecture, multiprocessors: int) -> Choice
     while 2 * splits * programs <= wanted and 4 * splits <= steps and splits < _MOST_SPLITS:
         splits *= 2
     return Choice(_fitting(tile, product.group, product.dense, arch), splits)
+
+
+def candidates(product: Product, arch: Architecture) -> list[Choice]:
+    """What `choose` may be overruled by: all that `all_variants` builds and that serves a product.
+
+    Of tiles for few tokens those of the fewest that hold the batch.
+    """
+    few = next((tile.BM for tile in _DEEP if product.M <= tile.BM), None)
+    found = [Choice(None, 1)]
+    for tile in TILES:
+        if (few or _WIDE.BM) != tile.BM or not _is_built(tile, product.group, product.dense):
+            continue
+        steps, columns = -(-product.K // (64 * tile.WK)), -(-product.K // 128) * 128
+        if columns % (64 * tile.WK):
+            continue
+        fitting, most = _fitting(tile, product.group, product.dense, arch), _most_splits(tile)
+        parts = (1 << power for power in range(most.bit_length()))
+        found += [Choice(fitting, splits) for splits in parts if splits == 1 or 2 * splits <= steps]
+    return found
+
+
+def _is_built(tile: Tile, group: int, dense: bool) -> bool:
+    """Codes and many sums leave no registers; nor do two weights in a wide tile."""
+    return not (tile == _DEEP[2] and group) and not (tile == _WIDE and dense)
+
+
+def _most_splits(tile: Tile) -> int:
+    return 1 if tile == _WIDE else _MOST_SPLITS
 
 
 def _most_tokens(product: Product, arch: Architecture) -> float:
@@ -226,9 +263,9 @@ def all_variants(arch: Architecture) -> Iterator[Variant]:
     """
     formats = ((0, False), (128, False), (64, False), (32, False), (128, True), (32, True))
     for tile, kind, (group, dense) in product_of(TILES, ("f16", "bf16"), formats):
-        if (tile == _DEEP[2] and group) or (tile == _WIDE and dense):
+        if not _is_built(tile, group, dense):
             continue
         fitting = _fitting(tile, group, dense, arch)
-        for splits in (False, True) if tile != _WIDE else (False,):
+        for splits in (False, True) if _most_splits(tile) > 1 else (False,):
             yield Variant(fitting, kind, group, True, splits, dense=dense)
             yield Variant(fitting, kind, group, False, splits, not splits, not splits, dense)

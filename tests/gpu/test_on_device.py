@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from halfweave.kernels.cuda.binding import bind
-from halfweave.kernels.cuda.linear import limits_of
-from halfweave.kernels.cuda.variants import TILES
+from halfweave.bench.kernel import KernelPlan
+from halfweave.bench.kernel_gpu import DENSE, Gpu, bench_gpu
+from halfweave.kernels.cuda.binding import SparseLinear, bind
+from halfweave.kernels.cuda.choices import choice_on, gpu_device, limits_of
+from halfweave.kernels.cuda.linear import multiply, product_of
+from halfweave.kernels.cuda.variants import TILES, Product, candidates
 from halfweave.kernels.dispatch import prepare
 from halfweave.kernels.formats import Int4, PackedLinear
+from halfweave.kernels.measured import VARIABLE, write_table
 from support.emulated import BOUNDS, DTYPES, Case, sparse_weight
+from support.tiny import pack_directory, save_tiny
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 DEVICE = torch.device("cuda")
@@ -70,6 +77,40 @@ def test_results_do_not_depend_on_the_run() -> None:
     x = torch.randn(4, 4096, dtype=torch.float16, device=DEVICE)
     first = apply(x)
     assert all(torch.equal(apply(x), first) for _ in range(20))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(576, 576), (4096, 1536)])
+@pytest.mark.parametrize("group", [0, 64])
+@pytest.mark.parametrize("tokens", [1, 16, 30, 200])
+def test_whatever_may_be_chosen_gives_what_the_oracle_gives(
+    tokens: int, group: int, rows: int, columns: int
+) -> None:
+    weight = weight_of(rows, columns, "f16", group)
+    linear = SparseLinear.of(weight, None, DEVICE, torch.float16)  # type: ignore[arg-type]
+    x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens)).half()
+    wanted, found = x.float() @ weight.unpack().T, limits_of(0)
+    assert found is not None
+    for choice in candidates(product_of(x, linear.weight, linear.rows), found[0]):
+        y = multiply(x.to(DEVICE), linear.weight, linear.rows, chosen=choice).float().cpu()
+        assert (y - wanted).abs().max() < BOUNDS["f16"] * wanted.abs().max(), choice
+
+
+def test_tiles_that_were_measured_are_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv(VARIABLE, raising=False)
+    packed = pack_directory(save_tiny(tmp_path / "dense"), tmp_path / "packed", "sparse24_int4")
+    gpu = Gpu.of(DEVICE)
+    result = bench_gpu(str(packed), gpu, KernelPlan(tokens=(1, 40), repetitions=5))
+    assert all(row.error < 0.01 and DENSE in row.others for row in result.rows)
+    write_table(gpu_device(gpu.number), result.table())
+    choice_on.cache_clear()
+    for row in result.rows:
+        filled = -(-row.N // 16) * 16, -(-row.K // 16) * 16
+        chosen = choice_on(gpu.number, Product(row.M, *filled, "bf16", 32))
+        assert chosen.name == row.kernel
+    choice_on.cache_clear()
 
 
 def test_an_operator_can_be_captured_in_a_graph() -> None:
