@@ -15,12 +15,14 @@ import json
 import sys
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 import triton
+from halfweave.bench.kernel_gpu import graph_timer
 from halfweave.kernels.cuda.binding import bind
 from halfweave.kernels.formats import Int4, PackedLinear, Sparse24, Sparse24Int4
 from torch import Tensor
@@ -91,37 +93,19 @@ def _of_torch(weight: Tensor) -> dict[str, list[Product]]:
     return {"torch sparse24": made}
 
 
-def recorded(copies: list[Product], x: Tensor) -> torch.cuda.CUDAGraph:
-    """A graph of one product by each copy."""
-    copies[0](x)  # compiled before the capture
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for product in copies:
-            product(x)
-    return graph
-
-
-def microseconds(graph: torch.cuda.CUDAGraph, count: int) -> float:
-    """Of one of the `count` products of a graph."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start.record()
-    graph.replay()
-    end.record()
-    torch.cuda.synchronize()
-    return 1e3 * start.elapsed_time(end) / count
-
-
 def measure(rows: int, columns: int) -> list[dict[str, Any]]:
     """All formats and batches of one shape."""
     found, every = [], products(rows, columns)
     for tokens in TOKENS:
         x = torch.randn(tokens, columns, dtype=DTYPE, device=DEVICE)
-        graphs = {name: recorded(copies, x) for name, copies in every.items()}
+        timers = {
+            name: graph_timer([partial(copy, x) for copy in copies])
+            for name, copies in every.items()
+        }
         times: dict[str, list[float]] = {name: [] for name in every}
         for lap in range(ROUNDS + 1):
-            for name, graph in graphs.items():
-                took = microseconds(graph, len(every[name]))
+            for name, timer in timers.items():
+                took = timer()
                 if lap:  # the first one warms up
                     times[name].append(took)
         for name, own in times.items():
