@@ -2,9 +2,9 @@
 
 One sweep over the columns: each column's loss is pushed onto the columns to its right, weighted by
 the inverse Hessian. With the pattern "dense" and 4 bits this is GPTQ (2210.17323). Follows the
-published algorithm: block of 128 columns, damping relative to the mean diagonal, the mask of an
-N:M group chosen from the already compensated weights, and, for an unstructured share, one mask per
-block of columns. The 4-bit grid differs from the published code on purpose: symmetric and grouped,
+published algorithm: damping relative to the mean diagonal, the mask of an
+N:M group chosen from the already compensated weights, and, for an unstructured share, one mask for
+128 columns. The 4-bit grid differs from the published code on purpose: symmetric and grouped,
 as the format stores it, with a group's scale taken when the sweep reaches the group.
 """
 
@@ -18,8 +18,10 @@ from ..masks import keep_above_quantile, keep_n_of_m
 from . import magnitude
 from .base import InputStatistics, Pruned, Target
 
-BLOCK = 128  # columns per lazy update; every group size and every M divides it
-CHUNK = 32  # columns of a block that see each other's errors at once; divides every group size
+BLOCK = 512  # columns whose errors reach all later ones in one product
+MASKED = 128  # columns that share a mask where a share of all weights is removed
+CHUNK = 32  # columns of a block that see each other's errors at once
+# Each divides the one before it; every M divides MASKED, and CHUNK every group size.
 
 
 def prune(weight: Tensor, statistics: InputStatistics, target: Target) -> Pruned:
@@ -72,9 +74,6 @@ class _Block:
         self.keep = torch.ones_like(self.weight, dtype=torch.bool)
         self.result, self.errors = torch.empty_like(self.weight), torch.empty_like(self.weight)
         self.codes = torch.empty_like(self.weight if target.bits == 4 else self.weight[:0])
-        if target.pattern.fraction and not target.pattern.of:
-            saliency = self._saliency(0, len(self.weight)).T.contiguous()
-            self.keep = keep_above_quantile(saliency, target.pattern.fraction).T.contiguous()
 
     def sweep(self, scales: list[Tensor]) -> None:
         """Fill result, keep, errors and codes, all [B, N]; the groups' scales are appended."""
@@ -88,10 +87,8 @@ class _Block:
 
     def _column(self, i: int, stop: int, scales: list[Tensor]) -> None:
         """Round column `i`, and push its error onto those up to `stop`."""
-        of, bits, group = self.target.pattern.of, self.target.bits, self.target.group
-        if of and i % of == 0:
-            saliency = self._saliency(i, i + of).T.contiguous()
-            self.keep[i : i + of] = keep_n_of_m(saliency, self.target.pattern.kept, of).T
+        bits, group = self.target.bits, self.target.group
+        self._choose_mask(i)
         if bits == 4 and i % group == 0:
             scales.append(absmax_scale(self.weight[i : i + group].T.contiguous()))
         kept = torch.where(self.keep[i], self.weight[i], 0)
@@ -102,6 +99,17 @@ class _Block:
         torch.sub(self.weight[i], kept, out=self.errors[i]).div_(self.diagonal[i])
         self.weight[i + 1 : stop].addr_(self.factor[i, i + 1 : stop], self.errors[i], alpha=-1)
 
+    def _choose_mask(self, i: int) -> None:
+        """Where columns that share a mask begin, choose it by their compensated weights."""
+        pattern = self.target.pattern
+        if pattern.of and i % pattern.of == 0:
+            saliency = self._saliency(i, i + pattern.of)
+            self.keep[i : i + pattern.of] = keep_n_of_m(saliency, pattern.kept, pattern.of).T
+        elif pattern.fraction and not pattern.of and i % MASKED == 0:
+            saliency = self._saliency(i, i + MASKED)
+            self.keep[i : i + MASKED] = keep_above_quantile(saliency, pattern.fraction).T
+
     def _saliency(self, start: int, stop: int) -> Tensor:
-        """What removing each weight of these columns costs, [columns, N]."""
-        return (self.weight[start:stop] / self.diagonal[start:stop, None]) ** 2
+        """What removing each weight of these columns costs, [N, columns]."""
+        relative = self.weight[start:stop] / self.diagonal[start:stop, None]
+        return relative.square_().T.contiguous()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from halfweave.pruner.methods import InputStatistics, Target, magnitude, sparsegpt
@@ -61,8 +63,10 @@ def obs_oracle(weight: Tensor, hessian: Tensor, wanted: Target) -> tuple[Tensor,
     return result, keep
 
 
-@pytest.mark.parametrize("columns", [32, 64, 200])
-@pytest.mark.parametrize("pattern", ["2:4", "4:8", "50%", "1:4"])
+@pytest.mark.parametrize(
+    ("pattern", "columns"),
+    [*itertools.product(("2:4", "4:8", "50%", "1:4"), (32, 64, 200, 584)), ("20:64", 192)],
+)
 def test_sparsegpt_is_the_obs_oracle(pattern: str, columns: int) -> None:
     weight, statistics = layer(24, columns)
     wanted = target(pattern)
