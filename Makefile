@@ -110,6 +110,7 @@ test-triton-matrix: setup
 
 # On a machine with a GPU: the same kernels there, memory checked if the toolkit is installed, and
 # times, which go to docs/results.
+gpu: export HALFWEAVE_DISPATCH_TABLE := off
 gpu: setup
 	$(BIN)/python -m pytest tests/gpu
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/kernels/cuda/plain_cases.py tests/runtime/gpu_cases.py

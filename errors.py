@@ -44,6 +44,10 @@ class CapacityError(HalfweaveError):
     exit_code = 3
 
 
+class NoProcessError(CapacityError):
+    """A process could not be started: memory, processes or open files ran out."""
+
+
 class RequestError(UsageError):
     """One generation request asks for something impossible.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..runtime.eval import count_windows, evaluate
@@ -53,6 +53,7 @@ def forecast(
 
     in_passing_thread(one_window)  # the first of all warms up
     quality_s = windows * _seconds(lambda: in_passing_thread(one_window))
+    take_turn(models, prompt, replace(plan, batches=plan.batches[:1]))  # as above
     turns_s = plan.turns * _seconds(lambda: take_turn(models, prompt, plan))
     return Forecast(
         tuple(models),

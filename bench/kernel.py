@@ -39,7 +39,7 @@ _FLOOR = 0.03  # a product loses if a dense one is faster by more than this, bey
 
 @dataclass(frozen=True)
 class KernelPlan:
-    """Numbers of tokens to multiply at once, and how often.
+    """Numbers of tokens to multiply at once, and how often; `device` is a kind, cpu or cuda.
 
     Raises:
         UsageError: a number is too small.
@@ -48,6 +48,7 @@ class KernelPlan:
     tokens: tuple[int, ...] = TOKENS
     repetitions: int = 11
     head_bits: int = 8
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if self.repetitions < LEAST_REPETITIONS:
@@ -134,13 +135,7 @@ def bench_kernel(
     Raises:
         RefusedError: the CPU kernels are not installed, or as `Checkpoint.open`.
     """
-    plan, tell = plan or KernelPlan(), progress or silent
-    native = library()
-    if native is None:
-        raise RefusedError(
-            "the CPU kernels are not installed: there is nothing to measure",
-            "install a C++ compiler and then halfweave again",
-        )
+    plan, tell, native = plan or KernelPlan(), progress or silent, needed_library()
     products = model_products(Checkpoint.open(path, verify=False), plan.head_bits)
     rows: list[KernelRow] = []
     reads, notes = [read_bandwidth(native)], []
@@ -167,6 +162,17 @@ def bench_kernel(
         native.level,
         tuple(notes),
     )
+
+
+def needed_library() -> Library:
+    """The CPU kernels; raises RefusedError where they are not installed."""
+    native = library()
+    if native is None:
+        raise RefusedError(
+            "the CPU kernels are not installed: there is nothing to measure",
+            "install a C++ compiler and then halfweave again",
+        )
+    return native
 
 
 def _candidates(

@@ -1,13 +1,15 @@
 """Every packed product of a model on a GPU, by each tile that could serve it, beside dense ones.
 
 Times are of CUDA graphs that multiply by copies of the weight in turns, so many that no cache holds
-them: what launching costs is left out, as it is where the decoder replays its steps. What is the
-fastest tile for so many tokens is kept for when the model runs there (kernels/cuda/choices.py).
+them. What launching costs is left out, as it is where the decoder replays its steps, and so is
+adding up what K was parted into, where the next kernel does that. What is the fastest tile for so
+many tokens is kept for when the model runs there (kernels/cuda/choices.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from statistics import median
@@ -16,12 +18,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.nn import functional
+from triton import OutOfResources
 
 from ..errors import RefusedError
 from ..kernels.cuda.binding import LinearFunction, SparseLinear
 from ..kernels.cuda.choices import limits_of, stored
 from ..kernels.cuda.fragments import FragmentWeight
-from ..kernels.cuda.linear import COLUMNS_MULTIPLE, multiply, product_of
+from ..kernels.cuda.linear import COLUMNS_MULTIPLE, multiply, multiply_in_parts, product_of
 from ..kernels.cuda.targets import Architecture
 from ..kernels.cuda.variants import Product as GpuProduct
 from ..kernels.cuda.variants import candidates
@@ -36,7 +39,7 @@ from .stats import Spread
 
 DENSE, DENSE_24 = "torch-dense", "torch-sparse24"
 _READ_BYTES = 2**30
-_COLD_BYTES, _MOST_COPIES = 256 * 2**20, 32  # several times any card's second-level cache
+_COLD_BYTES = 256 * 2**20  # several times any card's second-level cache
 
 _Copy = TypeVar("_Copy")
 # Computes one product with one copy of the weight.
@@ -47,7 +50,10 @@ Timer = Callable[[Sequence[Run]], Callable[[], float]]
 
 @dataclass(frozen=True)
 class Gpu:
-    """Where to measure: with what limits, and by which clock."""
+    """Where to measure: with what limits, and by which clock.
+
+    A timer raises RuntimeError or Triton's OutOfResources for what the device cannot do.
+    """
 
     device: torch.device
     arch: Architecture
@@ -130,20 +136,23 @@ def bench_gpu(
     Raises:
         RefusedError: the model has none, or as `Checkpoint.open`.
     """
-    plan, tell = plan or KernelPlan(), progress or silent
+    with torch.cuda.device(gpu.number) if gpu.device.type == "cuda" else nullcontext():
+        return _bench(path, gpu, plan or KernelPlan(), progress or silent)
+
+
+def _bench(path: str, gpu: Gpu, plan: KernelPlan, tell: Progress) -> GpuKernelResult:
     checkpoint = Checkpoint.open(path, verify=False)
     products, dtype = gpu_products(checkpoint), gpu_dtype(checkpoint)
-    if not products:
-        raise RefusedError(f"{path} has no packed linears: a GPU multiplies by it as torch does")
     reads, rows, tiles, notes = [_bytes_per_s(gpu)], [], [], dict[str, None]()
     for number, each in enumerate(products):
         weight = each.weight().to(gpu.device)
         subject = _Subject.of(each, weight, dtype, gpu)
         notes |= dict.fromkeys(subject.notes)
         for turn, tokens in enumerate(plan.tokens):
-            row, measured = subject.measured(tokens, plan.repetitions)
+            row, measured, left_out = subject.measured(tokens, plan.repetitions)
             rows.append(row)
             tiles.append(measured)
+            notes |= dict.fromkeys(left_out)
             done, total = number * len(plan.tokens) + turn + 1, len(products) * len(plan.tokens)
             tell(done, total, f"{row.format} {row.N}x{row.K} of {tokens}")
         reads.append(_bytes_per_s(gpu))
@@ -179,25 +188,44 @@ class _Subject:
         others, notes = _others(weight, dtype)
         return cls(each, weight, linear, copies, others, notes, dtype, gpu)
 
-    def measured(self, tokens: int, repetitions: int) -> tuple[KernelRow, tuple[Product, Measured]]:
-        """The row of so many tokens, and what to remember of it; all ways take turns."""
+    def measured(
+        self, tokens: int, repetitions: int
+    ) -> tuple[KernelRow, tuple[Product, Measured], list[str]]:
+        """The row of so many tokens, what to remember of it, and notes; all ways take turns.
+
+        Raises:
+            RefusedError: no tile can be timed, or the dense product cannot.
+        """
         x = self._inputs(tokens)
         product = product_of(x, self.linear.weight, self.linear.rows)
-        ways = [*self._tiles(product), *self.others]
-        timers = {
-            way.name: self.gpu.timer([partial(copy, x) for copy in way.copies]) for way in ways
-        }
-        samples: dict[str, list[float]] = {way.name: [] for way in ways}
+        ways = {way.name: way for way in (*self._tiles(product), *self.others)}
+        timers, notes = self._timers(ways.values(), x)
+        samples: dict[str, list[float]] = {name: [] for name in timers}
         for lap in range(repetitions + 1):
             for name, timer in timers.items():
                 us = timer()
                 if lap:  # the first one warms up
                     samples[name].append(us)
-        ours = {way.name for way in ways if way.ours}
-        best = min(ours, key=lambda name: median(samples[name]))
-        times = {name: median(samples[name]) for name in ours}
-        row = self._row(x, best, {name: tuple(each) for name, each in samples.items()})
-        return row, (stored(product), Measured(tokens, best, best, times))
+        times = {name: median(each) for name, each in samples.items() if ways[name].ours}
+        best = min(times, key=times.__getitem__)
+        error = self._error(x, ways[best].copies[0])
+        row = self._row(x, best, error, {name: tuple(each) for name, each in samples.items()})
+        return row, (stored(product), Measured(tokens, best, best, times)), notes
+
+    def _timers(
+        self, ways: Iterable[_Way], x: Tensor
+    ) -> tuple[dict[str, Callable[[], float]], list[str]]:
+        """Of all ways that this device has room for."""
+        timers, notes = {}, []
+        for way in ways:
+            try:
+                timers[way.name] = self.gpu.timer([partial(copy, x) for copy in way.copies])
+            except (RuntimeError, NotImplementedError, OutOfResources) as error:
+                why = (str(error) or type(error).__name__).splitlines()[0]
+                notes.append(f"{way.name} of {len(x)} tokens was left out: {why}")
+        if DENSE not in timers or not any(way.ours and way.name in timers for way in ways):
+            raise RefusedError(f"a product of {len(x)} tokens cannot be timed: {notes[0]}")
+        return timers, notes
 
     def _inputs(self, tokens: int) -> Tensor:
         """[tokens, K], filled up with zeros as the kernels want them, always the same."""
@@ -207,17 +235,21 @@ class _Subject:
         return functional.pad(x, (0, -columns % COLUMNS_MULTIPLE)).to(self.gpu.device, self.dtype)
 
     def _tiles(self, product: GpuProduct) -> list[_Way]:
-        rows = self.linear.rows
+        rows, columns = self.weight.shape
+        whole = rows == self.linear.rows and columns % COLUMNS_MULTIPLE == 0
+        by = multiply_in_parts if self.each.in_parts and whole else multiply
         return [
             _Way(
                 choice.name,
                 True,
-                [partial(multiply, weight=w, rows=rows, chosen=choice) for w in self.copies],
+                [partial(by, weight=w, rows=self.linear.rows, chosen=choice) for w in self.copies],
             )
             for choice in candidates(product, self.gpu.arch)
         ]
 
-    def _row(self, x: Tensor, best: str, samples: Mapping[str, tuple[float, ...]]) -> KernelRow:
+    def _row(
+        self, x: Tensor, best: str, error: float, samples: Mapping[str, tuple[float, ...]]
+    ) -> KernelRow:
         product, ours = self.each.product, samples[best]
         us, dense = Spread.of(ours), samples[DENSE]
         gone = 2 * len(x) * product.N * product.K
@@ -234,17 +266,18 @@ class _Subject:
             to_dense=median(dense) / us.median,
             to_int4=None,
             wins=not is_slower(ours, dense),
-            error=self._error(x),
+            error=error,
             samples_us=ours,
             others={
                 name: Other(Spread.of(each), each) for name, each in samples.items() if name != best
             },
         )
 
-    def _error(self, x: Tensor) -> float:
+    def _error(self, x: Tensor, ours: LinearFunction) -> float:
         rows, columns = self.weight.shape
         wanted = x[:, :columns].float() @ self.weight.unpack().T
-        got = multiply(x, self.linear.weight, self.linear.rows)[:, :rows]
+        y = ours(x).float()
+        got = (y if y.ndim == x.ndim else y.sum(0))[:, :rows]  # parts are still to be added
         norm = float(wanted.norm())
         return float((got - wanted).norm()) / norm if norm else 0.0
 
@@ -272,8 +305,8 @@ def _by(weight: Tensor) -> LinearFunction:
 
 
 def _copied(nbytes: int, make: Callable[[], _Copy]) -> list[_Copy]:
-    """So many that they do not stay in the cache, or as many as a model has blocks."""
-    return [make() for _ in range(min(_MOST_COPIES, _COLD_BYTES // nbytes + 1))]
+    """So many that they do not stay in the cache."""
+    return [make() for _ in range(_COLD_BYTES // nbytes + 1)]
 
 
 def _bytes_per_s(gpu: Gpu) -> float:

@@ -8,16 +8,16 @@ from functools import partial
 
 import torch
 
+from ..errors import RefusedError
 from ..kernels.cpu.library import Library
 from ..kernels.cpu.packed import CODED, PackedWeight, pack_weight, round_weight
 from ..kernels.dispatch import GPU_KINDS
-from ..kernels.formats import FORMATS, Dense, Int4, Int8, PackedLinear
+from ..kernels.formats import FORMATS, Dense, Int4, Int8, PackedLinear, stacked
 from ..kernels.measured import Product
 from ..runtime.checkpoint import Checkpoint
 from ..runtime.families import decoder_spec
 from ..runtime.fused import rounds_end
 from ..runtime.loading import Loader
-from ..runtime.stacked import TOGETHER, stacked
 
 _ROUNDED_GROUP = 32
 
@@ -27,12 +27,14 @@ class ModelProduct:
     """One product of a model; `count` linears have it. `weight` reads the first of them.
 
     `rounded_bits` are those of a head that is rounded when it is loaded: dispatch never expands it.
+    `in_parts` says that on a GPU the next kernel adds the parts of what K was parted into.
     """
 
     product: Product
     count: int
     weight: Callable[[], PackedLinear]
     rounded_bits: int | None = None
+    in_parts: bool = False
 
     def pack(self, library: Library, weight: PackedLinear) -> PackedWeight:
         """As the decoder holds it; `weight` is what `self.weight` read."""
@@ -58,13 +60,15 @@ class _Collected:
         return Product(kind, None if entry is None else entry.group, dtype, *shape)
 
     def add(
-        self, product: Product, weight: Callable[[], PackedLinear], bits: int | None = None
+        self,
+        product: Product,
+        weight: Callable[[], PackedLinear],
+        bits: int | None = None,
+        in_parts: bool = False,
     ) -> None:
-        """Count one more; `weight` is read of the first."""
-        old = self.found.get(product)
-        count = 1 if old is None else old.count + 1
-        first = weight if old is None else old.weight
-        self.found[product] = ModelProduct(product, count, first, bits)
+        """Count one more; all else is of the first."""
+        first = self.found.get(product) or ModelProduct(product, 0, weight, bits, in_parts)
+        self.found[product] = replace(first, count=first.count + 1)
 
 
 def model_products(checkpoint: Checkpoint, head_bits: int = 8) -> list[ModelProduct]:
@@ -90,10 +94,19 @@ def model_products(checkpoint: Checkpoint, head_bits: int = 8) -> list[ModelProd
 def gpu_products(checkpoint: Checkpoint) -> list[ModelProduct]:
     """Those that a GPU's kernels multiply by as packed: no dense linears, and no head.
 
-    Linears of one input are one product where the decoder for GPUs stacks them. Raises as
-    `decoder_spec`.
+    Linears of one input are one product where the decoder for GPUs stacks them.
+
+    Raises:
+        RefusedError: there is none; or as `decoder_spec`.
     """
-    from ..runtime.gpu_decoder import lacking
+    found = _gpu_products(checkpoint)
+    if not found:
+        raise RefusedError(f"{checkpoint.path} has no packed linears: torch multiplies on a GPU")
+    return found
+
+
+def _gpu_products(checkpoint: Checkpoint) -> list[ModelProduct]:
+    from ..runtime.gpu_decoder import TOGETHER, lacking
 
     spec, every = decoder_spec(checkpoint.config), _Collected(checkpoint)
     if lacking(spec):
@@ -108,7 +121,8 @@ def gpu_products(checkpoint: Checkpoint) -> list[ModelProduct]:
                     every.add(product, partial(loader.linear, layer, role))
                 continue
             product = replace(alone[0], N=sum(p.N for p in alone))
-            every.add(product, partial(_stacked, loader, layer, roles))
+            in_parts = spec.biased.isdisjoint(roles)
+            every.add(product, partial(_stacked, loader, layer, roles), in_parts=in_parts)
     return [each for each in every.found.values() if _on_gpu(each.product)]
 
 

@@ -117,10 +117,11 @@ def take_turns(
 def _complete(
     found: Sequence[Mapping[int, BatchSample | None]], warmups: int
 ) -> dict[int, list[BatchSample]]:
-    """By batch, without warm-ups, and without batches for which a turn had no room."""
-    by_batch = {batch: [turn[batch] for turn in found] for batch in found[0]}
+    """By batch, without warm-ups, and without batches for which another turn had no room."""
+    measured = found[warmups:]
+    by_batch = {batch: [turn[batch] for turn in measured] for batch in measured[0]}
     return {
-        batch: [sample for sample in samples[warmups:] if sample is not None]
+        batch: [sample for sample in samples if sample is not None]
         for batch, samples in by_batch.items()
         if None not in samples
     }

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument
 
 from . import bench_tables
-from .bench_plan import kernel_plan, offline_plan, serve_plan, tell_plan
+from .bench_plan import gpu, kernel_plan, offline_plan, serve_plan, tell_plan
 from .bench_words import Asked, command_line, named, understood
 from .console import Console, Progress, plain
 from .flags import Comparing, Keeping, Loading, Output, Speed, Traffic
@@ -48,10 +48,10 @@ def bench(
         _compare(console, comparing)
         return
     asked = understood(words or (), speed, traffic, loading)
-    check_out(keeping.out)
     if keeping.dry_run:
         tell_plan(console, asked)
         return
+    check_out(keeping.out)
     found = _MEASURE[asked.mode](console, asked, keeping)
     told: dict[str, Any] = plain(found.document(asked.mode))
     for line in bench_tables.notes(told["notes"]):
@@ -136,7 +136,7 @@ def _kernel(console: Console, asked: Asked, keeping: Keeping) -> _Found:
         busy = any(note.startswith(BUSY) for note in notes)
         result, device = _products(asked, plan, bar)
     console.table(bench_tables.KERNEL_HEADER, bench_tables.kernel(result), words=(0, -1))
-    for line in bench_tables.kernel_lines(result, machine, asked.loading.device):
+    for line in bench_tables.kernel_lines(result, machine, plan.device):
         console.say(line)
     notes = [*notes, *result.notes, _keep_table(result, device, keeping, busy)]
     return _Found(machine, about, plan, result.body(), notes)
@@ -144,20 +144,16 @@ def _kernel(console: Console, asked: Asked, keeping: Keeping) -> _Found:
 
 def _products(asked: Asked, plan: KernelPlan, bar: Progress) -> tuple[KernelResult, Device]:
     """The products of a model on its device, and what a table of them holds for."""
-    if asked.loading.device == "cpu":
-        from ..bench.kernel import bench_kernel
-        from ..kernels.cpu.library import library
+    if plan.device == "cpu":
+        from ..bench.kernel import bench_kernel, needed_library
         from ..kernels.measured import cpu_device
 
-        result, native = bench_kernel(asked.needed_model, plan, bar.step), library()
-        assert native is not None  # or nothing could be measured
-        return result, cpu_device(native)
-    from ..bench.kernel_gpu import Gpu, bench_gpu
+        return bench_kernel(asked.needed_model, plan, bar.step), cpu_device(needed_library())
+    where = gpu(asked)
+    from ..bench.kernel_gpu import bench_gpu
     from ..kernels.cuda.choices import gpu_device
-    from ..kernels.device import parse_device
 
-    gpu = Gpu.of(parse_device(asked.loading.device))
-    return bench_gpu(asked.needed_model, gpu, plan, bar.step), gpu_device(gpu.number)
+    return bench_gpu(asked.needed_model, where, plan, bar.step), gpu_device(where.number)
 
 
 def _keep_table(result: KernelResult, device: Device, keeping: Keeping, busy: bool) -> str:

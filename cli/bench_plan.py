@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ..errors import HalfweaveError, UsageError
 from .bench_words import Asked, named
 from .console import Console, duration, size
 from .loading import load_settings, read_source, set_threads
 
 if TYPE_CHECKING:
     from ..bench.kernel import KernelPlan
+    from ..bench.kernel_gpu import Gpu
     from ..bench.offline_plan import BenchPlan
     from ..bench.serve_plan import ServePlan
 
@@ -34,23 +36,45 @@ def kernel_plan(asked: Asked) -> KernelPlan:
     from ..bench.kernel import KernelPlan
     from ..kernels.device import parse_device
 
-    parse_device(asked.loading.device)
     return KernelPlan(
         tuple(asked.speed.tokens) or KernelPlan.tokens,
         asked.repetitions(KernelPlan.repetitions),
         asked.loading.head_bits,
+        parse_device(asked.loading.device).type,
     )
+
+
+def gpu(asked: Asked) -> Gpu:
+    """The GPU to measure.
+
+    Raises:
+        HalfweaveError: Triton is not installed.
+        RefusedError: the GPU has no sparse tensor cores.
+    """
+    from ..kernels.device import parse_device
+
+    try:
+        from ..bench.kernel_gpu import Gpu
+    except ImportError as error:
+        raise HalfweaveError(
+            "the GPU kernels are compiled by Triton, which is not installed",
+            "pip install 'halfweave[cuda]'",
+        ) from error
+    return Gpu.of(parse_device(asked.loading.device))
 
 
 def serve_plan(asked: Asked) -> ServePlan:
     """How the endpoints are to be loaded.
 
     Raises:
-        UsageError: a number is out of range, or a limit of goodput is none.
+        UsageError: a number is out of range, a limit of goodput is none, or what was asked for
+            contradicts itself.
     """
     from ..bench.serve_plan import ServePlan, loads, parse_slos
 
     speed, traffic = asked.speed, asked.traffic
+    if traffic.url is not None and speed.against:
+        raise UsageError("--against starts a server of ours, --url says that one runs")
     return ServePlan(
         loads(traffic.rate, traffic.concurrency),
         requests=traffic.requests,
@@ -98,12 +122,18 @@ def _offline(asked: Asked) -> _Told:
 
 
 def _kernel(asked: Asked) -> _Told:
+    from ..bench.kernel import needed_library
     from ..bench.products import gpu_products, model_products
     from ..runtime.checkpoint import Checkpoint
 
-    plan, on_cpu = kernel_plan(asked), asked.loading.device == "cpu"
+    plan = kernel_plan(asked)
     checkpoint = Checkpoint.open(asked.needed_model, verify=False)
-    found = model_products(checkpoint, plan.head_bits) if on_cpu else gpu_products(checkpoint)
+    if plan.device == "cpu":
+        needed_library()
+        found = model_products(checkpoint, plan.head_bits)
+    else:
+        gpu(asked)
+        found = gpu_products(checkpoint)
     products = [each.product for each in found]
     tokens = ", ".join(map(str, plan.tokens))
     lines = [

@@ -9,7 +9,7 @@ from http.client import HTTPException
 from typing import TYPE_CHECKING, Any
 from urllib.request import Request, urlopen
 
-from ..errors import HalfweaveError, UsageError
+from ..errors import HalfweaveError
 from ..report.theme import printable
 from . import bench_tables
 from .bench_words import Asked, named
@@ -73,8 +73,6 @@ def _targets(console: Console, asked: Asked, plan: ServePlan) -> Iterator[dict[s
         return Target(url, model, plan.chat, plan.ignore_eos, key, plan.timeout_s)
 
     if traffic.url is not None:
-        if asked.speed.against:
-            raise UsageError("--against starts a server of ours, --url says that one runs")
         name = traffic.model_name or _first_model(target(traffic.url, ""))
         yield {printable(name): target(traffic.url, name)}
         return

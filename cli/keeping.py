@@ -29,6 +29,18 @@ def check_out(out: Path | None) -> None:
         raise UsageError(f"{out} cannot be written: {error.strerror}") from error
 
 
+def has_tasks(model: str, out: Path | None) -> bool:
+    """Whether what is kept of a model's quality has figures of tasks, which would be lost."""
+    from ..files import find_directory
+    from ..report.documents import EvalDocument, document_path, read_document
+
+    try:
+        found = read_document(out or document_path(find_directory(model), "eval"))
+    except HalfweaveError:
+        return False
+    return isinstance(found, EvalDocument) and bool(found.tasks)
+
+
 def keep(
     console: Console,
     document: Mapping[str, Any],

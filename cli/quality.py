@@ -11,7 +11,7 @@ from ..errors import HalfweaveError, UsageError
 from . import tables
 from .console import Console, Progress, duration, plain, size
 from .flags import Asking, Loading, Measuring, Protocol
-from .keeping import check_out, keep
+from .keeping import check_out, has_tasks, keep
 from .loading import load, read_source
 
 if TYPE_CHECKING:
@@ -65,7 +65,8 @@ def measure_quality(
             with console.progress("question") as bar:
                 found = _asked(found, tasks, bar)
         except (HalfweaveError, KeyboardInterrupt) as error:  # which may come after hours
-            kept(found, [f"the tasks were not finished: {str(error) or 'interrupted'}"])
+            if not has_tasks(path, protocol.out):
+                kept(found, [f"the tasks were not finished: {str(error) or 'interrupted'}"])
             raise
     if found.tasks:
         rows = tables.tasks(model.name, other, found.tasks, found.against_tasks)

@@ -153,7 +153,7 @@ def _read(path: Path, _stamp: tuple[int, int, int], device: Device, named: bool)
 
 
 def write_table(device: Device, rows: Mapping[Product, Iterable[Measured]]) -> Path:
-    """Keep measurements where `find_table` looks; other products that are there stay.
+    """Keep measurements where `find_table` looks; what is there of others, or other M, stays.
 
     Raises:
         OSError: the directory cannot be written to.
@@ -161,14 +161,14 @@ def write_table(device: Device, rows: Mapping[Product, Iterable[Measured]]) -> P
     """
     path = table_path(device)
     path.parent.mkdir(parents=True, exist_ok=True)
-    merged: dict[Product, tuple[Measured, ...]] = {}
+    merged: dict[Product, dict[int, Measured]] = {}
     try:
         old, key = parse_table(read_json(path))
-        if key == device.key:
-            merged.update(old.rows)
+        known = old.rows if key == device.key else {}
     except HalfweaveError:
-        pass  # there is none, or none of use
-    merged.update({product: tuple(each) for product, each in rows.items()})
+        known = {}  # there is none, or none of use
+    for product, each in (*known.items(), *rows.items()):
+        merged.setdefault(product, {}).update({row.M: row for row in each})
     document = {
         "schema_version": SCHEMA_VERSION,
         "key": device.key,
@@ -178,7 +178,7 @@ def write_table(device: Device, rows: Mapping[Product, Iterable[Measured]]) -> P
         "rows": [
             {**asdict(product), **asdict(row), "us": dict(row.us)}
             for product, each in merged.items()
-            for row in sorted(each, key=lambda row: row.M)
+            for _, row in sorted(each.items())
         ],
     }
     write_json(path, document)

@@ -156,6 +156,10 @@ def _roofline(document: KernelDocument) -> Chart:
     return Chart("roofline", _ROOFLINE, caption, _kernel_table(rows), picture)
 
 
+# Ways to compute with every weight; beside them may be int4, or on a GPU other tiles of our kernel.
+_DENSE = ("torch-float32", "torch-bfloat16", "native-dense", "torch-dense")
+
+
 def _lines(rows: Sequence[KernelRow], shape: Shape) -> dict[str, list[tuple[KernelRow, Spread]]]:
     """Times of a shape by M: of the model's formats, and of what they were measured beside.
 
@@ -164,7 +168,7 @@ def _lines(rows: Sequence[KernelRow], shape: Shape) -> dict[str, list[tuple[Kern
     found: dict[str, list[tuple[KernelRow, Spread]]] = {}
     for row in sorted((row for row in rows if row.shape == shape), key=lambda row: row.tokens):
         found.setdefault(format_name(row.format), []).append((row, row.us))
-        dense = [other.us for name, other in row.others.items() if name != "int4"]
+        dense = [other.us for name, other in row.others.items() if name in _DENSE]
         beside = {"dense": min(dense, key=lambda us: us.median, default=None)}
         beside["int4"] = row.others["int4"].us if "int4" in row.others else None
         for label, us in beside.items():

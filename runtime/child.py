@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import CapacityError
+from ..errors import NoProcessError
 
 
 class ChildEnded(Exception):  # noqa: N818 - names what happened, not a fault of this program
@@ -43,7 +43,7 @@ class Child:
 
         Raises:
             ChildEnded: there is none; the next call starts a new process.
-            CapacityError: no process can be started: memory, processes or open files ran out.
+            NoProcessError: no process can be started.
         """
         with self._lock:
             return self._ask(line)
@@ -79,7 +79,7 @@ class Child:
                 env={**os.environ, "HF_HUB_OFFLINE": "1", "OPENBLAS_NUM_THREADS": "1"},
             )
         except OSError as error:
-            raise CapacityError(f"no process could be started: {error.strerror}") from error
+            raise NoProcessError(f"no process could be started: {error.strerror}") from error
         weakref.finalize(self, _stop, child)
         _write(child, json.dumps(self._setup, default=str))
         return child

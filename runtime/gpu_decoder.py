@@ -8,9 +8,11 @@ runs on CPU tensors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from itertools import accumulate
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,7 +22,7 @@ from ..errors import UnsupportedModel
 from ..kernels.cuda.binding import parts_of
 from ..kernels.cuda.steps import Pages, attend_newest, gated, normed, remember
 from ..kernels.dispatch import LinearFunction, on_gpu
-from ..kernels.formats import Dense, PackedLinear
+from ..kernels.formats import Dense, PackedLinear, stacked
 from ..kernels.paging import PAGE_POSITIONS
 from .draw import Draw, drawn_tokens
 from .gpu_graphs import StepBuffers, StepGraphs
@@ -28,8 +30,10 @@ from .loading import Loader
 from .paged import PagedDecoder, Part, pages_for, positions, token_ids
 from .rope import inverse_frequencies
 from .spec import DecoderSpec, RopeSpec
-from .stacked import TOGETHER, alike, stacked
 
+# Roles of a block, in the order in which they are computed; those of a row are one product.
+TOGETHER = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
+Result = TypeVar("Result")
 _MOST_SHARING = 16  # query heads to a pair of keys and values
 
 
@@ -79,6 +83,17 @@ class _Batch:
     long: Sequence[tuple[slice, int]] = ()
 
 
+def _on_its_device(method: Callable[..., Result]) -> Callable[..., Result]:
+    """Triton launches on the thread's current GPU, whatever tensors it is given."""
+
+    @wraps(method)
+    def run(self: GpuDecoder, *given: Any) -> Result:
+        with torch.inference_mode(), torch.cuda.device_of(self._embedding):
+            return method(self, *given)
+
+    return run
+
+
 class GpuDecoder(PagedDecoder):
     """As `Decoder`, by the kernels of halfweave.kernels.cuda."""
 
@@ -118,7 +133,7 @@ class GpuDecoder(PagedDecoder):
         spec = self.spec
         return Pages.empty(pages, spec.kv_heads, spec.head_dim, self._stored, self.device)
 
-    @torch.inference_mode()
+    @_on_its_device
     def run(self, parts: Sequence[Part], memory: GpuMemory) -> Tensor:
         """Append all parts at once: their final hidden states [tokens of all, hidden], in order."""
         graphs = self._graphs(memory)
@@ -150,18 +165,18 @@ class GpuDecoder(PagedDecoder):
             delta = parts_of(block.down, gated(both, self._dtype))
         return normed(x, delta, self._gain, eps)
 
-    @torch.inference_mode()
+    @_on_its_device
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of every next token, fp32 [..., vocab], on the CPU, where they are sampled."""
         return self._head(hidden).float().cpu()
 
-    @torch.inference_mode()
+    @_on_its_device
     def likeliest(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """As `PagedDecoder`; two numbers a row are copied from the device, not a vocabulary."""
         scores, tokens = self._head(hidden).float().max(-1)
         return tokens.cpu(), scores.cpu()
 
-    @torch.inference_mode()
+    @_on_its_device
     def drawn(self, hidden: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
         """As `PagedDecoder`, on the device."""
         tokens, best = drawn_tokens(self._head(hidden).float(), draws)
@@ -272,7 +287,7 @@ def _together(loader: Loader, layer: int, roles: Sequence[str]) -> LinearFunctio
         bias = torch.cat(
             [torch.zeros(count, device=loader.device) if b is None else b for b, count in known]
         )
-    if alike(weights):
+    if len({(weight.kind, getattr(weight, "group", None)) for weight in weights}) == 1:
         return _bound(stacked(weights), bias, loader)
     starts = [sum(rows[:index]) for index in range(len(rows))]
     parts = [

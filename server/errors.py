@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from ..errors import CapacityError, EngineDeadError, RequestError
+from ..errors import CapacityError, EngineDeadError, NoProcessError, RequestError
 
 ErrorType = Literal[
     "invalid_request_error", "authentication_error", "rate_limit_error", "server_error"
@@ -88,6 +88,8 @@ def to_api_error(error: Exception) -> ApiError:
             return _from_http(error)
         case RequestError():
             return ApiError(400, error.message, code=error.code, param=error.param)
+        case NoProcessError():
+            return unavailable(error.message, "no_process")
         case CapacityError():
             retry = {"Retry-After": _RETRY_AFTER_S}
             return ApiError(429, error.message, code="queue_full", headers=retry)

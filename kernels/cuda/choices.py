@@ -17,9 +17,10 @@ from ..formats import Int4, Sparse24, Sparse24Int4
 from ..measured import Device, Table, find_table
 from ..measured import Product as Stored
 from .targets import ARCHITECTURES, Architecture
-from .variants import Choice, Product, candidates, choose
+from .variants import Choice, Product, candidates, choose, tokens_held
 
 _REMEMBERED = 4096
+_NEAR = 2.5  # times as many tokens is too far for a measurement to speak
 _DTYPES = {"f16": "float16", "bf16": "bfloat16"}
 
 
@@ -52,12 +53,21 @@ def choice_on(device: int, product: Product) -> Choice:
 
 
 def fastest(product: Product, table: Table | None, arch: Architecture) -> Choice | None:
-    """What a table says of a product; None where it says nothing that there is."""
-    row = None if table is None else table.at(stored(product), product.M)
-    if row is None:
+    """What a table says of a product: of as many tokens, or about as many with the same tiles.
+
+    None where it says nothing of those, or names what there is not.
+    """
+    rows = () if table is None else table.rows.get(stored(product), ())
+    apart = {
+        max(row.M, product.M) / min(row.M, product.M): row.choice
+        for row in rows
+        if tokens_held(row.M) == tokens_held(product.M)
+    }
+    nearest = min(apart, default=_NEAR)
+    if nearest >= _NEAR:
         return None
     named = {choice.name: choice for choice in candidates(product, arch)}
-    return named.get(row.choice)
+    return named.get(apart[nearest])
 
 
 def stored(product: Product) -> Stored:

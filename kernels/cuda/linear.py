@@ -51,10 +51,14 @@ def multiply(
     return y.view(*x.shape[:-1], rows)
 
 
-def multiply_in_parts(x: Tensor, weight: FragmentWeight, rows: int) -> Tensor:
+def multiply_in_parts(
+    x: Tensor, weight: FragmentWeight, rows: int, chosen: Choice | None = None
+) -> Tensor:
     """As `multiply`, of x [M, K], but where K is parted the parts fp32 [splits, M, rows]."""
+    if not x.is_cuda:
+        return multiply(x, weight, rows)
     inputs = x.contiguous()
-    chosen = choice_on(inputs.device.index, product_of(inputs, weight, rows))
+    chosen = chosen or choice_on(inputs.device.index, product_of(inputs, weight, rows))
     if chosen.splits == 1:
         return multiply(inputs, weight, rows, chosen=chosen)
     parts = _room(inputs, rows, chosen.splits)

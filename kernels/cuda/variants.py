@@ -174,8 +174,7 @@ class Choice:
         tile = self.tile
         if tile is None:
             return "written out"
-        warps = f"{tile.WN}x{tile.WK}x{tile.WM}"
-        return f"tile {tile.BN}x{tile.BM}, warps {warps}, {self.splits} parts"
+        return f"{tile.BN}x{tile.BM} w{tile.WN}x{tile.WK}x{tile.WM} s{self.splits}"
 
 
 def choose(product: Product, arch: Architecture, multiprocessors: int) -> Choice:
@@ -196,10 +195,10 @@ def candidates(product: Product, arch: Architecture) -> list[Choice]:
 
     Of tiles for few tokens those of the fewest that hold the batch.
     """
-    few = next((tile.BM for tile in _DEEP if product.M <= tile.BM), None)
+    wanted = tokens_held(product.M)
     found = [Choice(None, 1)]
     for tile in TILES:
-        if (few or _WIDE.BM) != tile.BM or not _is_built(tile, product.group, product.dense):
+        if wanted != tile.BM or not _is_built(tile, product.group, product.dense):
             continue
         steps, columns = -(-product.K // (64 * tile.WK)), -(-product.K // 128) * 128
         if columns % (64 * tile.WK):
@@ -208,6 +207,11 @@ def candidates(product: Product, arch: Architecture) -> list[Choice]:
         parts = (1 << power for power in range(most.bit_length()))
         found += [Choice(fitting, splits) for splits in parts if splits == 1 or 2 * splits <= steps]
     return found
+
+
+def tokens_held(tokens: int) -> int:
+    """Tokens of the tiles that serve so many: numbers with the same share their candidates."""
+    return next((tile.BM for tile in _DEEP if tokens <= tile.BM), _WIDE.BM)
 
 
 def _is_built(tile: Tile, group: int, dense: bool) -> bool:

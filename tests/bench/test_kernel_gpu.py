@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ import torch
 from halfweave.bench.kernel import KernelPlan
 from halfweave.bench.products import gpu_products
 from halfweave.errors import RefusedError
-from halfweave.kernels.measured import VARIABLE, Device, Table, find_table, write_table
+from halfweave.kernels.measured import VARIABLE, Device, Measured, Table, find_table, write_table
 from halfweave.runtime.checkpoint import Checkpoint
 from support.tiny import FAMILIES, pack_directory, save_tiny
 
@@ -27,9 +28,10 @@ from halfweave.bench.kernel_gpu import (
     Gpu,
     GpuKernelResult,
     Run,
+    Timer,
     bench_gpu,
 )
-from halfweave.kernels.cuda.choices import fastest
+from halfweave.kernels.cuda.choices import fastest, stored
 from halfweave.kernels.cuda.targets import ARCHITECTURES
 from halfweave.kernels.cuda.variants import (
     Product,
@@ -66,6 +68,17 @@ def test_all_that_may_be_chosen_is_built_and_the_rules_choice_is_among_it(arch: 
             )
 
 
+class Late:
+    """A timer that is the invented one before its turn: memory is read first."""
+
+    def __init__(self, timer: Timer, after: int) -> None:
+        self._timer, self._first, self._left = timer, invented(), after
+
+    def __call__(self, runs: Sequence[Run]) -> Callable[[], float]:
+        self._left -= 1
+        return self._first(runs) if self._left >= 0 else self._timer(runs)
+
+
 def invented() -> Callable[[Sequence[Run]], Callable[[], float]]:
     """A timer that runs everything, and for which each thing timed is faster than the last one."""
     numbers = itertools.count()
@@ -79,9 +92,23 @@ def invented() -> Callable[[Sequence[Run]], Callable[[], float]]:
     return timer
 
 
+@pytest.fixture(autouse=True)
+def few_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny weights would need ten thousand copies to be out of the caches."""
+    monkeypatch.setattr("halfweave.bench.kernel_gpu._COLD_BYTES", 2**14)
+    monkeypatch.setattr("halfweave.bench.kernel_gpu._READ_BYTES", 2**16)
+
+
 @pytest.fixture(scope="module")
 def result(packed_model: Path) -> GpuKernelResult:
-    return bench_gpu(str(packed_model), Gpu(torch.device("cpu"), A100, invented()), PLAN)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("halfweave.bench.kernel_gpu._COLD_BYTES", 2**14)
+        patch.setattr("halfweave.bench.kernel_gpu._READ_BYTES", 2**16)
+        return measured(packed_model, invented())
+
+
+def measured(model: Path, timer: Timer) -> GpuKernelResult:
+    return bench_gpu(str(model), Gpu(torch.device("cpu"), A100, timer), PLAN)
 
 
 def test_products_are_those_of_the_decoder_for_gpus(result: GpuKernelResult) -> None:
@@ -133,11 +160,45 @@ def test_a_table_of_tiles_is_found_again_and_rules(
 def test_a_tile_that_there_is_not_is_no_choice(result: GpuKernelResult) -> None:
     product, measured = result.tiles[0]
     known = Product(1, product.N, product.K, "bf16", 32)
-    strange = type(measured)(1, "tile 7x7, warps 1x1x1, 1 parts", "x", {"x": 1.0})
+    strange = type(measured)(1, "7x7 w1x1x1 s1", "x", {"x": 1.0})
     assert fastest(known, Table(Device("a", "b"), {product: (strange,)}), A100) is None
 
 
 def test_a_model_without_packed_linears_is_refused(tiny_model: Path) -> None:
-    gpu = Gpu(torch.device("cpu"), A100, invented())
     with pytest.raises(RefusedError, match="no packed linears"):
-        bench_gpu(str(tiny_model), gpu, PLAN)
+        measured(tiny_model, invented())
+
+
+def test_tiles_without_room_are_left_out_and_told(packed_model: Path) -> None:
+    first = invented()
+
+    def without_a_dense_one(runs: Sequence[Run]) -> Callable[[], float]:
+        chosen = getattr(runs[0], "keywords", {}).get("chosen")
+        if chosen is not None and chosen.tile is None:
+            raise RuntimeError("out of memory\nwith a long story")
+        return first(runs)
+
+    def without_any(runs: Sequence[Run]) -> Callable[[], float]:
+        raise RuntimeError("out of memory")
+
+    found = measured(packed_model, without_a_dense_one)
+    assert all("written out" not in row.others for row in found.rows)
+    assert "written out of 40 tokens was left out: out of memory" in found.notes
+    with pytest.raises(RefusedError, match="of 1 tokens cannot be timed: written out of 1 tokens"):
+        measured(packed_model, Late(without_any, 1))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "taken"),
+    [(1, 1), (2, 1), (3, None), (9, 16), (16, 16), (31, 32), (33, 64), (100, 64), (400, 512)],
+)
+def test_a_measurement_speaks_for_about_as_many_tokens(tokens: int, taken: int | None) -> None:
+    """None but the rule speaks for three: one is too far, and what serves 16 is no tile for it."""
+    product = Product(tokens, 4096, 4096, "bf16", 64)
+    rows = []
+    for each in (1, 16, 32, 64, 512):
+        name = candidates(replace(product, M=each), A100)[-1].name
+        rows.append(Measured(each, name, name, {name: 1.0}))
+    found = fastest(product, Table(Device("a", "b"), {stored(product): tuple(rows)}), A100)
+    wanted = {row.M: row.choice for row in rows}.get(taken or 0)
+    assert (found and found.name) == wanted

@@ -4,17 +4,19 @@ import copy
 import json
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from halfweave.bench.batches import decode_length
+from halfweave.bench.batches import BatchSample, decode_length
 from halfweave.bench.compare import NO_CHANGE, compare
 from halfweave.bench.offline import BenchResult, bench_offline
 from halfweave.bench.offline_plan import BenchPlan
+from halfweave.bench.progress import silent
 from halfweave.bench.stats import Spread, distribution, percentiles
 from halfweave.bench.token_bytes import token_bytes
-from halfweave.bench.turns import Sample
+from halfweave.bench.turns import ReadBandwidth, Sample, take_turns
 from halfweave.errors import UsageError
 from halfweave.files import sha256_file
 from halfweave.runtime.eval import evaluate
@@ -168,6 +170,21 @@ def test_runs_are_compared_by_the_ratio_to_dense_of_the_same_turn(result: BenchR
     batched = {"decode x1", "prefill x1", "decode x3", "prefill x3"}
     assert {f"packed: {each}, to dense" for each in batched} < found.keys()
     assert not any(each.relative for each in found.values() if each.name.startswith("tiny"))
+
+
+def test_a_warm_up_without_room_for_a_batch_costs_no_measurement(
+    monkeypatch: pytest.MonkeyPatch, tiny_model: Path
+) -> None:
+    calls = iter(range(1000))
+
+    def crowded_at_first(*given: Any) -> BatchSample | None:
+        return None if next(calls) == 0 else BatchSample(0.1, 0.1, 8)
+
+    monkeypatch.setattr("halfweave.bench.turns.one_batch", crowded_at_first)
+    model, plan = load_model(tiny_model), replace(PLAN, batches=(3,))
+    settings = LoadSettings("float32")
+    _, batches = take_turns({"tiny": model}, (1, 2, 3), plan, silent, ReadBandwidth(settings))
+    assert len(batches["tiny"][3]) == 5
 
 
 def test_a_pruned_model_alone_is_refused(packed_model: Path) -> None:

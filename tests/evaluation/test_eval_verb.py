@@ -147,3 +147,8 @@ def test_a_task_that_fails_leaves_what_was_measured_before_it(
     assert isinstance(kept, EvalDocument)
     assert (kept.result.tokens > 0, kept.tasks) == (True, {})
     assert any(note.startswith("the tasks were not finished: ") for note in kept.notes)
+    whole = ("--tasks", "riddles_cloze", "--include-path", folder, "--limit", 3)
+    assert halfweave("eval", packed, *flags(text), *whole).code == 0
+    before = (packed / "measured" / "eval.json").read_bytes()
+    assert halfweave("eval", packed, *flags(text), *tasks).code == 1
+    assert (packed / "measured" / "eval.json").read_bytes() == before

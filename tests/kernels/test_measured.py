@@ -55,7 +55,7 @@ def here() -> Device:
 # ---- the file
 
 
-def test_a_table_is_found_again_and_other_products_stay() -> None:
+def test_a_table_is_found_again_and_what_else_was_measured_stays() -> None:
     assert find_table(WHERE) is None
     write_table(WHERE, {PRODUCT: [ROW]})
     other = Product("sparse24", None, "bfloat16", 8, 8)
@@ -68,7 +68,11 @@ def test_a_table_is_found_again_and_other_products_stay() -> None:
     again = Measured(2, "sparse", "sparse", {"sparse": 1.0})
     write_table(WHERE, {PRODUCT: [again]})
     found = find_table(WHERE)
-    assert found is not None and found.rows[PRODUCT] == (again,)
+    assert found is not None and found.rows[PRODUCT] == (ROW, again)
+    faster = Measured(ROW.M, "sparse", "sparse", {"sparse": 0.5})
+    write_table(WHERE, {PRODUCT: [faster]})
+    found = find_table(WHERE)
+    assert found is not None and found.rows[PRODUCT] == (faster, again)
 
 
 def test_a_number_of_tokens_takes_the_row_below_it() -> None:

@@ -76,10 +76,12 @@ def test_sparsegpt_is_the_obs_oracle(pattern: str, columns: int) -> None:
     torch.testing.assert_close(pruned.weight.double(), expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize(("group", "columns"), [(32, 200), (64, 200), (128, 200), (64, 584)])
 @pytest.mark.parametrize("pattern", ["2:4", "dense"])
-def test_joint_quantization_is_the_naive_column_by_column_one(pattern: str, group: int) -> None:
-    weight, statistics = layer(24, 200, seed=1)
+def test_joint_quantization_is_the_naive_column_by_column_one(
+    pattern: str, group: int, columns: int
+) -> None:
+    weight, statistics = layer(24, columns, seed=1)
     wanted = target(pattern, bits=4, group=group)
     pruned = sparsegpt.prune(weight, statistics, wanted)
     expected, keep = obs_oracle(weight, statistics.hessian, wanted)

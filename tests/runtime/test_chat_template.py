@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from halfweave.errors import CapacityError, RequestError
+from halfweave.errors import NoProcessError, RequestError
 from halfweave.runtime.template import TemplateRenderer
 from halfweave.runtime.tokenizer import Tokenizer
 from support.tiny import EOS, save_tokenizer
@@ -189,7 +189,7 @@ def test_without_files_to_spare_a_template_has_to_wait_and_works_afterwards(
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) - 1, hard))
     try:
-        with pytest.raises(CapacityError, match="no process could be started"):
+        with pytest.raises(NoProcessError, match="no process could be started"):
             tokenizer.apply_chat_template(HELLO)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
