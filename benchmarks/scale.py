@@ -320,6 +320,7 @@ def parse_options() -> argparse.Namespace:
     add("--windows", type=int, default=8, help="calibration windows")
     add("--length", type=int, default=512, help="tokens per calibration window")
     add("--blocks", type=int, default=_BLOCKS_MADE, help="stop after so many")
+    add("--note", default="", help="what a reader has to know of this run, a sentence")
     add("--keep", action="store_true", help="keep the pruned model")
     return parser.parse_args()
 
@@ -333,6 +334,7 @@ def main() -> None:
         "hardware": this_machine().line,
         "versions": versions(),
         "date": time.strftime("%Y-%m-%d"),
+        "note": options.note,
         "bloom_176b_plan": plan_bloom(options, bloom),
         "opt_175b_block": measure(options, opt),
     }

@@ -22,7 +22,7 @@ def to_page(document: dict[str, Any]) -> str:
     return f"""# Models larger than the machine
 
 {document["date"]}, {document["hardware"]}; {_versions(document["versions"])}.
-Made by `{document["command"]}`.
+Made by `{document["command"]}`.{_note(document["note"])}
 
 ## Measured: blocks of OPT-175B's shape
 
@@ -72,6 +72,10 @@ the Hessians of its inputs, and some rows of the matrix at work. ADMM needs eigh
 Hessian, since it decomposes it in fp64; for 49152 inputs that is 72 GiB, so that on such a machine
 `--method sparsegpt` is what can be had, and the refusal says so.
 """
+
+
+def _note(note: str) -> str:
+    return f" {note}" if note else ""
 
 
 def _versions(versions: dict[str, str]) -> str:

@@ -2,9 +2,9 @@
 
 One sweep over the columns: each column's loss is pushed onto the columns to its right, weighted by
 the inverse Hessian. With the pattern "dense" and 4 bits this is GPTQ (2210.17323). Follows the
-published algorithm: damping relative to the mean diagonal, the mask of an
-N:M group chosen from the already compensated weights, and, for an unstructured share, one mask for
-128 columns. The 4-bit grid differs from the published code on purpose: symmetric and grouped,
+published algorithm: block of 128 columns, damping relative to the mean diagonal, the mask of an
+N:M group chosen from the already compensated weights, and, for an unstructured share, one mask per
+block of columns. The 4-bit grid differs from the published code on purpose: symmetric and grouped,
 as the format stores it, with a group's scale taken when the sweep reaches the group.
 """
 
@@ -18,10 +18,8 @@ from ..masks import keep_above_quantile, keep_n_of_m
 from . import magnitude
 from .base import InputStatistics, Pruned, Target
 
-BLOCK = 512  # columns whose errors reach all later ones in one product
-MASKED = 128  # columns that share a mask where a share of all weights is removed
-CHUNK = 32  # columns of a block that see each other's errors at once
-# Each divides the one before it; every M divides MASKED, and CHUNK every group size.
+BLOCK = 128  # columns per lazy update; every group size and every M divides it
+CHUNK = 32  # columns of a block that see each other's errors at once; divides every group size
 
 
 def prune(weight: Tensor, statistics: InputStatistics, target: Target) -> Pruned:
@@ -105,9 +103,9 @@ class _Block:
         if pattern.of and i % pattern.of == 0:
             saliency = self._saliency(i, i + pattern.of)
             self.keep[i : i + pattern.of] = keep_n_of_m(saliency, pattern.kept, pattern.of).T
-        elif pattern.fraction and not pattern.of and i % MASKED == 0:
-            saliency = self._saliency(i, i + MASKED)
-            self.keep[i : i + MASKED] = keep_above_quantile(saliency, pattern.fraction).T
+        elif pattern.fraction and not pattern.of and i == 0:
+            saliency = self._saliency(0, len(self.weight))
+            self.keep = keep_above_quantile(saliency, pattern.fraction).T.contiguous()
 
     def _saliency(self, start: int, stop: int) -> Tensor:
         """What removing each weight of these columns costs, [N, columns]."""

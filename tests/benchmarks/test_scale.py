@@ -56,6 +56,7 @@ def test_a_plan_is_made_of_headers_and_the_page_says_what_it_is(
         "hardware": "a machine",
         "versions": {"torch": "2"},
         "date": "2026-01-01",
+        "note": "Others were at work.",
         "opt_175b_block": opt,
         "bloom_176b_plan": bloom,
     }
@@ -63,6 +64,7 @@ def test_a_plan_is_made_of_headers_and_the_page_says_what_it_is(
     scale_page.write_page(tmp_path)
     page = (tmp_path / "scale.md").read_text()
     assert "Nobody has run this" in page
+    assert "Others were at work." in page
     assert f"{opt['peak_rss_gib']:.2f} GiB" in page
 
 
