@@ -106,7 +106,6 @@ def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(
         for call in (("bench", tiny_model, *words), ("eval", tiny_model, *words[:4])):
             ran = halfweave(*call, "--out", out)
             assert_error(ran, 2, "cannot be written")
-            assert "1/" not in ran.err
     deep = tmp_path / "deep" / "er" / "x.json"
     assert halfweave("bench", tiny_model, *words, "--out", deep).code == 0
     assert read_document(deep)["kind"] == "offline"
