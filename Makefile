@@ -74,7 +74,7 @@ soak: setup
 # A process per core with one thread each: many small models, which threads would only wait for. A file
 # stays in one process, since what its tests share takes minutes to make.
 test: $(VENV)/.model-ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 # The kernels' own tests again on a build that checks memory and arithmetic as it runs, and the pool's
 # threads on one that looks for races. Minutes; builds beside the installed library.

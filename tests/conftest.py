@@ -9,6 +9,7 @@ import io
 import shutil
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +25,33 @@ from support.tiny import pack_directory, save_tiny
 # Triton is there for Linux only; its kernels' tests are not even imported elsewhere.
 if find_spec("triton") is None:
     collect_ignore_glob = ["kernels/cuda/*", "gpu/*", "runtime/test_gpu_decoder.py"]
+
+
+# Files of few tests that take a minute or more. They begin: at the end one process would be left
+# with them while the others have nothing to do.
+LONG = (
+    "bench/test_command.py",
+    "benchmarks/test_peers.py",
+    "benchmarks/test_quality.py",
+    "benchmarks/test_scale.py",
+    "benchmarks/test_soak.py",
+    "kernels/cuda/test_aot.py",
+    "kernels/cuda/test_plain.py",
+    "kernels/cuda/test_plain_aot.py",
+    "pruner/test_distill.py",
+    "pruner/test_ray_tasks.py",
+    "pruner/test_resume.py",
+    "pruner/test_smollm2_cut.py",
+    "pruner/test_steps.py",
+    "pruner/test_wide.py",
+    "server/test_ray.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, then those with the most tests."""
+    counts = Counter(item.path for item in items)
+    items.sort(key=lambda item: (not item.path.as_posix().endswith(LONG), -counts[item.path]))
 
 
 @pytest.fixture(scope="session", autouse=True)
