@@ -101,6 +101,17 @@ def graph_timer(runs: Sequence[Run]) -> Callable[[], float]:
     return microseconds
 
 
+def in_turns(timers: Mapping[str, Callable[[], float]], repetitions: int) -> dict[str, list[float]]:
+    """What each timer says, A B A B, after a turn that warms up."""
+    for timer in timers.values():
+        timer()
+    samples: dict[str, list[float]] = {name: [] for name in timers}
+    for _ in range(repetitions):
+        for name, timer in timers.items():
+            samples[name].append(timer())
+    return samples
+
+
 @dataclass(frozen=True)
 class GpuKernelResult(KernelResult):
     """As of a CPU; a row's `kernel` is a tile by name, and `us` is its time."""
@@ -200,12 +211,7 @@ class _Subject:
         product = product_of(x, self.linear.weight, self.linear.rows)
         ways = {way.name: way for way in (*self._tiles(product), *self.others)}
         timers, notes = self._timers(ways.values(), x)
-        samples: dict[str, list[float]] = {name: [] for name in timers}
-        for lap in range(repetitions + 1):
-            for name, timer in timers.items():
-                us = timer()
-                if lap:  # the first one warms up
-                    samples[name].append(us)
+        samples = in_turns(timers, repetitions)
         times = {name: median(each) for name, each in samples.items() if ways[name].ours}
         best = min(times, key=times.__getitem__)
         error = self._error(x, ways[best].copies[0])

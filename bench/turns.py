@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import count, pairwise
 
 from ..errors import HalfweaveError
 from ..kernels.cpu.bandwidth import read_bandwidth
@@ -98,7 +97,7 @@ def take_turns(
     """
     turns: list[Turn] = []
     in_turn = len(models) * (1 + len(plan.batches))
-    steps = itertools.count(1)
+    steps = count(1)
 
     def told(what: str) -> None:
         warming = len(turns) < plan.warmups
@@ -110,16 +109,15 @@ def take_turns(
     kept = turns[plan.warmups :]
     return (
         {name: [turn.alone[name] for turn in kept] for name in models},
-        {name: _complete([turn.batches[name] for turn in turns], plan.warmups) for name in models},
+        {name: _complete([turn.batches[name] for turn in kept]) for name in models},
     )
 
 
 def _complete(
-    found: Sequence[Mapping[int, BatchSample | None]], warmups: int
+    turns: Sequence[Mapping[int, BatchSample | None]],
 ) -> dict[int, list[BatchSample]]:
-    """By batch, without warm-ups, and without batches for which another turn had no room."""
-    measured = found[warmups:]
-    by_batch = {batch: [turn[batch] for turn in measured] for batch in measured[0]}
+    """By batch, without those for which a turn had no room."""
+    by_batch = {batch: [turn[batch] for turn in turns] for batch in turns[0]}
     return {
         batch: [sample for sample in samples if sample is not None]
         for batch, samples in by_batch.items()

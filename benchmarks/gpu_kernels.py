@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import triton
-from halfweave.bench.kernel_gpu import graph_timer
+from halfweave.bench.kernel_gpu import graph_timer, in_turns
 from halfweave.kernels.cuda.binding import bind
 from halfweave.kernels.formats import Int4, PackedLinear, Sparse24, Sparse24Int4
 from torch import Tensor
@@ -102,12 +102,7 @@ def measure(rows: int, columns: int) -> list[dict[str, Any]]:
             name: graph_timer([partial(copy, x) for copy in copies])
             for name, copies in every.items()
         }
-        times: dict[str, list[float]] = {name: [] for name in every}
-        for lap in range(ROUNDS + 1):
-            for name, timer in timers.items():
-                took = timer()
-                if lap:  # the first one warms up
-                    times[name].append(took)
+        times = in_turns(timers, ROUNDS)
         for name, own in times.items():
             found.append(
                 {

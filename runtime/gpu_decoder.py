@@ -33,7 +33,7 @@ from .spec import DecoderSpec, RopeSpec
 
 # Roles of a block, in the order in which they are computed; those of a row are one product.
 TOGETHER = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
-Result = TypeVar("Result")
+_Result = TypeVar("_Result")
 _MOST_SHARING = 16  # query heads to a pair of keys and values
 
 
@@ -83,11 +83,11 @@ class _Batch:
     long: Sequence[tuple[slice, int]] = ()
 
 
-def _on_its_device(method: Callable[..., Result]) -> Callable[..., Result]:
+def _on_its_device(method: Callable[..., _Result]) -> Callable[..., _Result]:
     """Triton launches on the thread's current GPU, whatever tensors it is given."""
 
     @wraps(method)
-    def run(self: GpuDecoder, *given: Any) -> Result:
+    def run(self: GpuDecoder, *given: Any) -> _Result:
         with torch.inference_mode(), torch.cuda.device_of(self._embedding):
             return method(self, *given)
 
