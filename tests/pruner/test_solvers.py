@@ -8,7 +8,7 @@ import pytest
 import torch
 from halfweave.errors import HalfweaveError
 from halfweave.kernels.groups import expand_groups
-from halfweave.pruner.masks import is_n_of_m
+from halfweave.pruner.masks import is_n_of_m, keep_above_quantile
 from halfweave.pruner.methods import METHODS, InputStatistics, Target
 from halfweave.pruner.methods.base import mixed_error, relative_error
 from halfweave.pruner.recipe import Pattern
@@ -17,7 +17,7 @@ from halfweave.pruner.solvers.descent import descend, move_groups
 from halfweave.pruner.solvers.objective import Objective, damp, make_objective
 from halfweave.pruner.solvers.refit import refit
 from halfweave.pruner.solvers.scales import refit_scales, search_scales
-from halfweave.pruner.solvers.supports import choose_support, quick_support
+from halfweave.pruner.solvers.supports import choose_support, quick_support, sorting_network
 from halfweave.pruner.solvers.sweep import round_in_order
 from torch import Tensor
 
@@ -93,11 +93,28 @@ def test_the_mixed_error_is_that_of_the_outputs() -> None:
         assert error == pytest.approx(float(expected), rel=1e-4)
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "4:8", "50%", "1:4"])
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "50%", "1:4", "7:8", "5:16"])
 def test_the_quick_support_is_the_exact_one(pattern: str) -> None:
     score = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)).abs()
     wanted = Pattern.parse(pattern)
     assert torch.equal(quick_support(score, wanted), choose_support(score, wanted))
+
+
+@pytest.mark.parametrize("count", range(1, 13))
+def test_a_sorting_network_sorts(count: int) -> None:
+    """What sorts all zeros and ones sorts everything (Knuth, volume 3, 5.3.4, theorem Z)."""
+    for values in product((0, 1), repeat=count):
+        places = list(values)
+        for low, high in sorting_network(count):
+            places[low], places[high] = sorted((places[low], places[high]))
+        assert places == sorted(values)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.31, 0.5, 0.999])
+def test_a_quantile_is_that_of_the_sorted_scores(fraction: float) -> None:
+    score = torch.randint(0, 40, (16, 32), generator=torch.Generator().manual_seed(2)).float()
+    threshold = score.flatten().sort().values[int(score.numel() * fraction)]
+    assert torch.equal(keep_above_quantile(score, fraction), score > threshold)
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "4:8", "50%"])
