@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from .errors import CapacityError, CheckpointError, UsageError
 MAX_JSON_BYTES = 32 * 2**20
 MAX_JSON_DEPTH = 64
 _CHUNK_BYTES = 2**20
+_STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[][{}]', re.DOTALL)
 
 
 @contextmanager
@@ -135,17 +137,11 @@ def read_json(path: Path) -> dict[str, Any]:
 def _depth(text: str) -> int:
     """Deepest nesting of brackets outside strings; cheaper and safer than parsing to find out."""
     deepest = depth = 0
-    quoted = escaped = False
-    for char in text:
-        if quoted:
-            quoted = escaped or char != '"'
-            escaped = char == "\\" and not escaped
-        elif char == '"':
-            quoted, escaped = True, False
-        elif char in "[{":
+    for match in _STRING_OR_BRACKET.finditer(text):
+        if match[0] in "[{":
             depth += 1
             deepest = max(deepest, depth)
-        elif char in "]}":
+        elif match[0] in "]}":
             depth -= 1
     return deepest
 

@@ -15,6 +15,8 @@ from ..errors import CheckpointError
 # Smallest normal fp16: a scale below it would lose precision or become zero.
 SMALLEST_SCALE = 2.0**-14
 _PADDING_NIBBLE = 0x4  # positions 0 and 1: fills the last byte when K/4 is odd
+_LEGAL = [first | second << 2 for second in range(4) for first in range(second)]
+_LEGAL_BYTES = bytes(low | high << 4 for low in _LEGAL for high in _LEGAL)
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
@@ -81,7 +83,7 @@ def unpack_meta(meta: Tensor, columns: int) -> Tensor:
 def check_meta(name: str, meta: Tensor, rows: int, columns: int) -> None:
     """Prove that every nibble names two increasing positions.
 
-    One vectorised pass; afterwards a kernel may use the indices without looking at them.
+    One pass over the bytes; afterwards a kernel may use the indices without looking at them.
 
     Raises:
         CheckpointError: wrong dtype or shape, or an illegal nibble (named by row and column).
@@ -92,12 +94,22 @@ def check_meta(name: str, meta: Tensor, rows: int, columns: int) -> None:
             f"{name}.meta: expected torch.uint8 {list(expected)} for K = {columns}, "
             f"found {meta.dtype} {list(meta.shape)}"
         )
+    padded = meta[:, columns // 8 :] >> 4 if columns % 8 else meta[:, :0]
+    if _left_of(meta, _LEGAL_BYTES) or _left_of(padded, bytes([_PADDING_NIBBLE])):
+        raise CheckpointError(f"{name}.meta: {_first_illegal(meta, columns // 4)}")
+
+
+def _left_of(values: Tensor, taken: bytes) -> bytes:
+    """The bytes that are none of `taken`; by Python's own loop, a tenth of torch's passes."""
+    return values.numpy().tobytes().translate(None, taken)
+
+
+def _first_illegal(meta: Tensor, groups: int) -> str:
     pairs = unpack_nibbles(meta)
-    legal = (pairs & 3) < (pairs >> 2)
-    legal[:, columns // 4 :] &= pairs[:, columns // 4 :] == _PADDING_NIBBLE
-    if not bool(legal.all()):
-        row, group = torch.nonzero(~legal)[0].tolist()
-        raise CheckpointError(
-            f"{name}.meta: nibble {int(pairs[row, group]):#x} in row {row}, group {group} "
-            "does not name two increasing positions of four"
-        )
+    illegal = (pairs & 3) >= (pairs >> 2)
+    illegal[:, groups:] |= pairs[:, groups:] != _PADDING_NIBBLE
+    row, group = torch.nonzero(illegal)[0].tolist()
+    return (
+        f"nibble {int(pairs[row, group]):#x} in row {row}, group {group} "
+        "does not name two increasing positions of four"
+    )

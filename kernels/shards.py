@@ -133,14 +133,12 @@ class ShardedTensors:
             CheckpointError: there is no such tensor, or the file has been cut off meanwhile.
         """
         info = self.info(name)
-        data = bytearray(info.nbytes)
+        data = torch.empty(info.nbytes, dtype=torch.uint8)  # a bytearray would be zeroed first
         with _typed_errors(info.file), open(info.file, "rb") as file:
             file.seek(info.start)
-            if file.readinto(data) != info.nbytes:
+            if file.readinto(data.numpy().data) != info.nbytes:
                 raise ValueError("it ends before its last tensor does")
-        if not data:
-            return torch.empty(info.shape, dtype=info.dtype)
-        return torch.frombuffer(data, dtype=info.dtype).view(info.shape)
+        return data.view(info.dtype).view(info.shape)
 
     def read_file(self, file: Path, sha256: str | None = None) -> dict[str, Tensor]:
         """All tensors of one of `files`, by the names they have there: see `read_shard`."""

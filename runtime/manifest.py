@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, RefusedError
 from ..files import read_json, sha256_file
+from ..kernels.cpu.cores import granted_cores
 from ..kernels.schema import FORMAT_VERSION, MANIFEST_FILE
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -70,13 +72,15 @@ class Manifest:
                 )
 
     def check_hashes(self, directory: Path) -> None:
-        """Raise CheckpointError unless every listed file has its SHA-256."""
-        for name, record in self.files.items():
-            if sha256_file(directory / name) != record.sha256:
-                raise CheckpointError(
-                    f"{directory / name} is damaged: its SHA-256 is not the one in {MANIFEST_FILE}",
-                    "copy the file again, or prune again",
-                )
+        """Raise CheckpointError unless every listed file has its SHA-256, on all cores."""
+        paths = [directory / name for name in self.files]
+        with ThreadPoolExecutor(granted_cores()) as threads:
+            for path, digest in zip(paths, threads.map(sha256_file, paths), strict=True):
+                if digest != self.files[path.name].sha256:
+                    raise CheckpointError(
+                        f"{path} is damaged: its SHA-256 is not the one in {MANIFEST_FILE}",
+                        "copy the file again, or prune again",
+                    )
 
 
 def _record(path: Path, name: str, entry: Any) -> FileRecord:

@@ -56,6 +56,19 @@ def test_row_3_a_hostile_json_file_is_a_typed_error(
         read_json(tmp_path / "config.json")
 
 
+@pytest.mark.parametrize("quote", ['"', '"\\\\', '"\\"'])
+def test_brackets_behind_a_quote_that_does_not_end_do_not_count(tmp_path: Path, quote: str) -> None:
+    (tmp_path / "a.json").write_text("[" + quote + "[" * 1000)
+    with pytest.raises(CheckpointError, match="is not JSON"):
+        read_json(tmp_path / "a.json")
+
+
+def test_brackets_between_strings_count(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"\\\\": ' + '["\\"]", ' * 65 + "0" + "]" * 65 + "}")
+    with pytest.raises(CheckpointError, match="nested deeper"):
+        read_json(tmp_path / "a.json")
+
+
 def test_brackets_inside_strings_do_not_count_as_depth(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"template": "[{" * 500 + '\\"'})
     assert read_json(tmp_path / "a.json")["template"].startswith("[{")
