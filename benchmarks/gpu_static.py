@@ -62,6 +62,7 @@ def build_one(item: tuple[Variant, int]) -> Figures:
             splits=2 if variant.splits else 1,
             bias=variant.bias,
             residual=variant.residual,
+            gated=variant.gated,
         )
         figures |= {"emulated": True, "max_rel_err": error_of(case)}
     return figures

@@ -27,7 +27,8 @@ code, and computed from data sheets, {date}.
 - mma.sp and instructions are those of one warp in one step of K, in the main loop. "Fit" is how
   many programs share a multiprocessor, by registers, shared memory and warps.
 - "Split" writes fp32 parts of a K that is divided among programs; "ragged" is for a K that is no
-  multiple of 128 and, where K is not divided, adds a bias and a residual.
+  multiple of 128 and, where K is not divided, adds a bias and a residual; "gated" one is that of a
+  gate and what it lets through, with a bias and the product of both.
 - Roofs are the least time that memory bandwidth and tensor cores allow. Real kernels stay below
   them: launches, latency, caches, clocks and power are not in them.
 - Mutants: {planted} faults were planted in the compiled program (a relaxed wait, a wrong selector,
@@ -101,7 +102,8 @@ def _variants(variants: Sequence[Figures]) -> str:
             (
                 "x".join(map(str, each["tile"]))
                 + (" split" if each["split"] else "")
-                + ("" if each["whole_k"] else " ragged"),
+                + ("" if each["whole_k"] else " ragged")
+                + (" gated" if each["gated"] else ""),
                 each["warps"],
                 f"{pattern}{stored}{each['dtype']}",
                 each["registers"],

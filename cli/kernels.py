@@ -84,6 +84,7 @@ def to_json(row: Row) -> dict[str, Any]:
         "split": variant.splits,
         "whole_k": variant.whole_k,
         "bias_and_residual": variant.bias and variant.residual,
+        "gated": variant.gated,
         "warps": made.warps,
         "arch": made.arch,
         "registers": made.registers,
@@ -130,9 +131,8 @@ def _save(row: Row, directory: Path) -> None:
     variant, made = row.variant, row.compiled
     directory.mkdir(parents=True, exist_ok=True)
     tile = f"{variant.BN}x{variant.BM}x{64 * variant.WK}"
-    split = ("-split" if variant.splits else "") + ("" if variant.whole_k else "-ragged")
     stored = f"{_format(variant)}-g{variant.scaled_columns}"
-    stem = f"{made.name}-{variant.kind}-{stored}-{tile}{split}.sm_{made.arch}"
+    stem = "-".join([made.name, variant.kind, stored, tile, *variant.extras]) + f".sm_{made.arch}"
     (directory / f"{stem}.cubin").write_bytes(made.cubin)
     (directory / f"{stem}.ptx").write_text(made.ptx)
 
@@ -142,9 +142,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     stored = f"{variant.kind} {_format(variant)}"
     stored += f" g{variant.scaled_columns}" if variant.group else ""
     return (
-        f"{variant.BN}x{variant.BM}x{64 * variant.WK}"
-        + (" split" if variant.splits else "")
-        + ("" if variant.whole_k else " ragged"),
+        " ".join([f"{variant.BN}x{variant.BM}x{64 * variant.WK}", *variant.extras]),
         str(made.warps),
         stored,
         str(made.arch),

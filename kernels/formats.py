@@ -243,6 +243,12 @@ def stacked(parts: Sequence[PackedLinear]) -> PackedLinear:
     return replace(parts[0], **rows)
 
 
+def with_rows(weight: PackedLinear, rows: Tensor) -> PackedLinear:
+    """The linear of some rows of another, in any order; every format keeps rows apart."""
+    moved: dict[str, Any] = {name: tensor[rows] for name, tensor in weight.tensors().items()}
+    return replace(weight, **moved)
+
+
 def needs_group(kind: str) -> bool:
     """Whether a format stores one scale per group of K."""
     return kind in (Sparse24Int4.kind, Int4.kind)

@@ -7,14 +7,13 @@ the order under which the reader's pattern costs least is free, in bytes and in 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import MutableMapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..kernels.formats import PackedLinear
+from ..kernels.formats import PackedLinear, with_rows
 from .family import FreeChannels
 from .masks import is_n_of_m
 from .methods.base import InputStatistics, Pruned, Target
@@ -57,10 +56,8 @@ def reorder_module(block: nn.Module, channels: FreeChannels, order: Tensor) -> N
 
 
 def reordered_rows(packed: PackedLinear, order: Tensor) -> PackedLinear:
-    """A maker as stored. Every format keeps rows apart, so its tensors are merely reordered."""
-    rows = _rows(order, packed.shape[0])
-    moved: Mapping[str, Any] = {name: tensor[rows] for name, tensor in packed.tensors().items()}
-    return replace(packed, **moved)
+    """A maker as stored."""
+    return with_rows(packed, _rows(order, packed.shape[0]))
 
 
 def reordered_solution(pruned: Pruned, order: Tensor) -> Pruned:

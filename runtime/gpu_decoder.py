@@ -1,9 +1,9 @@
 """The decoder on a GPU: packed linears, keys and values in pages, a few kernels a block.
 
-q, k and v are one product, and so are gate and up, where their weights are stored alike. One new
-token looks at the pages themselves; several at copies of them, by torch's attention. Steps of one
-token a sequence are replayed from graphs (gpu_graphs.py). Under Triton's interpreter the same code
-runs on CPU tensors.
+q, k and v are one product, and so are gate and up, where their weights are stored alike: what the
+gate lets through is then made where both are summed. One new token looks at the pages themselves;
+several at copies of them, by torch's attention. Steps of one token a sequence are replayed from
+graphs (gpu_graphs.py). Under Triton's interpreter the same code runs on CPU tensors.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..errors import UnsupportedModel
-from ..kernels.cuda.binding import parts_of
-from ..kernels.cuda.steps import Pages, attend_newest, gated, normed, remember
+from ..kernels.cuda.binding import GatedLinear, parts_of
+from ..kernels.cuda.linear import GATE_RUN, gate_order
+from ..kernels.cuda.steps import Pages, attend_newest, normed, remember
 from ..kernels.dispatch import LinearFunction, on_gpu
-from ..kernels.formats import Dense, PackedLinear, stacked
+from ..kernels.formats import Dense, PackedLinear, stacked, with_rows
 from ..kernels.paging import PAGE_POSITIONS
 from .draw import Draw, drawn_tokens
 from .gpu_graphs import StepBuffers, StepGraphs
@@ -43,7 +44,7 @@ class _Block:
     mlp_gain: Tensor
     qkv: LinearFunction
     o: LinearFunction
-    up: LinearFunction  # gate and up
+    gated: GatedLinear  # gate and up
     down: LinearFunction
 
 
@@ -161,8 +162,8 @@ class GpuDecoder(PagedDecoder):
             q = x.new_empty(len(x), self.spec.heads, self.spec.head_dim)
             remember(qkv, batch.positions, batch.table, self._frequencies, pages, q)
             delta = parts_of(block.o, self._attended(q, pages, batch))
-            both = parts_of(block.up, normed(x, delta, block.mlp_gain, eps))
-            delta = parts_of(block.down, gated(both, self._dtype))
+            let_through = block.gated(normed(x, delta, block.mlp_gain, eps))
+            delta = parts_of(block.down, let_through)
         return normed(x, delta, self._gain, eps)
 
     @_on_its_device
@@ -269,32 +270,55 @@ def _largest_dense_bytes(spec: DecoderSpec) -> int:
 
 def _block(loader: Loader, layer: int) -> _Block:
     names = loader.spec.names
+    qkv, o, gate_up, down = TOGETHER
     return _Block(
         loader.block_norm(layer, names.attention_norm).gain,
         loader.block_norm(layer, names.mlp_norm).gain,
-        *(_together(loader, layer, roles) for roles in TOGETHER),
+        qkv=_together(loader, layer, qkv),
+        o=_together(loader, layer, o),
+        gated=_gated(loader, layer, gate_up),
+        down=_together(loader, layer, down),
     )
 
 
 def _together(loader: Loader, layer: int, roles: Sequence[str]) -> LinearFunction:
     """One linear whose rows are those of several, one behind the other."""
+    weights, bias = _rows_of(loader, layer, roles)
+    if _alike(weights):
+        return _bound(stacked(weights), bias, loader)
+    counts = [weight.shape[0] for weight in weights]
+    biases = [None] * len(weights) if bias is None else bias.split(counts)
+    parts = [_bound(*each, loader) for each in zip(weights, biases, strict=True)]
+    return lambda x: torch.cat([part(x) for part in parts], -1)
+
+
+def _gated(loader: Loader, layer: int, roles: Sequence[str]) -> GatedLinear:
+    """Gate and up as one, their rows in turns where a gate's run divides them."""
+    weights, bias = _rows_of(loader, layer, roles)
+    if not _alike(weights) or weights[0].shape[0] % GATE_RUN:
+        return GatedLinear(_together(loader, layer, roles), in_turns=False)
+    order = gate_order(weights[0].shape[0])
+    bias = None if bias is None else bias[order]
+    return GatedLinear(_bound(with_rows(stacked(weights), order), bias, loader), in_turns=True)
+
+
+def _rows_of(
+    loader: Loader, layer: int, roles: Sequence[str]
+) -> tuple[list[PackedLinear], Tensor | None]:
+    """Weights, and the biases of all their rows, if one has any."""
     weights = [loader.linear(layer, role) for role in roles]
     biases = [loader.bias(layer, role) for role in roles]
-    rows = [weight.shape[0] for weight in weights]
-    bias = None
-    if any(each is not None for each in biases):
-        known = zip(biases, rows, strict=True)
-        bias = torch.cat(
-            [torch.zeros(count, device=loader.device) if b is None else b for b, count in known]
-        )
-    if len({(weight.kind, getattr(weight, "group", None)) for weight in weights}) == 1:
-        return _bound(stacked(weights), bias, loader)
-    starts = [sum(rows[:index]) for index in range(len(rows))]
-    parts = [
-        _bound(weight, None if bias is None else bias[start : start + count], loader)
-        for weight, start, count in zip(weights, starts, rows, strict=True)
-    ]
-    return lambda x: torch.cat([part(x) for part in parts], -1)
+    if all(bias is None for bias in biases):
+        return weights, None
+    known = zip(biases, weights, strict=True)
+    return weights, torch.cat(
+        [torch.zeros(w.shape[0], device=loader.device) if b is None else b for b, w in known]
+    )
+
+
+def _alike(weights: Sequence[PackedLinear]) -> bool:
+    """Whether they can be one."""
+    return len({(weight.kind, getattr(weight, "group", None)) for weight in weights}) == 1
 
 
 def _bound(weight: PackedLinear, bias: Tensor | None, loader: Loader) -> LinearFunction:

@@ -15,13 +15,16 @@ from .choices import limits_of
 from .fragments import FragmentWeight, from_int4, from_sparse24, from_sparse24_int4
 from .linear import (
     COLUMNS_MULTIPLE,
+    GATE_RUN,
     KINDS,
     ROWS_MULTIPLE,
     multiply,
+    multiply_gated,
     multiply_in_parts,
     sparse_linear,
 )
 from .plain_linear import expanded_linear, int4_linear
+from .steps import gated
 
 LinearFunction = Callable[[Tensor], Tensor]
 
@@ -72,11 +75,13 @@ class SparseLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """y [..., N] for x [..., K]."""
-        rows, columns = self.weight.shape
-        missing = -columns % COLUMNS_MULTIPLE
-        inputs = functional.pad(x, (0, missing)) if missing else x
-        y = self._multiply(inputs)
+        rows = self.weight.shape[0]
+        y = self._multiply(self._filled(x))
         return y if rows == self.rows else y[..., :rows].contiguous()
+
+    def _filled(self, x: Tensor) -> Tensor:
+        missing = -self.weight.shape[1] % COLUMNS_MULTIPLE
+        return functional.pad(x, (0, missing)) if missing else x
 
     def _multiply(self, x: Tensor) -> Tensor:
         """By the operator where torch compiles: it sees no kernel's insides otherwise."""
@@ -93,6 +98,24 @@ class SparseLinear:
         if self.bias is not None or rows != self.rows or columns % COLUMNS_MULTIPLE:
             return self(x)
         return multiply_in_parts(x, self.weight, rows)
+
+    def let_through(self, x: Tensor) -> Tensor:
+        """silu(g) u [M, N / 2] of x [M, K], for g and u that take turns in the weight's rows."""
+        return multiply_gated(self._filled(x), self.weight, self.rows, self.bias)
+
+
+@dataclass(frozen=True)
+class GatedLinear:
+    """silu(gate(x)) * up(x), of a product that gives both: in turns, or one behind the other."""
+
+    both: LinearFunction
+    in_turns: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """y [M, N / 2] for x [M, K]."""
+        if self.in_turns and isinstance(self.both, SparseLinear) and x.is_cuda:
+            return self.both.let_through(x)
+        return gated(parts_of(self.both, x), x.dtype, GATE_RUN if self.in_turns else 0)
 
 
 def parts_of(linear: LinearFunction, x: Tensor) -> Tensor:

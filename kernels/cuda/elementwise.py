@@ -46,17 +46,18 @@ def rms_norm(x, delta, gain, y, size, eps, B: tl.constexpr, splits: tl.constexpr
 
 
 @triton.jit
-def gate(up, y, size, B: tl.constexpr, splits: tl.constexpr):
+def gate(up, y, size, B: tl.constexpr, splits: tl.constexpr, run: tl.constexpr):
     """y [M, size] = silu(g) u for rows of g, then u, `up` [splits, M, 2 size].
 
-    Grid: M, ceil(size / B).
+    Or they take turns, `run` of each, where that is not 0. Grid: M, ceil(size / B).
     """
     at = tl.program_id(1) * B + tl.arange(0, B)
     inside = at < size
     row = tl.program_id(0).to(tl.int64) * size
     apart = tl.num_programs(0).to(tl.int64) * 2 * size
-    g = _summed(up + 2 * row + at, inside, apart, splits)
-    u = _summed(up + 2 * row + size + at, inside, apart, splits)
+    first, further = (at + at // run * run, run) if run else (at, size)
+    g = _summed(up + 2 * row + first, inside, apart, splits)
+    u = _summed(up + 2 * row + first + further, inside, apart, splits)
     tl.store(y + row + at, (g / (1 + tl.exp(-g)) * u).to(y.dtype.element_ty), inside)
 
 

@@ -14,12 +14,13 @@ from .choices import choice_on
 from .dense import dense_of_fragments
 from .fragments import WHOLE_COLUMNS, FragmentWeight, unpack
 from .sparse_gemm import sparse_gemm
-from .steps import add_up
+from .steps import add_up, gated
 from .variants import Choice, Product, Variant
 
 KINDS = {torch.float16: "f16", torch.bfloat16: "bf16"}
 ROWS_MULTIPLE = 16  # results are written 16 bytes at a time, wherever rows begin
 COLUMNS_MULTIPLE = 16  # and tokens read so
+GATE_RUN = 8  # rows of a gate, then as many of what it lets through: those of one lane's sums
 
 
 def multiply(
@@ -64,6 +65,35 @@ def multiply_in_parts(
     parts = _room(inputs, rows, chosen.splits)
     _launch(inputs, weight, (None, None), parts, chosen)
     return parts
+
+
+def multiply_gated(
+    x: Tensor,
+    weight: FragmentWeight,
+    rows: int,
+    bias: Tensor | None = None,
+    chosen: Choice | None = None,
+) -> Tensor:
+    """silu(g) u [M, rows / 2] for g and u that take turns in the rows of x W^T (+ bias).
+
+    In one kernel, where K is not parted. x [M, K] is on a GPU; see `multiply` for the rest.
+    """
+    inputs = x.contiguous()
+    chosen = chosen or choice_on(inputs.device.index, product_of(inputs, weight, rows))
+    if chosen.tile is not None and chosen.splits == 1:
+        y = inputs.new_empty(len(inputs), rows // 2)
+        _launch(inputs, weight, (bias, None), y, chosen, halved=True)
+        return y
+    if bias is None:
+        both = multiply_in_parts(inputs, weight, rows, chosen)
+    else:
+        both = multiply(inputs, weight, rows, bias, chosen=chosen)
+    return gated(both, x.dtype, GATE_RUN)
+
+
+def gate_order(size: int) -> Tensor:
+    """Rows [gate, up], each `size` of them, a multiple of GATE_RUN, in turns: int64 [2 size]."""
+    return torch.arange(2 * size).view(2, -1, GATE_RUN).transpose(0, 1).flatten()
 
 
 @torch.library.custom_op("halfweave::sparse_linear", mutates_args=())
@@ -113,9 +143,14 @@ def _launch(
     added: tuple[Tensor | None, Tensor | None],
     y: Tensor,
     chosen: Choice,
+    halved: bool = False,
 ) -> None:
-    """Compute y [M, rows], or its parts [splits, M, rows]; `added` are bias and residual."""
+    """Compute y [M, rows], or its parts [splits, M, rows]; `added` are bias and residual.
+
+    Or y [M, rows / 2], what a gate lets through, where it is `halved`.
+    """
     (M, K), rows, tile, (bias, residual) = inputs.shape, y.shape[-1], chosen.tile, added
+    rows = 2 * rows if halved else rows
     assert tile is not None
     variant = Variant(
         tile,
@@ -126,6 +161,7 @@ def _launch(
         bias=bias is not None,
         residual=residual is not None,
         dense=weight.dense,
+        gated=halved,
     )
     blocks = weight.blocks[1]
     grid = (triton.cdiv(rows, tile.BN), triton.cdiv(M, tile.BM), chosen.splits)

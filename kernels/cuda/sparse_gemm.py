@@ -194,10 +194,10 @@ def _whole_tile(sums, V: gl.constexpr):
     """The program's tile fp32 [BM, BN], the parts of the warps along K added in order."""
     shape: gl.constexpr = [V.WK, V.BN // 16, V.BM // 8, 8, 4, 2, 2]
     parts = gl.permute(sums.reshape(shape), [0, 2, 4, 6, 1, 5, 3]).reshape([V.WK, V.BM, V.BN])
-    layout: gl.constexpr = contiguous([V.BM, V.BN], V.WN * V.WK * V.WM, V.stored)
+    layout: gl.constexpr = contiguous([V.BM, V.BN], V.WN * V.WK * V.WM, V.summed)
     if V.WK == 1:
         return gl.convert_layout(parts.reshape([V.BM, V.BN]), layout)
-    one: gl.constexpr = contiguous([1, V.BM, V.BN], V.WN * V.WK * V.WM, V.stored)
+    one: gl.constexpr = contiguous([1, V.BM, V.BN], V.WN * V.WK * V.WM, V.summed)
     swizzled: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [2, 1, 0])
     room = gl.allocate_shared_memory(gl.float32, [V.WK, V.BM, V.BN], swizzled)
     room.store(parts)
@@ -209,13 +209,28 @@ def _whole_tile(sums, V: gl.constexpr):
 
 
 @gluon.jit
+def _let_through(tile, V: gl.constexpr):
+    """silu(g) u fp32 [BM, BN/2] of a tile [BM, BN] in whose rows of W g and u take turns."""
+    turns = gl.permute(tile.reshape([V.BM, V.BN // 16, 2, 8]), [0, 1, 3, 2])
+    g, u = gl.split(turns)
+    layout: gl.constexpr = contiguous([V.BM, V.width], V.WN * V.WK * V.WM, V.stored)
+    value = (g / (1 + gl.exp(-g)) * u).reshape([V.BM, V.width])
+    return gl.convert_layout(value, layout, assert_trivial=True)
+
+
+@gluon.jit
 def _finish(tile, bias, residual, y, M, N, V: gl.constexpr):
-    """Bias and residual, and the way to memory; parts of a sum go there as they are."""
-    layout: gl.constexpr = contiguous([V.BM, V.BN], V.WN * V.WK * V.WM, V.stored)
-    n0, m0 = gl.program_id(0) * V.BN, gl.program_id(1) * V.BM
-    n = n0 + gl.arange(0, V.BN, gl.SliceLayout(0, layout))
+    """Bias, gate and residual, and the way to memory; parts of a sum go there as they are."""
     if V.bias:
-        tile += gl.load(bias + n, mask=n < N, other=0.0).to(gl.float32)[None, :]
+        rows: gl.constexpr = contiguous([V.BM, V.BN], V.WN * V.WK * V.WM, V.summed)
+        of_w = gl.program_id(0) * V.BN + gl.arange(0, V.BN, gl.SliceLayout(0, rows))
+        tile += gl.load(bias + of_w, mask=of_w < N, other=0.0).to(gl.float32)[None, :]
+    if V.gated:
+        tile = _let_through(tile, V)
+        N = N // 2
+    layout: gl.constexpr = contiguous([V.BM, V.width], V.WN * V.WK * V.WM, V.stored)
+    n0, m0 = gl.program_id(0) * V.width, gl.program_id(1) * V.BM
+    n = n0 + gl.arange(0, V.width, gl.SliceLayout(0, layout))
     m = gl.arange(0, V.BM, gl.SliceLayout(1, layout))
     inside = (m0 + m < M)[:, None] & (n < N)[None, :]
     row = (gl.program_id(2).to(gl.int64) * M + m0) * N  # beyond 32 bits in long batches
@@ -258,7 +273,7 @@ def _copy_weights(ws, es, w, e, step, V: gl.constexpr):
 # Without this, batches of 1 and of multiples of 16 would each be compiled for once more.
 @gluon.jit(do_not_specialize=["M", "KB", "T"])
 def sparse_gemm(x, w, e, s, bias, residual, y, M, N, K, KB, T, V: gl.constexpr):
-    """y [M, N] = x [M, K] W^T (+ bias [N]) (+ residual [M, N]).
+    """y [M, N] = x [M, K] W^T (+ bias [N]) (+ residual [M, N]), or silu(g) u [M, N/2] of that.
 
     Grid: ceil(N / BN), ceil(M / BM), splits. x is read as pairs of halves; w, e and s are a
     FragmentWeight's values, meta and scales; KB its blocks of columns; T the steps of a split, the

@@ -99,12 +99,15 @@ def normed(x: Tensor, delta: Tensor | None, gain: Tensor, eps: float) -> Tensor:
     return y
 
 
-def gated(both: Tensor, dtype: torch.dtype) -> Tensor:
-    """silu(g) u for rows [g, u]: [tokens, size] of [tokens, 2 size], or of parts of it."""
+def gated(both: Tensor, dtype: torch.dtype, run: int = 0) -> Tensor:
+    """silu(g) u [tokens, size] of rows [g, u], or of parts of them: `both` [.., tokens, 2 size].
+
+    Where `run` is not 0, g and u take turns, so many of each.
+    """
     tokens, size = both.shape[-2], both.shape[-1] // 2
     y = both.new_empty(tokens, size, dtype=dtype)
     grid = tokens, triton.cdiv(size, _GATED)
-    gate[grid](both.contiguous(), y, size, B=_GATED, splits=splits_of(both))
+    gate[grid](both.contiguous(), y, size, B=_GATED, splits=splits_of(both), run=run)
     return y
 
 

@@ -81,6 +81,8 @@ class Variant:
         splits: whether K is parted among programs, whose fp32 parts are added by another kernel.
         bias, residual: what is added to the result before it is rounded.
         dense: the weight is two 2:4 ones (fragments.py); K is that of both.
+        gated: rows of a gate and of what it lets through take turns, eight of each (linear.py);
+            the result is their product. Not with splits or a residual.
     """
 
     tile: Tile
@@ -91,6 +93,7 @@ class Variant:
     bias: bool = False
     residual: bool = False
     dense: bool = False
+    gated: bool = False
 
     @property
     def BN(self) -> int:  # noqa: N802
@@ -138,9 +141,25 @@ class Variant:
         return 16 * self.WK if self.dense else 32 * self.WK
 
     @property
+    def extras(self) -> list[str]:
+        """What tells it from others of its tile and format, in words."""
+        kinds = ("split", self.splits), ("ragged", not self.whole_k), ("gated", self.gated)
+        return [word for word, there in kinds if there]
+
+    @property
+    def width(self) -> int:
+        """Results of a program for each of its tokens."""
+        return self.BN // 2 if self.gated else self.BN
+
+    @property
     def stored(self) -> int:
         """Neighbouring results of a lane: 16 bytes."""
         return 4 if self.splits else 8
+
+    @property
+    def summed(self) -> int:
+        """Neighbouring sums of a lane, of which these results are made."""
+        return 2 * self.stored if self.gated else self.stored
 
 
 @dataclass(frozen=True)
@@ -263,7 +282,8 @@ def _fitting(tile: Tile, group: int, dense: bool, arch: Architecture) -> Tile:
 def all_variants(arch: Architecture) -> Iterator[Variant]:
     """What `choose` can lead to on an architecture: plain, and with all that may come on top.
 
-    That is columns of tokens that are missing and, where K is not parted, a bias and a residual.
+    That is columns of tokens that are missing and, where K is not parted, a bias and a residual, or
+    a gate.
     """
     formats = ((0, False), (128, False), (64, False), (32, False), (128, True), (32, True))
     for tile, kind, (group, dense) in product_of(TILES, ("f16", "bf16"), formats):
@@ -273,3 +293,4 @@ def all_variants(arch: Architecture) -> Iterator[Variant]:
         for splits in (False, True) if _most_splits(tile) > 1 else (False,):
             yield Variant(fitting, kind, group, True, splits, dense=dense)
             yield Variant(fitting, kind, group, False, splits, not splits, not splits, dense)
+        yield Variant(fitting, kind, group, False, False, bias=True, dense=dense, gated=True)

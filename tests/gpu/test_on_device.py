@@ -10,13 +10,14 @@ from halfweave.bench.kernel import KernelPlan
 from halfweave.bench.kernel_gpu import DENSE, Gpu, bench_gpu
 from halfweave.kernels.cuda.binding import SparseLinear, bind
 from halfweave.kernels.cuda.choices import choice_on, gpu_device, limits_of
-from halfweave.kernels.cuda.linear import multiply, product_of
+from halfweave.kernels.cuda.linear import GATE_RUN, multiply, multiply_gated, product_of
 from halfweave.kernels.cuda.variants import TILES, Product, candidates
 from halfweave.kernels.dispatch import prepare
 from halfweave.kernels.formats import Int4, PackedLinear
 from halfweave.kernels.measured import VARIABLE, write_table
 from support.emulated import BOUNDS, DTYPES, Case, sparse_weight
 from support.tiny import pack_directory, save_tiny
+from torch.nn import functional
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 DEVICE = torch.device("cuda")
@@ -93,6 +94,27 @@ def test_whatever_may_be_chosen_gives_what_the_oracle_gives(
     for choice in candidates(product_of(x, linear.weight, linear.rows), found[0]):
         y = multiply(x.to(DEVICE), linear.weight, linear.rows, chosen=choice).float().cpu()
         assert (y - wanted).abs().max() < BOUNDS["f16"] * wanted.abs().max(), choice
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("group", [0, 64])
+@pytest.mark.parametrize("tokens", [1, 16, 30, 200])
+def test_whatever_may_be_chosen_lets_through_what_the_oracle_does(
+    tokens: int, group: int, biased: bool
+) -> None:
+    weight = weight_of(3072, 576, "f16", group)
+    offset = torch.randn(3072).half().to(DEVICE) if biased else None
+    linear = SparseLinear.of(weight, offset, DEVICE, torch.float16)  # type: ignore[arg-type]
+    x = torch.randn(tokens, 576, generator=torch.Generator().manual_seed(tokens)).half()
+    both = x.float() @ weight.unpack().T
+    both = both if offset is None else both + offset.float().cpu()
+    g, u = both.view(tokens, -1, 2, GATE_RUN).unbind(2)
+    wanted, found = (functional.silu(g) * u).flatten(1), limits_of(0)
+    assert found is not None
+    for choice in candidates(product_of(x, linear.weight, linear.rows), found[0]):
+        given = x.to(DEVICE), linear.weight, linear.rows, offset
+        y = multiply_gated(*given, chosen=choice).float().cpu()
+        assert (y - wanted).abs().max() < 2 * BOUNDS["f16"] * wanted.abs().max(), choice
 
 
 def test_tiles_that_were_measured_are_taken(

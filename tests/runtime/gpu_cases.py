@@ -59,6 +59,23 @@ def test_what_is_built_like_llama_gives_the_tokens_of_the_cpu(family: str, tmp_p
     assert greedy(gpu_decoder(model), 3) == greedy(load_model(model, "float32").decoder, 3)
 
 
+@pytest.mark.parametrize(
+    "tiny",
+    [Tiny(layers=1, options={"mlp_bias": True}), Tiny(layers=1, intermediate=100)],
+    ids=["biases of gate and up", "a width that is not in turns of eight"],
+)
+def test_gates_let_through_what_they_do_on_a_cpu(tiny: Tiny, tmp_path: Path) -> None:
+    model = pack_directory(save_tiny(tmp_path / "tiny", tiny), tmp_path / "packed", "sparse24_int4")
+    assert greedy(gpu_decoder(model), 3) == greedy(load_model(model, "float32").decoder, 3)
+
+
+def test_gates_and_what_they_let_through_may_be_stored_apart(tmp_path: Path) -> None:
+    tiny = save_tiny(tmp_path / "tiny", Tiny(layers=1))
+    others = {"gate_proj": "int4", "up_proj": "sparse24_int4"}
+    model = pack_directory(tiny, tmp_path / "packed", "sparse24", others=others)
+    assert greedy(gpu_decoder(model), 3) == greedy(load_model(model, "float32").decoder, 3)
+
+
 def test_the_engine_gives_the_text_of_the_cpu(tmp_path: Path) -> None:
     """The same engine, sampler and tokenizer around it."""
     path = pack_directory(save_tiny(tmp_path / "tiny"), tmp_path / "packed", "sparse24_int4")

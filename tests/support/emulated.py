@@ -20,6 +20,7 @@ from halfweave.kernels.formats import Int4, Sparse24, Sparse24Int4
 from ptx.emulator import Emulator
 from ptx.numbers import Array
 from torch import Tensor
+from torch.nn import functional
 
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
 # Of the largest result: what rounding to 16 bits, and of scaled weights, can cost.
@@ -40,6 +41,7 @@ class Case:
     bias: bool = False
     residual: bool = False
     dense: bool = False
+    gated: bool = False
     arch: int = 80
 
     @property
@@ -55,7 +57,13 @@ class Case:
             self.bias,
             self.residual,
             self.dense,
+            self.gated,
         )
+
+    @property
+    def width(self) -> int:
+        """Results of a token."""
+        return self.N // 2 if self.gated else self.N
 
 
 @cache
@@ -113,6 +121,9 @@ def error_of(
     expected = x.float() @ stored.unpack().T
     expected += bias.float() if case.bias else 0
     expected += residual.float() if case.residual else 0
+    if case.gated:
+        g, u = expected.view(case.M, -1, 2, 8).unbind(2)
+        expected = (functional.silu(g) * u).flatten(1)
     found = _emulated(case, fragment_weight(stored), (x, bias, residual), mutate, look)
     return float((found - expected).abs().max() / expected.abs().max())
 
@@ -163,7 +174,7 @@ def _emulated(
     put = emulator.memory.put
     x, bias, residual = (_bits(each) for each in given)
     scales = np.zeros(4, np.int32) if weight.scales is None else weight.scales.numpy()
-    shape = (case.splits, case.M, case.N)
+    shape = (case.splits, case.M, case.width)
     # Not a number, so that a result that is never written is seen.
     empty = np.full(shape, np.nan, np.float32) if case.splits > 1 else np.full(shape, -1, np.int16)
     out = put(empty)

@@ -6,7 +6,7 @@ Everything downstream of the files is the real thing; only the weights mean noth
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -171,9 +171,12 @@ def edit_json(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     path.write_text(json.dumps(document))
 
 
-def pack_directory(source: Path, out: Path, kind: str, group: int = 32) -> Path:
+def pack_directory(
+    source: Path, out: Path, kind: str, group: int = 32, others: Mapping[str, str] | None = None
+) -> Path:
     """Write `source` with every linear of its blocks packed as `kind`, manifest included.
 
+    `others` are the kinds of those whose names end so.
     Also writes `out`/../`out.name`-dense: the same model with the unpacked weights, in fp32.
     """
     config = json.loads((source / "config.json").read_text())
@@ -182,7 +185,8 @@ def pack_directory(source: Path, out: Path, kind: str, group: int = 32) -> Path:
     dense, linears = dict(tensors), {}
     for name in decoder_spec(config).linear_names:
         weight = tensors.pop(f"{name}.weight")
-        linears[name] = _packed(weight.T.contiguous() if transposed else weight, kind, group)
+        own = next((other for end, other in (others or {}).items() if name.endswith(end)), kind)
+        linears[name] = _packed(weight.T.contiguous() if transposed else weight, own, group)
         unpacked = linears[name].unpack()
         dense[f"{name}.weight"] = unpacked.T if transposed else unpacked
     for name, linear in linears.items():

@@ -153,12 +153,13 @@ def test_norms_add_what_a_block_gave_and_keep_the_sum() -> None:
     close(y, torch.nn.functional.rms_norm(total.float(), (100,), gain.float(), 1e-5))
 
 
-def test_gates_are_silu_times_the_other_half() -> None:
+@pytest.mark.parametrize("run", [0, 8])
+def test_gates_are_silu_times_the_other_half(run: int) -> None:
     for parts in (random(1, 3, 2 * 200), random(4, 3, 2 * 200, dtype=torch.float32)):
         y = torch.empty(3, 200, dtype=torch.float16, device=DEVICE)
-        gate[(3, 2)](parts, y, 200, B=128, splits=len(parts))
-        g, u = parts.float().sum(0).split(200, 1)
-        close(y, torch.nn.functional.silu(g) * u)
+        gate[(3, 2)](parts, y, 200, B=128, splits=len(parts), run=run)
+        g, u = parts.float().sum(0).view(3, -1, 2, run or 200).unbind(2)
+        close(y, torch.nn.functional.silu(g.flatten(1)) * u.flatten(1))
 
 
 HEADS, KV, DIM, MOST_PAGES = 6, 2, 48, 8

@@ -46,6 +46,8 @@ SOME = [
     (Variant(TILES[6], "f16", 32, False, False, True, True, True), 80),
     (Variant(TILES[7], "f16", 0, False, False, True, True), 90),
     (Variant(TILES[5], "f16", 32, False, False, True, True), 80),
+    (Variant(TILES[0], "bf16", 64, True, False, gated=True), 90),
+    (Variant(TILES[7], "f16", 0, False, False, bias=True, gated=True), 80),
 ]
 
 
@@ -85,7 +87,9 @@ def test_a_kernel_that_does_not_compile_says_why_in_a_line() -> None:
 
 def test_every_choice_is_a_variant_that_is_built() -> None:
     for arch, limits in ARCHITECTURES.items():
-        built = {(v.tile, v.kind, v.group, v.dense, v.splits) for v in all_variants(limits)}
+        built = {
+            (v.tile, v.kind, v.group, v.dense, v.splits, v.gated) for v in all_variants(limits)
+        }
         for M in (1, 8, 9, 16, 31, 33, 64, 65, 128, 4096):
             for N, K in ((576, 576), (1536, 576), (4096, 14336), (28672, 4096), (64, 128)):
                 for group, dense in ((0, False), (32, False), (64, False), (128, True)):
@@ -93,7 +97,9 @@ def test_every_choice_is_a_variant_that_is_built() -> None:
                     if chosen.tile is None:
                         assert M > 64 if dense else (arch, M) == (90, 4096)
                         continue
-                    assert (chosen.tile, "f16", group, dense, chosen.splits > 1) in built, arch
+                    found = chosen.tile, "f16", group, dense, chosen.splits > 1
+                    assert (*found, False) in built, arch
+                    assert chosen.splits > 1 or (*found, True) in built, arch
                     assert chosen.tile.shared_bytes(group, dense) <= limits.shared_per_program
                     assert chosen.splits == 1 or K // (64 * chosen.tile.WK) // chosen.splits >= 2
 
@@ -141,9 +147,9 @@ def test_the_verb_prints_a_table_and_leaves_cubins(
     ran = halfweave("kernels", "compile", *flags, "--json")
     assert ran.code == 0
     variants = json.loads(ran.out)["variants"]
-    assert len(variants) == 48
+    assert len(variants) == 60
     assert {row["spills"] for row in variants} == {0}
-    assert len(list(out.glob("*.cubin"))) == len(list(out.glob("*.ptx"))) == 48
+    assert len(list(out.glob("*.cubin"))) == len(list(out.glob("*.ptx"))) == 60
     assert {row["batch"] for row in ran.document["roofs_tokens_per_s"]} == {1, 8, 32}
 
 

@@ -100,7 +100,8 @@ KERNELS: dict[str, tuple[Any, Signature]] = {
             "size",
         ),
     ),
-    "gate": (gate, signature(GATE, {"B": 1024, "splits": 4}, "size")),
+    "gate": (gate, signature(GATE, {"B": 1024, "splits": 4, "run": 0}, "size")),
+    "gate, in turns": (gate, signature(GATE, {"B": 1024, "splits": 1, "run": 8}, "size")),
     **{f"expand_fragments g{group}": (expand_fragments, expanding(group)) for group in (0, 64)},
     "expand_int4": (
         expand_int4,

@@ -35,6 +35,12 @@ CASES = [
     Case(NARROW, 64, 192, 384, group=64),
     Case(NARROW, 70, 128, 512, splits=2),
     Case(WIDE, 130, 256, 192, "bf16", 128, residual=True),
+    Case(T8, 5, 160, 512, group=64, gated=True),
+    Case(D8, 1, 64, 1536, "bf16", 128, bias=True, gated=True),
+    Case(D16, 13, 64, 512, gated=True),
+    Case(NARROW, 40, 96, 384, "bf16", 64, bias=True, gated=True),
+    Case(WIDE, 70, 256, 128, gated=True),
+    Case(T16, 16, 96, 256, group=64, dense=True, gated=True),
 ]
 
 
