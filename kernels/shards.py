@@ -133,7 +133,7 @@ class ShardedTensors:
             CheckpointError: there is no such tensor, or the file has been cut off meanwhile.
         """
         info = self.info(name)
-        data = torch.empty(info.nbytes, dtype=torch.uint8)  # a bytearray would be zeroed first
+        data = torch.empty(info.nbytes, dtype=torch.uint8, device="cpu")  # not zeroed, as bytes are
         with _typed_errors(info.file), open(info.file, "rb") as file:
             file.seek(info.start)
             if file.readinto(data.numpy().data) != info.nbytes:
