@@ -308,7 +308,8 @@ class Engine:
 
 
 def _memory_plan(model: Model, settings: EngineSettings, pages: int) -> MemoryPlan:
-    decoder, step = model.decoder, (settings.tokens_per_step, settings.max_running)
+    decoder, longest = model.decoder, settings.context_of(model)
+    step = settings.tokens_per_step, settings.max_running, longest
     weights = model.checkpoint.weight_bytes
     plan = MemoryPlan.of(model.spec, weights, pages, decoder.page_bytes, step, decoder.device)
     workspace = plan.workspace_bytes + decoder.scratch_bytes

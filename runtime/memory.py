@@ -38,16 +38,16 @@ class MemoryPlan:
         weight_bytes: int,
         pages: int,
         page_bytes: int,
-        step: tuple[int, int],
+        step: tuple[int, int, int],
         device: torch.device,
     ) -> MemoryPlan:
-        """Of `pages` and steps of so many tokens, of so many sequences."""
-        tokens, rows = step
+        """Of `pages` and steps of so many tokens, of so many sequences of so many positions."""
+        tokens, rows, longest = step
         widest = 3 * spec.hidden + 2 * spec.heads * spec.head_dim + 2 * spec.ffn
         if spec.experts is not None:  # one at a time, on copies of its tokens
             widest += 2 * spec.hidden + 2 * max(spec.experts.ffn - spec.ffn, 0)
         if spec.attention_cap is not None:  # scores of every position, before, within and after
-            widest += 3 * spec.heads * spec.max_positions
+            widest += 3 * spec.heads * longest
         scores = (max(rows, _ROWS_SCORED)) * spec.vocab
         return cls(
             weight_bytes,

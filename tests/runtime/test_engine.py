@@ -21,7 +21,7 @@ from halfweave.runtime.paged import Part
 from halfweave.runtime.params import SamplingParams
 from halfweave.runtime.request import Event, Failed, Finished, GenerationRequest, TextDelta
 from safetensors.torch import load_file, save_file
-from support.tiny import Tiny, dense_model, edit_json, save_tiny
+from support.tiny import FAMILIES, Tiny, dense_model, edit_json, save_tiny
 
 Copy = Callable[[Path], Path]
 PROMPT = (40, 41, 42, 50, 60)
@@ -330,6 +330,16 @@ def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers(engine: E
     with pytest.raises(RequestError, match=r"4096.*4096") as caught:
         engine.submit(request(prompt=(5,) * 4096), Receiver())
     assert caught.value.code == "context_length_exceeded"
+
+
+def test_a_shorter_context_has_fewer_scores_to_hold_where_these_are_capped(tmp_path: Path) -> None:
+    model = load_model(save_tiny(tmp_path / "tiny", FAMILIES["gemma2"]))
+    states = []
+    for longest in (256, 64):
+        engine = Engine(model, EngineSettings(max_model_len=longest, tokens_per_step=100))
+        states.append(engine.memory_plan.workspace_bytes)
+        engine.close()
+    assert states[0] - states[1] == 4 * 100 * 3 * model.spec.heads * (256 - 64)
 
 
 def test_a_token_outside_the_vocabulary_is_refused(engine: Engine) -> None:
