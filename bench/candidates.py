@@ -20,7 +20,7 @@ from torch.nn import functional
 from ..errors import HalfweaveError
 from ..kernels.cpu.library import Library, WeightStruct
 from ..kernels.cpu.packed import PackedWeight
-from ..kernels.cpu.room import aligned_bytes
+from ..kernels.cpu.room import Room
 from .cold import cold_bytes
 
 _BURST_S = 0.0005
@@ -80,9 +80,9 @@ def copies_of(size: int) -> int:
 
 
 def native_candidate(name: str, library: Library, packed: PackedWeight) -> Candidate:
-    """A packed weight by our kernel."""
-    size = packed.struct.bytes
-    weights = [packed, *(_copied(packed) for _ in range(copies_of(size) - 1))]
+    """A packed weight by our kernel; copies of it lie as a decoder's weights do."""
+    size, room = packed.struct.bytes, Room()
+    weights = [_copied(packed, room) for _ in range(copies_of(size))]
     rows, columns = packed.shape
     multiply, level, pool = library.functions.hw_linear, library.level_pointer, library.pool
 
@@ -103,8 +103,8 @@ def native_candidate(name: str, library: Library, packed: PackedWeight) -> Candi
     return Candidate(name, size, len(weights), bind)
 
 
-def _copied(packed: PackedWeight) -> PackedWeight:
-    data = aligned_bytes(packed.data.nbytes)
+def _copied(packed: PackedWeight, room: Room) -> PackedWeight:
+    data = room.take(packed.data.nbytes)
     data.copy_(packed.data)
     old = packed.struct
     struct = WeightStruct(old.kind, old.group, *packed.shape, data.data_ptr(), data.nbytes)

@@ -11,6 +11,7 @@ from halfweave import __version__
 from halfweave.kernels.cpu.bandwidth import read_bandwidth
 from halfweave.kernels.cpu.library import library
 from halfweave.kernels.cpu.packed import PackedWeight, pack_weight
+from halfweave.kernels.cpu.room import Room
 from halfweave.kernels.formats import Dense, Int4, PackedLinear, Sparse24, Sparse24Int4
 from worker import serve
 
@@ -50,7 +51,8 @@ class Kernels:
         if key not in self._made:
             self._made.clear()  # one shape at a time: they are large
             made = example(kind, rows, columns)
-            self._made[key] = [pack_weight(self._native, made) for _ in range(copies)]
+            room = Room()  # as a decoder's weights lie
+            self._made[key] = [pack_weight(self._native, made, room) for _ in range(copies)]
         return self._made[key]
 
 

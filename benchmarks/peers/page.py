@@ -6,12 +6,14 @@ python benchmarks/peers/page.py RESULTS_DIR
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 Figures = dict[str, Any]
+QUALITY = Path(__file__).resolve().parents[2] / "docs" / "results" / "quality.md"
 BASELINE = ("llama.cpp", "Q4_0")
 TASKS = {
     ("prefill", 0, 1): "prompt of 512",
@@ -29,18 +31,20 @@ SmolLM2-135M-Instruct in every engine's format, {hardware}, kernels at level `{l
   measured in turns, task by task, so that they share the machine's busy moments. A virtual machine
   with neighbours: trust ratios before absolutes.
 - halfweave's models are pruned or rounded by magnitude: **their text is worthless, and speed does
-  not depend on the values**. What quality costs is in [quality.md](quality.md). The peers run the
+  not depend on the values**. What quality costs is in [quality.md]({quality}). The peers run the
   dense model.
 - Heads: 8 bits in our 4-bit models, but for the line that says 4, and in llama.cpp's; bf16 in our
   bf16 ones.
 - Batches: llama.cpp and halfweave only; the others' interfaces were not driven with batches.
 - RSS is the process's greatest, Python and its libraries included.
-{missing}{tables}
+{missing}{tables}{products}"""
+
+PRODUCTS = """
 ## Single products
 
 Weights out of the caches, several equal ones in turn; microseconds of one product with M tokens,
 inputs in fp32, their rounding included. "Of read" divides the bytes a second by what this machine's
-threads read at the same moment. "To ggml" is the time of ggml's Q4_0 product of the same shape,
+threads read at the same moment; both lie on large pages. "To ggml" is the time of ggml's Q4_0 product of the same shape,
 repacked where it can be, over ours: above 1, ours is faster; the median of ratios inside a round.
 {kernels}"""
 
@@ -54,12 +58,13 @@ def write_page(results: Path) -> None:
         date=document["date"],
         versions=", ".join(f"{name} {version}" for name, version in document["versions"].items()),
         rounds=document["rounds"],
+        quality=os.path.relpath(QUALITY, results.resolve()),
         missing="".join(
             f"- Not measured: {each['engine']} {each['format']}: {each['reason']}\n"
             for each in document["missing"]
         ),
         tables="".join(_engines(document["rows"], t) for t in _threads(document["rows"])),
-        kernels="".join(_kernels(document["kernels"], t) for t in _threads(document["kernels"])),
+        products=_products(document["kernels"]),
     )
     (results / "cpu.md").write_text(text)
 
@@ -96,6 +101,12 @@ def _rate(row: Figures | None, base: Figures | None) -> str:
     if base is not None and base is not row:
         text += f" [{row['tokens_per_s'] / base['tokens_per_s']:.2f}x]"
     return text
+
+
+def _products(rows: Sequence[Figures]) -> str:
+    if not rows:
+        return ""
+    return PRODUCTS.format(kernels="".join(_kernels(rows, t) for t in _threads(rows)))
 
 
 def _kernels(rows: Sequence[Figures], threads: int) -> str:
