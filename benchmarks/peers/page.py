@@ -42,11 +42,11 @@ SmolLM2-135M-Instruct in every engine's format, {hardware}, kernels at level `{l
 PRODUCTS = """
 ## Single products
 
-Weights out of the caches, several equal ones in turn; microseconds of one product with M tokens,
-inputs in fp32, their rounding included. "Of read" divides the bytes a second by what this machine's
-threads read at the same moment; both lie on large pages. "To ggml" is the time of ggml's Q4_0 product
-of the same shape,
-repacked where it can be, over ours: above 1, ours is faster; the median of ratios inside a round.
+Weights out of the caches, on large pages, several equal ones in turn; microseconds of one product
+with M tokens, inputs in fp32, their rounding included. "Of read" divides the bytes a second by what
+this machine's threads read at the same moment. "To ggml" is the time of ggml's Q4_0 product of the
+same shape, repacked where it can be, over ours: above 1, ours is faster; the median of ratios
+inside a round.
 {kernels}"""
 
 
