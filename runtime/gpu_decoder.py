@@ -270,20 +270,21 @@ def _largest_dense_bytes(spec: DecoderSpec) -> int:
 
 def _block(loader: Loader, layer: int) -> _Block:
     names = loader.spec.names
-    qkv, o, gate_up, down = TOGETHER
+    qkv, o, gate_up, down = (_rows_of(loader, layer, roles) for roles in TOGETHER)
     return _Block(
         loader.block_norm(layer, names.attention_norm).gain,
         loader.block_norm(layer, names.mlp_norm).gain,
-        qkv=_together(loader, layer, qkv),
-        o=_together(loader, layer, o),
-        gated=_gated(loader, layer, gate_up),
-        down=_together(loader, layer, down),
+        qkv=_together(loader, *qkv),
+        o=_together(loader, *o),
+        gated=_gated(loader, *gate_up),
+        down=_together(loader, *down),
     )
 
 
-def _together(loader: Loader, layer: int, roles: Sequence[str]) -> LinearFunction:
+def _together(
+    loader: Loader, weights: Sequence[PackedLinear], bias: Tensor | None
+) -> LinearFunction:
     """One linear whose rows are those of several, one behind the other."""
-    weights, bias = _rows_of(loader, layer, roles)
     if _alike(weights):
         return _bound(stacked(weights), bias, loader)
     counts = [weight.shape[0] for weight in weights]
@@ -292,12 +293,12 @@ def _together(loader: Loader, layer: int, roles: Sequence[str]) -> LinearFunctio
     return lambda x: torch.cat([part(x) for part in parts], -1)
 
 
-def _gated(loader: Loader, layer: int, roles: Sequence[str]) -> GatedLinear:
+def _gated(loader: Loader, weights: Sequence[PackedLinear], bias: Tensor | None) -> GatedLinear:
     """Gate and up as one, their rows in turns where a gate's run divides them."""
-    weights, bias = _rows_of(loader, layer, roles)
-    if not _alike(weights) or weights[0].shape[0] % GATE_RUN:
-        return GatedLinear(_together(loader, layer, roles), in_turns=False)
-    order = gate_order(weights[0].shape[0])
+    size = weights[0].shape[0]
+    if not _alike(weights) or size % GATE_RUN:
+        return GatedLinear(_together(loader, weights, bias), in_turns=False)
+    order = gate_order(size)
     bias = None if bias is None else bias[order]
     return GatedLinear(_bound(with_rows(stacked(weights), order), bias, loader), in_turns=True)
 
