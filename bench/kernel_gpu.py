@@ -1,9 +1,9 @@
 """Every packed product of a model on a GPU, by each tile that could serve it, beside dense ones.
 
 Times are of CUDA graphs that multiply by copies of the weight in turns, so many that no cache holds
-them. What launching costs is left out, as it is where the decoder replays its steps, and so is
-adding up what K was parted into, where the next kernel does that. What is the fastest tile for so
-many tokens is kept for when the model runs there (kernels/cuda/choices.py).
+them, or 512 of a small one. What launching costs is left out, as it is where the decoder replays
+its steps, and so is adding up what K was parted into, where the next kernel does that. What is the
+fastest tile for so many tokens is kept for when the model runs there (kernels/cuda/choices.py).
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from .stats import Spread
 DENSE, DENSE_24 = "torch-dense", "torch-sparse24"
 _READ_BYTES = 2**30
 _COLD_BYTES = 256 * 2**20  # several times any card's second-level cache
+_MOST_COPIES = 512  # a graph of more launches takes minutes to record
 
 _Copy = TypeVar("_Copy")
 # Computes one product with one copy of the weight.
@@ -311,8 +312,8 @@ def _by(weight: Tensor) -> LinearFunction:
 
 
 def _copied(nbytes: int, make: Callable[[], _Copy]) -> list[_Copy]:
-    """So many that they do not stay in the cache."""
-    return [make() for _ in range(_COLD_BYTES // nbytes + 1)]
+    """So many that they do not stay in the cache, where that is not too many."""
+    return [make() for _ in range(min(_MOST_COPIES, _COLD_BYTES // nbytes + 1))]
 
 
 def _bytes_per_s(gpu: Gpu) -> float:
