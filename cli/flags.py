@@ -88,13 +88,21 @@ class Pruning:
         bool | None,
         Flag("--reorder/--no-reorder", help="Let admm reorder an MLP's channels. [True]"),
     ] = None
-    recover: Annotated[str | None, Flag(help="none, blocks or distill. [none]")] = None
+    recover: Annotated[str | None, Flag(help="none, blocks, distill or blocks+distill. [none]")] = (
+        None
+    )
     recover_minutes: Annotated[float | None, Flag(help="Time to distill for. [30.0]")] = None
     recover_tokens: Annotated[int | None, Flag(help="Instead of a time: so many tokens. [0]")] = (
         None
     )
     recover_precision: Annotated[
         str | None, Flag(help="float32, bfloat16, or auto: the faster one here. [auto]")
+    ] = None
+    recover_rate: Annotated[
+        float | None, Flag(help="Learning rate, relative to the weights' size. [0.001]")
+    ] = None
+    recover_ce: Annotated[
+        float | None, Flag(help="Weight of the text's own next token in the loss. [0.0]")
     ] = None
     block_epochs: Annotated[int | None, Flag(help="Epochs of each block's tuning. [4]")] = None
     max_ppl_ratio: Annotated[
@@ -145,6 +153,8 @@ class Recovering:
     precision: Annotated[str, Flag(help="float32, bfloat16, or auto: the faster one here.")] = (
         "auto"
     )
+    rate: Annotated[float, Flag(help="Learning rate, relative to the weights' size.")] = 1e-3
+    ce: Annotated[float, Flag(help="Weight of the text's own next token in the loss.")] = 0.0
     seed: Annotated[int, Flag(help="Draws the order of the windows.")] = 0
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..pruner.budget.choose import BudgetPlan
     from ..pruner.plan import Plan
     from ..pruner.recipe import Recipe
-    from ..pruner.recover.settings import DistillResult, Rounding
+    from ..pruner.recover.settings import DistillResult
     from ..runtime.eval import EvalResult
     from ..runtime.gpu_choices import GpuChoice
     from ..runtime.inspection import Inspection
@@ -113,27 +113,22 @@ def budget(check: BudgetCheck) -> str:
 
 
 def recovery(result: DistillResult) -> str:
-    """What training did, with a line more for each thing to know of a rounding in between."""
+    """What training did, with a line more for each thing to know of roundings in between."""
     # Only another process can have taken a time that nobody knows.
     took = "in an unknown time" if result.minutes is None else f"in {result.minutes:.1f} min"
     outcome = (
         "it did not help, the weights are those from before it"
-        if result.rolled_back and result.rounding is None
+        if result.rolled_back and not result.roundings
         else f"KL from the dense model on held-out text {result.before:.3f} -> {result.after:.3f}"
     )
     first = f"{result.path} is complete: {result.tokens} tokens {took}, {outcome}"
-    return "\n  ".join((first, *_rounding(result.rounding)))
-
-
-def _rounding(found: Rounding | None) -> list[str]:
-    if found is None:
-        return []
-    lines = [f"rounding to codes took it from {found.before:.3f} to {found.after:.3f}"]
-    if found.floats_rolled_back:
-        lines.append("the training as floats did not help and was undone")
-    if found.codes_rolled_back:
-        lines.append("the training of the codes did not help and was undone")
-    return lines
+    lines = [
+        f"rounding blocks to codes took it from {each.before:.3f} to {each.after:.3f}"
+        for each in result.roundings
+    ]
+    if result.roundings and result.undone:
+        lines.append(f"{result.undone} of {result.trainings} trainings did not help: undone")
+    return "\n  ".join((first, *lines))
 
 
 def evaluation(name: str, against: str | None, result: EvalResult) -> list[Row]:

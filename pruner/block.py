@@ -62,8 +62,9 @@ class BlockPruner:
     def __init__(self, source: Source, recipe: Recipe, plan: Plan, report: Report) -> None:
         self._source, self._recipe, self._report = source, recipe, report
         self._planned = {linear.name: linear for linear in plan.linears}
-        self._tunes = recipe.recover == "blocks"
-        self._solver = Solver(recipe.method, isinstance(source, Trained), self._tunes)
+        trained = isinstance(source, Trained)  # as a whole: its blocks are what they should be
+        self._tunes = recipe.tunes_blocks and not trained
+        self._solver = Solver(recipe.method, trained, self._tunes)
         self._readers = {channels.reader: channels for channels in source.family.free}
 
     @property

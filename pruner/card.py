@@ -108,7 +108,7 @@ def _without(card: str, heading: str) -> str:
 
 
 def _training(recipe: Mapping[str, Any]) -> str:
-    if recipe["recover"] == "blocks":
+    if recipe["recover"].startswith("blocks"):
         return f"each block tuned for {recipe['block_epochs']} epochs of the calibration tokens"
     return "one shot"
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Protocol
 
@@ -23,7 +23,7 @@ from .methods.base import Target
 from .pack import why_not
 from .recipe import CHOICES, Pattern, Recipe
 from .recover.memory import MOST_TARGETS_BYTES, needed_bytes
-from .recover.settings import Distillation
+from .recover.settings import ROUNDING_PARTS, ROUNDING_TOKENS, Distillation
 from .rows import MOST_WEIGHTS, rows_are_alone
 from .solvers.wide import WIDE
 from .source import Source
@@ -61,9 +61,10 @@ def estimate_seconds(source: Source, linears: Sequence[Linear], recipe: Recipe) 
     if recipe.has_budget:  # what it will choose is not known; most linears are 4 bits in the end
         linears = [_Assumed(linear.name, linear.shape, recipe) for linear in linears]
     again = 1 - _waiting(source, linears, recipe)[0]
-    passes = _block_flops(source, linears[: len(source.family.linears)], recipe, again)
-    if recipe.recover == "distill" and recipe.bits == 4:
-        passes *= 2  # codes are found in a second walk through the blocks (staged.py)
+    block = linears[: len(source.family.linears)]
+    passes = _block_flops(source, block, recipe, again)
+    if recipe.distills and recipe.bits == 4:
+        passes += _rounding_flops(source, block, recipe, again)
     flops = source.block_count * passes
     seconds = 0.0
     for linear in linears:
@@ -145,11 +146,21 @@ def _block_flops(source: Source, block: Sequence[Linear], recipe: Recipe, again:
         before += _linear_flops(source, [weights[short] for short in stage])
         before += attention if stage is source.family.stages[0] else 0.0
     passes += forward * (1 if staged else 2)
-    if recipe.recover == "blocks":
+    if recipe.tunes_blocks:
         share = 1 - held_out_windows(recipe) / recipe.calib_windows
         passes += recipe.block_epochs * (1 + _BACKWARD) * forward * share / copies
         passes += forward
     return tokens * (_FORWARD_SLOWDOWN * passes * copies + hessians)
+
+
+def _rounding_flops(source: Source, block: Sequence[Linear], recipe: Recipe, again: float) -> float:
+    """Of finding a block's codes after the training: a second walk (staged.py), in a few parts,
+    each of which leads through the blocks before it once more."""
+    windows = min(recipe.calib_windows, max(1, ROUNDING_TOKENS // recipe.calib_length))
+    untuned = replace(recipe, recover="none", calib_windows=windows)
+    once = windows * recipe.calib_length * _FORWARD_SLOWDOWN
+    once *= _forward_flops(source, block, recipe.calib_length) * (2 if looks_back(untuned) else 1)
+    return _block_flops(source, block, untuned, again) + once * (ROUNDING_PARTS - 1) / 2
 
 
 def _solver(linear: Linear, target: Target, method: str) -> tuple[float, float]:
@@ -173,7 +184,7 @@ def _solver(linear: Linear, target: Target, method: str) -> tuple[float, float]:
 
 
 def _distillation_seconds(source: Source, recipe: Recipe) -> float:
-    if recipe.recover != "distill":
+    if not recipe.distills:
         return 0.0
     if not recipe.recover_tokens:
         return 60 * recipe.recover_minutes
@@ -197,7 +208,7 @@ def estimate_memory(source: Source, linears: Sequence[Linear], recipe: Recipe) -
 
 def _distillation_memory(source: Source, recipe: Recipe) -> int:
     """Of a text that is long enough to fill what the parent's outputs may take."""
-    if recipe.recover != "distill":
+    if not recipe.distills:
         return 0
     settings = Distillation(minutes=recipe.recover_minutes, tokens=recipe.recover_tokens)
     fitted = settings.fitted(source.family.context)
@@ -222,7 +233,7 @@ def _least_memory(source: Source, linears: Sequence[Linear], recipe: Recipe) -> 
     short = {each.name.removeprefix(source.family.block_prefix(0)): each for each in block}
     stages = [[short[name] for name in stage] for stage in source.family.stages]
     hessians = [_hessian_bytes(stage[0], recipe, copies) for stage in stages]
-    stay = recipe.has_budget or recipe.recover == "blocks"  # the Hessians, to the block's end
+    stay = recipe.has_budget or recipe.tunes_blocks  # the Hessians, to the block's end
     staged = is_staged(recipe) and not stay
     together = max(hessians) if staged else sum(hessians)
     weights = sum(_weight_bytes(source, linear, recipe, copies, False) for linear in block)
@@ -243,7 +254,7 @@ def _least_memory(source: Source, linears: Sequence[Linear], recipe: Recipe) -> 
 def _weight_bytes(source: Source, linear: Linear, recipe: Recipe, copies: int, solved: bool) -> int:
     """A linear as it is computed with and, once it is `solved`, as it is stored beside that."""
     stored = source.tensors.dtype(f"{linear.name}.weight").itemsize
-    if recipe.recover == "blocks":
+    if recipe.tunes_blocks:
         # In fp32: the weight, what it was, a gradient, two moments and the solution; its mask.
         return prod(linear.shape) * (6 * 4 + 1 + 2 * stored + copies * stored)
     each = float(copies * stored)
@@ -264,7 +275,7 @@ def _hessian_bytes(linear: Linear, recipe: Recipe, copies: int) -> int:
 def _method_bytes(linear: Linear, recipe: Recipe) -> int:
     """What a method holds beside the Hessian."""
     weights, square = prod(linear.shape), 4 * linear.shape[1] ** 2
-    target, whole = linear.target, recipe.recover == "blocks"
+    target, whole = linear.target, recipe.tunes_blocks
     if target is not None and not whole and rows_are_alone(recipe.method, target.pattern):
         weights = min(weights, MOST_WEIGHTS)
     if recipe.method == "admm":
@@ -286,13 +297,13 @@ def _states_bytes(source: Source, block: Sequence[Linear], recipe: Recipe, copie
         return 2 * states + 4 * SENSED_TOKENS * block[0].shape[1] * source.block_count
     if is_spilled(states, source.device):
         return 0
-    return states * (copies + (1 if recipe.recover == "blocks" else 0))
+    return states * (copies + (1 if recipe.tunes_blocks else 0))
 
 
 def estimate_scratch(source: Source, linears: Sequence[Linear], recipe: Recipe, output: int) -> int:
     """Bytes on the disk that only an unfinished run holds, beside its `output`."""
     states = 4 * recipe.calib_windows * recipe.calib_length * linears[0].shape[1]
-    streams = (2 if looks_back(recipe) else 1) + (recipe.recover == "blocks")
+    streams = (2 if looks_back(recipe) else 1) + (recipe.tunes_blocks)
     scratch = states * streams if is_spilled(states, source.device) else 0
     if recipe.has_budget:  # candidates; the model is made beside them and moved, not copied
         scratch += sum(
@@ -301,7 +312,7 @@ def estimate_scratch(source: Source, linears: Sequence[Linear], recipe: Recipe, 
             for kind in SOLVED
             if not why_not(linear.shape, _Assumed(linear.name, linear.shape, recipe, kind).target)
         )
-    if recipe.recover != "distill":
+    if not recipe.distills:
         return scratch
     kept = sum(
         prod(linear.shape) * (1 - linear.target.pattern.fraction if linear.target else 1)
@@ -311,7 +322,7 @@ def estimate_scratch(source: Source, linears: Sequence[Linear], recipe: Recipe, 
     scratch += output + int(2 * 3 * 4 * kept)
     if recipe.bits == 4:  # it is pruned and trained as floats first, and both lie beside it
         floats = Sparse24.kind if Pattern.parse(recipe.pattern).is_24 else Dense.kind
-        scratch += 2 * output
+        scratch += 2 * output + int(2 * 4 * kept)  # and moments that go on
         for linear in linears:
             kind = floats if linear.target else Dense.kind
             scratch += 2 * stored_bytes(source, linear.name, kind, recipe.group)
@@ -325,7 +336,7 @@ def is_staged(recipe: Recipe) -> bool:
 
 def looks_back(recipe: Recipe) -> bool:
     """Whether the dense model's own activations go along with the pruned one's."""
-    return (recipe.mix > 0 and recipe.method == "admm") or recipe.recover == "blocks"
+    return (recipe.mix > 0 and recipe.method == "admm") or recipe.tunes_blocks
 
 
 def _flops_per_second() -> float:

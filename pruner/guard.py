@@ -27,7 +27,7 @@ class Solved:
 
 def held_out_windows(recipe: Recipe) -> int:
     """How many calibration windows only judge; baselines that nobody judges prune on all."""
-    if recipe.recover == "blocks":
+    if recipe.tunes_blocks:
         return max(1, recipe.calib_windows // _SHARE)
     return recipe.calib_windows // _SHARE if recipe.method == _GUARDED else 0
 

@@ -22,12 +22,12 @@ from ..kernels.shards import read_shard
 from .block import BlockPruner
 from .calibrate import CalibrationText, sample_windows
 from .guard import held_out_windows
-from .journal import Journal, LinearRecord
+from .journal import Journal, LinearRecord, ShardRecord
 from .plan import Plan
 from .recipe import Recipe
 from .rows import unpacked
 from .save import finish, shard_name, write_shard
-from .source import Source, token_ids
+from .source import Source, Trained, token_ids
 from .stream import BlockStream
 from .surroundings import surroundings
 
@@ -71,11 +71,14 @@ class OneShot:
         plan: Plan,
         sample: Sample,
         progress: Callable[[Progress], None] | None,
+        blocks: range | None = None,
     ) -> None:
+        """Prune all blocks, or of a trained model some, while the others stay as they are."""
         self._source, self._directory, self._recipe, self._plan = source, directory, recipe, plan
         self._sample, self._progress = sample, progress
         self._blocks = BlockPruner(source, recipe, plan, self._report)
         self._count = source.block_count + 1
+        self._wanted = range(source.block_count) if blocks is None else blocks
         self._done = self._resumed = 0
         self._started = time.perf_counter()
 
@@ -134,21 +137,45 @@ class OneShot:
         journal.add(write_shard(self._directory, shard_name(0, self._count), others, {}))
 
     def _one_block(self, index: int, stream: BlockStream, journal: Journal) -> None:
-        if index + 1 < len(journal.shards):
-            shard = journal.shards[index + 1]
-            stored = read_shard(self._directory / shard.file, shard.sha256)
-            self._resumed += 1
-            self._done += len(shard.linears)
-            if index + 1 < self._source.block_count:
-                parent = self._blocks.parent(index, stream)
-                block = stream.load_block(index, self._unpacked(stored, shard.linears))
-                stream.advance(block, parent)
-        else:
+        resumed = index + 1 < len(journal.shards)
+        if index in self._wanted and not resumed:
             stored, linears = self._blocks.prune(index, stream)
-            name = shard_name(index + 1, self._count)
-            shard = write_shard(self._directory, name, self._source.turned(stored), linears)
-            journal.add(shard)
+            self._save(index, self._source.turned(stored), linears, journal)
+        else:
+            if resumed:
+                self._resumed += 1
+            else:
+                self._save(index, *self._as_it_is(index), journal)
+            self._pass(index, journal.shards[index + 1], stream)
         stream.drop_block(index)
+
+    def _save(
+        self,
+        index: int,
+        stored: Mapping[str, Tensor],
+        linears: Mapping[str, LinearRecord],
+        journal: Journal,
+    ) -> None:
+        name = shard_name(index + 1, self._count)
+        journal.add(write_shard(self._directory, name, stored, linears))
+
+    def _as_it_is(self, index: int) -> tuple[dict[str, Tensor], dict[str, LinearRecord]]:
+        """A block of the trained model that is not pruned here, and what its linears are."""
+        assert isinstance(self._source, Trained)
+        known = (self._source.checkpoint.manifest or {})["linears"]
+        names = self._source.linear_names(index)
+        linears = {name: LinearRecord.from_json(known[name]) for name in names}
+        return self._source.stored_block(index), linears
+
+    def _pass(self, index: int, shard: ShardRecord, stream: BlockStream) -> None:
+        """Lead the stream through a block that is on the disk already, if another one waits."""
+        self._done += len(shard.linears)
+        if index + 1 >= self._wanted.stop:
+            return
+        stored = read_shard(self._directory / shard.file, shard.sha256)
+        parent = self._blocks.parent(index, stream)
+        block = stream.load_block(index, self._unpacked(stored, shard.linears))
+        stream.advance(block, parent)
 
     def _unpacked(
         self, stored: Mapping[str, Tensor], linears: Mapping[str, LinearRecord]

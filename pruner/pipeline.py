@@ -127,7 +127,7 @@ def _ready(
     progress: ProgressCallback | None,
 ) -> Callable[[bool], StepsResult]:
     """The run, which has drawn its windows and written nothing; call it with `resume`."""
-    if recipe.is_for_budget or recipe.recover == "distill":
+    if recipe.is_for_budget or recipe.distills:
         return InSteps(source, directory, recipe, text, progress).go
     sample = draw_sample(source, text, recipe)
     one_shot = OneShot(source, directory, recipe, plan, sample, progress)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from .recover.precision import PRECISIONS
 
 METHODS = ("admm", "sparsegpt", "wanda", "magnitude")
 BITS = (16, 8, 4)
-RECOVERIES = ("none", "blocks", "distill")
+RECOVERIES = ("none", "blocks", "distill", "blocks+distill")
 # What a linear may become under a quality budget, by the format it is then stored in.
 CHOICES: Mapping[str, tuple[str, int]] = {
     "sparse24_int4": ("2:4", 4),
@@ -82,9 +83,12 @@ class Recipe:
     with NaN or infinity as they are.
 
     `recover` trains what is left: "none"; "blocks", each block against the dense one for
-    `block_epochs`; or "distill", the whole model against the dense one on `recover_tokens` tokens,
-    0 meaning as many as `recover_minutes` allow. `recover_precision` is that of the distillation's
-    matrix products: "float32", "bfloat16", or "auto", the faster one on this machine.
+    `block_epochs`; "distill", the whole model against the dense one on `recover_tokens` tokens,
+    0 meaning as many as `recover_minutes` allow; or "blocks+distill", one behind the other.
+    `recover_precision` is that of the distillation's matrix products: "float32", "bfloat16", or
+    "auto", the faster one on this machine; `recover_rate` its weights' learning rate, relative to
+    their size, and `recover_ce` the weight of the text's own next token beside the dense model's
+    prediction of it.
 
     With a budget, `max_ppl_ratio` (perplexity over the dense model's) or `target_bytes` (a share of
     its weight files), every linear gets a format of its own, which `choices` records by name; 0 is
@@ -110,6 +114,8 @@ class Recipe:
     recover_minutes: float = 30.0
     recover_tokens: int = 0
     recover_precision: str = "auto"
+    recover_rate: float = 1e-3
+    recover_ce: float = 0.0
     block_epochs: int = 4
     max_ppl_ratio: float = 0.0
     target_bytes: float = 0.0
@@ -141,9 +147,11 @@ class Recipe:
             f"recover_precision {self.recover_precision!r} is none of {', '.join(PRECISIONS)}",
         )
         _require(self.recover_tokens >= 0, "recover_tokens must not be negative")
+        _require(0 < self.recover_rate < 1, "recover_rate must lie between 0 and 1")
+        _require(0 <= self.recover_ce < math.inf, "recover_ce must be a number not below 0")
         _require(self.block_epochs > 0, "block_epochs must be at least 1")
         _require(
-            self.recover != "blocks" or self.calib_windows > 1,
+            not self.tunes_blocks or self.calib_windows > 1,
             "recover blocks takes 2 calibration windows at least: one of them judges",
         )
         _require(self.max_ppl_ratio == 0 or self.max_ppl_ratio > 1, "max_ppl_ratio must be above 1")
@@ -156,7 +164,7 @@ class Recipe:
             "max_ppl_ratio and target_bytes are two budgets; give one",
         )
         _require(
-            not (self.has_budget and self.recover == "distill"),
+            not (self.has_budget and self.distills),
             "a budget is judged on text that distillation would train on; give one of the two",
         )
         unknown = sorted(set(self.choices.values()) - CHOICES.keys())
@@ -173,6 +181,16 @@ class Recipe:
                 "--target-bytes",
             )
         _require(not self.choices, "the recipe's choices give each linear its pattern and bits")
+
+    @property
+    def tunes_blocks(self) -> bool:
+        """Each block is trained right after it was pruned."""
+        return self.recover.startswith("blocks")
+
+    @property
+    def distills(self) -> bool:
+        """The whole model is trained after all blocks were pruned."""
+        return self.recover.endswith("distill")
 
     @property
     def is_for_budget(self) -> bool:

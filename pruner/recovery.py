@@ -37,6 +37,8 @@ class Recovery:
             codes (staged.py); 16 leaves every format as it is.
         group: weights a scale of those codes.
         precision: of the training's matrix products: "float32", "bfloat16", or "auto".
+        rate: learning rate of the weights, relative to their size.
+        ce: weight of the text's own next token beside the parent's prediction of it.
         seed: of the order of windows, and of the windows that calibrate the rounding.
     """
 
@@ -46,13 +48,20 @@ class Recovery:
     bits: int = 16
     group: int = 128
     precision: str = "auto"
+    rate: float = 1e-3
+    ce: float = 0.0
     seed: int = 0
 
     @property
     def settings(self) -> Distillation:
         """Those of the training."""
         return Distillation(
-            minutes=self.minutes, tokens=self.tokens, precision=self.precision, seed=self.seed
+            minutes=self.minutes,
+            tokens=self.tokens,
+            precision=self.precision,
+            learning_rate=self.rate,
+            ce=self.ce,
+            seed=self.seed,
         )
 
 

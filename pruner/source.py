@@ -181,6 +181,18 @@ class Trained(Source):
                 packed[name] = linear.to(self.device).unpack()
         return {**{n: t.to(self.device) for n, t in self.turned(floats).items()}, **packed}
 
+    def stored_block(self, index: int) -> dict[str, Tensor]:
+        """All tensors of a block as the checkpoint holds them."""
+        found = {}
+        for name in self.names_of_block(index):
+            linear = name.removesuffix(".weight")
+            if name in self.checkpoint:
+                found[name] = self.checkpoint.tensor(name)
+            else:
+                parts = self.checkpoint.linear(linear).tensors()
+                found |= {f"{linear}.{suffix}": part for suffix, part in parts.items()}
+        return found
+
     def other_tensors(self) -> dict[str, Tensor]:
         """Everything that belongs to no block, as trained."""
         return {name: self.checkpoint.tensor(name) for name in super().other_tensors()}

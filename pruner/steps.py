@@ -66,7 +66,7 @@ class InSteps:
         self._text, self._progress = text, progress
         self._steps = directory / STEPS_DIRECTORY
         self._pruned = self._steps / "pruned"
-        if recipe.recover == "distill":
+        if recipe.distills:
             if self._ends_in_codes:
                 check_steps(source, self._distillation)
             check_distillation(source, text.text, self._distillation)
@@ -79,7 +79,7 @@ class InSteps:
             RefusedError: the directory belongs to another run.
             UsageError, CheckpointError, CapacityError, HalfweaveError: as `prune`.
         """
-        distills = self._recipe.recover == "distill"
+        distills = self._recipe.distills
         key = self._one_shot(self._recipe, self._directory).key
         again = resume and (self._directory / JOURNAL_FILE).exists()
         journal = (Journal.resume if again else Journal.begin)(self._directory, key)
@@ -135,6 +135,8 @@ class InSteps:
             minutes=recipe.recover_minutes,
             tokens=recipe.recover_tokens,
             precision=recipe.recover_precision,
+            learning_rate=recipe.recover_rate,
+            ce=recipe.recover_ce,
             seed=recipe.seed,
         )
 

@@ -31,10 +31,22 @@ from .network import Network, check_family, evenly_spaced
 from .precision import resolved
 from .run import Job, Run
 from .settings import Distillation, DistillResult, ProgressCallback
-from .state import STATE_FILE, began_with, load_state
+from .state import STATE_FILE, began_with, load_moments, load_state
 from .targets import Targets
 from .trainer import Trainer
 from .windows import Windows
+
+
+@dataclass(frozen=True)
+class Link:
+    """Where a training stands among several.
+
+    `before` is the trained checkpoint that its student's codes were rounded from, if any, and that
+    it goes on from; whether another one `goes_on` from it.
+    """
+
+    before: Path | None = None
+    goes_on: bool = False
 
 
 def distill(
@@ -44,14 +56,13 @@ def distill(
     text: str,
     settings: Distillation | None = None,
     *,
-    near: Path | None = None,
+    link: Link = Link(),
     resume: bool = False,
     progress: ProgressCallback | None = None,
 ) -> DistillResult:
     """Train the checkpoint in `student` towards its dense `parent` and write it into `out`.
 
-    Models run on the parent's device. `near` is the trained checkpoint of floats that `student`'s
-    codes were rounded from, if any.
+    Models run on the parent's device.
 
     `out` is there, is the caller's to fill, and is not `student`. It is complete when its manifest
     is there. Killed at any instant, the same call with `resume=True` yields the same bytes.
@@ -71,15 +82,18 @@ def distill(
     checkpoint = Checkpoint.open(student)
     check_pair(parent, checkpoint, out)
     settings, windows, targets_bytes = _prepare(parent, text, settings)
-    floats = None if near is None else Checkpoint.open(near)
-    key = _key(parent, (student, near), text, settings)
+    floats = None if link.before is None else Checkpoint.open(link.before)
+    key = _key(parent, (student, link.before), text, settings)
     saved = load_state(out, key) if resume else None
     _clear(out, saved is None)
     on_device = windows.to(parent.device)
     trainer, targets = make_trainer(
         parent, (checkpoint, floats), on_device, settings, targets_bytes
     )
-    job = Job(checkpoint, out, settings, key, len(windows.train), _recovery_of(floats))
+    if link.before is not None and (earlier := load_moments(link.before)) is not None:
+        trainer.adopt(*earlier)
+    record = _recovery_of(floats)
+    job = Job(checkpoint, out, settings, key, len(windows.train), record, link.goes_on)
     return Run(job, trainer, targets, progress).go(saved)
 
 

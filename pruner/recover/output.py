@@ -84,9 +84,8 @@ def _manifest(
     if changed:
         earlier.pop("budget", None)
     recipe = manifest["recipe"]
-    if recipe.get("recover") == "distill":  # minutes were turned into tokens; those give the bytes
-        before = recovery.get("before_rounding", {"tokens": 0})
-        recipe = {**recipe, "recover_tokens": before["tokens"] + recovery["tokens"]}
+    if recipe.get("recover", "").endswith("distill"):  # minutes became tokens; those give the bytes
+        recipe = {**recipe, "recover_tokens": DistillResult.of_record(out, recovery).tokens}
     return {
         **manifest,
         "recipe": recipe,
@@ -120,18 +119,16 @@ def _section(result: DistillResult) -> str:
 
 
 def _outcome(result: DistillResult) -> str:
-    rounding = result.rounding
-    if rounding is None and result.rolled_back:
+    if not result.roundings and result.rolled_back:
         return "It did not help, and the weights are those from before it."
-    if rounding is None:
+    if not result.roundings:
         return "Masks and formats are as they were; relative layer errors above are from before."
-    said = [
-        "That is a training as floats, their rounding to codes, and a training of the codes. The "
-        f"rounding took the KL from {rounding.before:.4f} to {rounding.after:.4f} and may have "
+    costs = ", ".join(f"from {each.before:.4f} to {each.after:.4f}" for each in result.roundings)
+    said = (
+        "The weights were trained as floats; then blocks were rounded to codes, part by part, and "
+        f"the rest trained on behind each part. The roundings took the KL {costs} and may have "
         "moved 2:4 masks; the training keeps them."
-    ]
-    if rounding.floats_rolled_back:
-        said.append("The training as floats did not help and was undone.")
-    if rounding.codes_rolled_back:
-        said.append("The training of the codes did not help and was undone.")
-    return " ".join(said)
+    )
+    if not result.undone:
+        return said
+    return f"{said} Of {result.trainings} trainings {result.undone} did not help: undone."

@@ -27,7 +27,7 @@ from .settings import (
     DistillResult,
     ProgressCallback,
 )
-from .state import STATE_FILE, Position, save_state
+from .state import STATE_FILE, Position, save_moments, save_state
 from .targets import Targets
 from .trainer import Trainer
 
@@ -42,6 +42,7 @@ class Job:
     key: Mapping[str, Any]
     train_windows: int
     earlier: Mapping[str, Any] | None = None  # record of a training before the codes were rounded
+    goes_on: bool = False  # another training takes Adam's moments over
 
 
 class Run:
@@ -139,6 +140,8 @@ class Run:
         changed = {} if rolled_back else stored_tensors(packed, gains)
         after = position.before if rolled_back else after
         recovery = _recovery(job, position, after, rolled_back)
+        if job.goes_on and not rolled_back:
+            save_moments(job.out, trainer.moments(), trainer.taken + position.done)
         manifest = job.checkpoint.manifest or {}
         write_checkpoint(job.checkpoint.path, job.out, manifest, changed, recovery)
         (job.out / STATE_FILE).unlink(missing_ok=True)
@@ -149,7 +152,7 @@ class Run:
             steps=position.total_steps,
             before=position.before,
             after=after,
-            rolled_back=rolled_back,
+            undone=int(rolled_back),
             curve=position.curve,
             minutes=self._minutes(),
         )

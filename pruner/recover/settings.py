@@ -13,6 +13,9 @@ from .precision import PRECISIONS
 
 # Steps that are run before the number of steps is known; their rates must not depend on it.
 TIMED_STEPS = 4
+# Where what is trained ends in codes (pruner/staged.py): in how many parts blocks are rounded, and
+# how many of the calibration tokens are enough for that.
+ROUNDING_PARTS, ROUNDING_TOKENS = 3, 2**15
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class Distillation:
     """Settings of `distill`.
 
     The rate of the weights and the loss are the best found for SmolLM2-135M at 2:4, trained as
-    floats (docs/pruning.md); codes are trained at a tenth of the rates (staged.py).
+    floats (docs/pruning.md); what ends in codes is trained by several of these (staged.py).
 
     Attributes:
         minutes: time for the training loop. Used once: a few steps are timed, the number of tokens
@@ -31,6 +34,7 @@ class Distillation:
         batch_tokens: tokens in an optimizer step, a multiple of `length`.
         micro_tokens: tokens that run through the model at a time; less needs less memory.
         learning_rate: of the weights, in units of each linear's root mean square kept weight.
+        code_share: of that rate, for weights that are stored as codes.
         scale_rate: of the logarithm of the 4-bit and 8-bit scales; 0 keeps the scales.
         gain_rate: of norm gains and biases.
         hidden_weight: weight of the normalised distance of block outputs; 0 leaves them out.
@@ -53,6 +57,7 @@ class Distillation:
     batch_tokens: int = 1024
     micro_tokens: int = 1024
     learning_rate: float = 1e-3
+    code_share: float = 1.0
     scale_rate: float = 1e-3
     gain_rate: float = 1e-3
     hidden_weight: float = 1.0
@@ -85,7 +90,10 @@ class Distillation:
             raise UsageError(
                 f"recovery: batch_tokens {self.batch_tokens} is no multiple of length {self.length}"
             )
-        rates = (self.learning_rate, self.scale_rate, self.gain_rate, self.hidden_weight, self.ce)
+        rates = (
+            *(self.learning_rate, self.code_share, self.scale_rate, self.gain_rate),
+            *(self.hidden_weight, self.ce),
+        )
         if not all(math.isfinite(rate) and rate >= 0 for rate in rates) or not self.learning_rate:
             raise UsageError("recovery: rates and weights must be finite and not below 0")
         if self.warmup_steps < TIMED_STEPS:
@@ -155,23 +163,17 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class Rounding:
-    """What the rounding to codes cost, between a training as floats and one of the codes.
-
-    `before` and `after` are held-out KL of the floats and of the codes they were rounded to. A
-    training that did not lower it was rolled back: what it had started from went on.
-    """
+    """Held-out KL before and after some blocks were rounded to codes, between two trainings."""
 
     before: float
     after: float
-    floats_rolled_back: bool
-    codes_rolled_back: bool
 
 
 @dataclass(frozen=True)
 class DistillResult:
     """A complete checkpoint in `path`, and what all the training that went into it did.
 
-    What ends in codes is trained twice (staged.py); the figures are those of both together.
+    What ends in codes is trained several times (staged.py); the figures are those of all together.
 
     Attributes:
         path: the checkpoint's directory.
@@ -180,11 +182,11 @@ class DistillResult:
         before: held-out KL of what was given, in nats per token.
         after: held-out KL of what was written; above `before` where the rounding cost more than the
             training gained.
-        rolled_back: no training lowered the held-out KL, so what was written holds the student's
-            own weights, rounded where it ends in codes.
+        undone: trainings that did not lower the held-out KL, and were rolled back to what they had
+            begun with.
         curve: held-out KL on the way.
         minutes: of the training loops; None where an earlier process ran one and left no time.
-        rounding: what happened between the two trainings; None where nothing was rounded.
+        roundings: what happened between the trainings, one fewer than those.
     """
 
     path: Path
@@ -192,10 +194,20 @@ class DistillResult:
     steps: int
     before: float
     after: float
-    rolled_back: bool
+    undone: int
     curve: tuple[CurvePoint, ...]
     minutes: float | None
-    rounding: Rounding | None = None
+    roundings: tuple[Rounding, ...] = ()
+
+    @property
+    def trainings(self) -> int:
+        """How many there were."""
+        return 1 + len(self.roundings)
+
+    @property
+    def rolled_back(self) -> bool:
+        """No training helped, so that the weights are the student's own, or rounded from them."""
+        return self.undone == self.trainings
 
     @classmethod
     def of_record(cls, path: Path, record: Mapping[str, Any]) -> DistillResult:
@@ -206,28 +218,29 @@ class DistillResult:
             steps=record["steps"],
             before=record["held_out_kl"]["before"],
             after=record["held_out_kl"]["after"],
-            rolled_back=record["rolled_back"],
+            undone=int(record["rolled_back"]),
             curve=tuple(CurvePoint(p["tokens"], None, p["kl"]) for p in record["curve"]),
             minutes=None,
         )
         earlier = record.get("before_rounding")
         return own if earlier is None else own.behind(cls.of_record(path, earlier))
 
-    def behind(self, floats: DistillResult) -> DistillResult:
-        """This training of codes and the one as `floats`, from which they were rounded, as one."""
+    def behind(self, earlier: DistillResult) -> DistillResult:
+        """This training and all before a rounding, from whose end it went on, as one."""
         later = (
-            CurvePoint(floats.tokens + p.tokens, _sum(floats.minutes, p.minutes), p.kl)
+            CurvePoint(earlier.tokens + p.tokens, _sum(earlier.minutes, p.minutes), p.kl)
             for p in self.curve
         )
+        rounding = Rounding(earlier.after, self.before)
         return replace(
             self,
-            tokens=floats.tokens + self.tokens,
-            steps=floats.steps + self.steps,
-            before=floats.before,
-            rolled_back=floats.rolled_back and self.rolled_back,
-            curve=(*floats.curve, *later),
-            minutes=_sum(floats.minutes, self.minutes),
-            rounding=Rounding(floats.after, self.before, floats.rolled_back, self.rolled_back),
+            tokens=earlier.tokens + self.tokens,
+            steps=earlier.steps + self.steps,
+            before=earlier.before,
+            undone=earlier.undone + self.undone,
+            curve=(*earlier.curve, *later),
+            minutes=_sum(earlier.minutes, self.minutes),
+            roundings=(*earlier.roundings, rounding, *self.roundings),
         )
 
 

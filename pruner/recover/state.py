@@ -22,6 +22,7 @@ from ..tensors import save_tensors
 from .settings import CurvePoint
 
 STATE_FILE = ".halfweave-distill.safetensors"
+MOMENTS_FILE = ".halfweave-moments.safetensors"  # of a training that another one goes on from
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,29 @@ def load_state(
                 "run with the same settings and inputs, or start over without resuming",
             )
     return position, tensors
+
+
+def save_moments(directory: Path, moments: Mapping[str, Tensor], steps: int) -> None:
+    """Keep Adam's moments after so many steps, for a training that goes on.
+
+    Raises:
+        CapacityError: the disk is full.
+    """
+    save_tensors(directory / MOMENTS_FILE, moments, {"steps": str(steps)})
+
+
+def load_moments(directory: Path) -> tuple[dict[str, Tensor], int] | None:
+    """What `save_moments` kept there, and the steps; None where it did not.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    path = directory / MOMENTS_FILE
+    if not path.exists():
+        return None
+    tensors = read_shard(path)
+    with _damage_named(path), safetensors.safe_open(path, framework="pt") as file:
+        return tensors, int(file.metadata()["steps"])
 
 
 def began_with(directory: Path) -> Mapping[str, Any]:

@@ -24,12 +24,14 @@ from .windows import Windows, next_tokens
 
 # Far below the gradient of any weight that matters, also where a small layer's are tiny.
 _EPSILON = 1e-10
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Trainer:
     """The student, its latents and Adam's moments.
 
-    `gains` are the norm gains and biases by full name, `latents` the linears by full name.
+    `gains` are the norm gains and biases by full name, `latents` the linears by full name; `taken`
+    are the steps of earlier trainings that this one goes on from.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Trainer:
         self._optimizer = torch.optim.Adam(
             self._groups(), betas=settings.betas, eps=_EPSILON, fused=True
         )
+        self.taken = 0
         self.write_weights()
 
     def step(self, index: int, total: int) -> float:
@@ -74,18 +77,19 @@ class Trainer:
         Raises:
             HalfweaveError: the loss is not finite; the weights are then as before.
         """
-        chosen = self._windows.of_step(index, self._settings.windows_per_step, self._settings.seed)
+        settings, at = self._settings, self.taken + index
+        chosen = self._windows.of_step(at, settings.windows_per_step, settings.seed)
         self._dither()
         total_kl = 0.0
-        for start in range(0, len(chosen), self._settings.windows_per_pass):
-            total_kl += self._accumulate(chosen[start : start + self._settings.windows_per_pass])
-        loss = total_kl / self._settings.batch_tokens
+        for start in range(0, len(chosen), settings.windows_per_pass):
+            total_kl += self._accumulate(chosen[start : start + settings.windows_per_pass])
+        loss = total_kl / settings.batch_tokens
         if not math.isfinite(loss):
             raise HalfweaveError(
                 f"the loss of step {index + 1} is not finite",
-                f"train with a learning rate below {self._settings.learning_rate:g}",
+                f"train with a learning rate below {settings.learning_rate:g}",
             )
-        self._update(schedule(index, total, self._settings))
+        self._update(schedule(index, total, settings))
         self.write_weights()
         return loss
 
@@ -115,28 +119,51 @@ class Trainer:
 
     def tensors(self) -> dict[str, Tensor]:
         """All that training changes, and Adam's moments, by name; of masked weights the kept."""
+        values = {
+            name: tensor.detach() if keep is None else tensor.detach()[keep]
+            for name, tensor, keep in self._trained()
+        }
+        return {**values, **self.moments()}
+
+    def moments(self) -> dict[str, Tensor]:
+        """Adam's, by name; of masked weights those of the kept."""
         found: dict[str, Tensor] = {}
         for name, tensor, keep in self._trained():
             state = self._optimizer.state.get(tensor, {})
-            found[name] = tensor.detach()
-            for moment in ("exp_avg", "exp_avg_sq"):
-                found[f"{name}.{moment}"] = state.get(moment, torch.zeros_like(tensor))
-            if keep is not None:
-                for each in (name, f"{name}.exp_avg", f"{name}.exp_avg_sq"):
-                    found[each] = found[each][keep]
+            for moment in _MOMENTS:
+                whole = state.get(moment, torch.zeros_like(tensor))
+                found[f"{name}.{moment}"] = whole if keep is None else whole[keep]
         return found
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor], done: int) -> None:
         """Go on from what `tensors` gave after `done` steps."""
         for name, tensor, keep in self._trained():
-            moments = {"step": torch.tensor(float(done), device=tensor.device)}
             _fill(tensor, tensors[name], keep)
-            for moment in ("exp_avg", "exp_avg_sq"):
-                moments[moment] = torch.zeros_like(tensor)
-                _fill(moments[moment], tensors[f"{name}.{moment}"], keep)
-            self._optimizer.state[tensor] = moments
+            self._set_moments(name, tensor, keep, tensors, self.taken + done)
         self.write_weights()
+
+    @torch.no_grad()
+    def adopt(self, moments: dict[str, Tensor], done: int) -> None:
+        """Go on with the moments of a training that ended, after `done` steps in all, where this
+        one begins, and with the windows behind its own.
+
+        The moments of what is stored as codes begin anew: it was something else then.
+        """
+        self.taken = done
+        coded = {f"{n}.latent" for n, latent in self.latents.items() if latent.grid is not None}
+        for name, tensor, keep in self._trained():
+            if name not in coded and f"{name}.{_MOMENTS[0]}" in moments:
+                self._set_moments(name, tensor, keep, moments, done)
+
+    def _set_moments(
+        self, name: str, tensor: Tensor, keep: Tensor | None, saved: dict[str, Tensor], done: int
+    ) -> None:
+        state = {"step": torch.tensor(float(done), device=tensor.device)}
+        for moment in _MOMENTS:
+            state[moment] = torch.zeros_like(tensor)
+            _fill(state[moment], saved[f"{name}.{moment}"], keep)
+        self._optimizer.state[tensor] = state
 
     def _accumulate(self, chosen: list[int]) -> float:
         """Add the gradients of a few windows; the sum of their positions' KL."""
@@ -177,7 +204,8 @@ class Trainer:
             {"params": list(self.gains.values()), "base": settings.gain_rate}
         ]
         for latent in self.latents.values():
-            rate = settings.learning_rate * _kept_rms(latent)
+            share = 1.0 if latent.grid is None else settings.code_share
+            rate = settings.learning_rate * share * _kept_rms(latent)
             groups.append({"params": [latent.value], "base": rate})
             if latent.grid is not None:
                 groups.append({"params": [latent.grid.log_factor], "base": settings.scale_rate})

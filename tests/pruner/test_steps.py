@@ -21,7 +21,7 @@ from halfweave.pruner.oneshot import Progress
 from halfweave.pruner.pipeline import plan_prune, prune
 from halfweave.pruner.recipe import Recipe
 from halfweave.pruner.recover import run as run_module
-from halfweave.pruner.recover.settings import DistillProgress
+from halfweave.pruner.recover.settings import DistillProgress, DistillResult
 from halfweave.pruner.recover.state import STATE_FILE
 from halfweave.pruner.recovery import Recovery, recover
 from halfweave.pruner.steps import ProgressEvent
@@ -59,7 +59,7 @@ def test_distillation_brings_the_model_nearer_to_its_parent_and_keeps_its_form(
     assert trained.linears == plain.linears
     manifest = read_json(distilled / "halfweave.json")
     record = manifest["provenance"]["recovery"]
-    assert record["before_rounding"]["tokens"] + record["tokens"] == TOKENS
+    assert DistillResult.of_record(distilled, record).tokens == TOKENS
     assert manifest["recipe"]["recover_tokens"] == TOKENS
     assert manifest["recipe"]["recover"] == "distill"
     names = {path.name for path in distilled.iterdir()}
@@ -67,13 +67,16 @@ def test_distillation_brings_the_model_nearer_to_its_parent_and_keeps_its_form(
 
 
 @pytest.mark.parametrize("bits", [16, 4])
+@pytest.mark.parametrize("blocks", [False, True])
 def test_recovery_on_its_own_gives_the_same_weights(
-    tiny_model: Path, tmp_path: Path, bits: int
+    tiny_model: Path, tmp_path: Path, bits: int, blocks: bool
 ) -> None:
-    whole = recipe(bits=bits, group=32, **DISTILL)
+    asked = {"recover": "blocks+distill" if blocks else "distill", "recover_tokens": TOKENS}
+    how = {"precision": "float32", "rate": 2e-3, "ce": 0.3}  # auto is timed, and may differ
+    whole = recipe(bits=bits, group=32, **asked, **{f"recover_{k}": v for k, v in how.items()})
     prune(tiny_model, tmp_path / "whole", whole)
-    prune(tiny_model, tmp_path / "first", recipe())
-    recovery = Recovery(calib=str(TEXT), tokens=TOKENS, bits=bits, group=32)
+    prune(tiny_model, tmp_path / "first", recipe(recover="blocks" if blocks else "none"))
+    recovery = Recovery(str(TEXT), tokens=TOKENS, bits=bits, group=32, **how)  # type: ignore
     result = recover(tmp_path / "first", tiny_model, tmp_path / "out", recovery)
     assert result.path == tmp_path / "out"
     assert not result.rolled_back
