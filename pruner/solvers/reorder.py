@@ -17,7 +17,7 @@ from .objective import Curvature
 _MOST_ROWS = 512  # that are looked at: more change the order little
 _SWEEPS = 6  # at most
 _SETTLED = 50  # ends when less than one group in so many exchanges
-_LEAST_GAIN = 1e-6  # of a group's mean worth: less is rounding
+_LEAST_GAIN = 1e-6  # of a group's mean worth, and of the two groups' own: less is rounding
 
 
 def saliency(weight: Tensor, curvature: Curvature) -> Tensor:
@@ -55,7 +55,9 @@ def _match_slot(worth: Tensor, groups: Tensor, slot: int, kept: int) -> int:
         better = current + current.T - own[:, None] - own[None]
         gain, partner = better.max(dim=1)
         # Pairs that are each other's best; the best pair of all is one, so this ends.
-        agreed = (partner[partner] == everyone) & (gain > _LEAST_GAIN * own.mean())
+        least = _LEAST_GAIN * torch.maximum(own + own[partner], own.mean())
+        agreed = (partner[partner] == everyone) & (gain > least)
+        agreed &= agreed[partner]  # sums of the same in another order may differ
         if not bool(agreed.any()):
             break
         at = torch.where(agreed, at[partner], at)

@@ -49,6 +49,15 @@ def test_the_order_keeps_more_than_the_one_there_was(text: str, seed: int) -> No
     assert torch.equal(order, find_order(worth, pattern))
 
 
+def test_channels_of_huge_worth_leave_an_order_of_all_channels() -> None:
+    """Beside them what another pair gains is less than what their own sums are rounded by."""
+    for seed in range(12):
+        worth = torch.rand(24, 512, generator=torch.Generator().manual_seed(seed))
+        worth[:, :2] *= 1e9
+        order = find_order(worth.square(), Pattern.parse("2:4"))
+        assert sorted(order.tolist()) == list(range(512)), seed
+
+
 def test_two_groups_come_within_two_percent_of_the_best_of_all_orders() -> None:
     pattern = Pattern.parse("2:4")
     for seed in range(8):
