@@ -119,20 +119,24 @@ class Progress(AbstractContextManager["Progress"]):
         self.line(done, total, what, now - self._last, left)
 
     def line(self, done: int, total: int, what: str, seconds: float, left: float) -> None:
-        """As `step`, where the caller has measured the step and estimated the rest."""
+        """As `step`, where the caller has measured the step and estimated the rest.
+
+        A `total` of 0 is not known yet, and so is what is `left`.
+        """
         self._last = time.monotonic()
         if sys.stderr.isatty():
             self._draw(done, total, what)
             return
-        text = f"{self._unit} {done}/{total} {what} {seconds:.1f} s eta {duration(left)}"
+        rest = f"eta {duration(left) if total else '?'}"
+        text = f"{self._unit} {done}/{total or '?'} {what} {seconds:.1f} s {rest}"
         print(text, file=sys.stderr, flush=True)
 
     def _draw(self, done: int, total: int, what: str) -> None:
         if self._bar is None or self._task is None:
             self._bar = _new_bar()
-            self._task = self._bar.add_task("", total=total)
+            self._task = self._bar.add_task("", total=total or None)
             self._bar.start()
-        self._bar.update(self._task, completed=done, total=total, description=what)
+        self._bar.update(self._task, completed=done, total=total or None, description=what)
 
     def __exit__(
         self,
