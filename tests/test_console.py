@@ -40,7 +40,7 @@ def test_people_read_stderr_when_machines_read_stdout(capsys: pytest.CaptureFixt
 
 
 def test_progress_says_so_while_the_whole_is_not_known(capsys: pytest.CaptureFixture[str]) -> None:
-    with Console().progress("token") as bar:
+    with Console(json_mode=False).progress("token") as bar:
         bar.line(1024, 0, "read", 1.0, 0.0)
         bar.line(2048, 4096, "read", 1.0, 2.0)
     assert capsys.readouterr().err.splitlines() == [
