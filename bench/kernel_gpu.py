@@ -40,7 +40,7 @@ from .stats import Spread
 DENSE, DENSE_24 = "torch-dense", "torch-sparse24"
 _READ_BYTES = 2**30
 _COLD_BYTES = 256 * 2**20  # several times any card's second-level cache
-_MOST_COPIES = 512  # a graph of more launches takes minutes to record
+_MOST_COPIES = 512  # launches in a graph; of a tiny weight it would be tens of thousands
 
 _Copy = TypeVar("_Copy")
 # Computes one product with one copy of the weight.

@@ -33,8 +33,8 @@ class Recovery:
         calib: text to train on: "builtin" or a UTF-8 file.
         minutes: time for the training.
         tokens: instead of a time, so many tokens; 0 for the time.
-        bits: 4 rounds a 2:4 checkpoint of 16 bits after most of the training and goes on with the
-            codes (staged.py); 16 leaves every format as it is.
+        bits: 4 rounds a 2:4 checkpoint of 16 bits after most of the training, part by part, and
+            trains on behind each (staged.py); 16 leaves every format as it is.
         group: weights a scale of those codes.
         precision: of the training's matrix products: "float32", "bfloat16", or "auto".
         rate: learning rate of the weights, relative to their size.
@@ -99,9 +99,10 @@ def recover(
 ) -> DistillResult:
     """Train the checkpoint in `pruned` towards its dense `parent`, and write it into `out`.
 
-    The bytes of the weights are those of `prune` with `recover="distill"`, if text, seed, tokens
-    and the recipe of `pruned` are the same. Killed at any instant, the same call with `resume=True`
-    goes on from the last saved state. `device`, cpu, cuda or cuda:N, is where models run.
+    The bytes of the weights are those of `prune` with `recover="distill"`, or "blocks+distill", if
+    text, seed, tokens and the recipe of `pruned` are the same. Killed at any instant, the same call
+    with `resume=True` goes on from the last saved state. `device`, cpu, cuda or cuda:N, is where
+    models run.
 
     Raises:
         UsageError: bad paths, settings, or text; both `resume` and `overwrite`.

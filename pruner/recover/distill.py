@@ -62,10 +62,9 @@ def distill(
 ) -> DistillResult:
     """Train the checkpoint in `student` towards its dense `parent` and write it into `out`.
 
-    Models run on the parent's device.
-
-    `out` is there, is the caller's to fill, and is not `student`. It is complete when its manifest
-    is there. Killed at any instant, the same call with `resume=True` yields the same bytes.
+    Models run on the parent's device. `out` is there, is the caller's to fill, and is not
+    `student`. It is complete when its manifest is there. Killed at any instant, the same call with
+    `resume=True` yields the same bytes.
 
     Raises:
         UsageError: bad settings, or a text that is too short for them.
@@ -90,11 +89,17 @@ def distill(
     trainer, targets = make_trainer(
         parent, (checkpoint, floats), on_device, settings, targets_bytes
     )
-    if link.before is not None and (earlier := load_moments(link.before)) is not None:
-        trainer.adopt(*earlier)
+    _go_on(trainer, link)
     record = _recovery_of(floats)
     job = Job(checkpoint, out, settings, key, len(windows.train), record, link.goes_on)
     return Run(job, trainer, targets, progress).go(saved)
+
+
+def _go_on(trainer: Trainer, link: Link) -> None:
+    """Hand the moments on that the training before left; none of them stay in memory twice."""
+    moments = None if link.before is None else load_moments(link.before)
+    if moments is not None:
+        trainer.adopt(*moments)
 
 
 @dataclass(frozen=True)
