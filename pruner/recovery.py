@@ -99,10 +99,9 @@ def recover(
 ) -> DistillResult:
     """Train the checkpoint in `pruned` towards its dense `parent`, and write it into `out`.
 
-    The bytes of the weights are those of `prune` with `recover="distill"`, or "blocks+distill", if
-    text, seed, tokens and the recipe of `pruned` are the same. Killed at any instant, the same call
-    with `resume=True` goes on from the last saved state. `device`, cpu, cuda or cuda:N, is where
-    models run.
+    The bytes of the weights are those of a `prune` that distills, if text, seed, tokens and the
+    recipe of `pruned` are the same. Killed at any instant, the same call with `resume=True` goes on
+    from the last saved state. `device`, cpu, cuda or cuda:N, is where models run.
 
     Raises:
         UsageError: bad paths, settings, or text; both `resume` and `overwrite`.
