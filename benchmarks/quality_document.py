@@ -7,7 +7,14 @@ from datetime import date
 from typing import Any
 
 from quality_cache import Entry
-from quality_measure import Files, Settings, dense_words, files_of, weight_bytes
+from quality_measure import (
+    Files,
+    Settings,
+    dense_words,
+    files_of,
+    prune_flags,
+    weight_bytes,
+)
 from quality_rows import GROUP, Column, Row, all_rows, curve_rows
 
 
@@ -68,10 +75,10 @@ def identity(row: Row, settings: Settings) -> dict[str, Any]:
 def row_figures(row: Row, files: Files, settings: Settings) -> dict[str, Any]:
     """One measured row of the JSON."""
     scores, pruned = files.scores.read() or {}, files.pruned.read() or {}
-    tokens = 0 if row.method == "magnitude" else settings.windows * settings.length
+    windows = prune_flags(row, settings)["calib-windows"]
     return {
         **identity(row, settings),
-        "calib_tokens": tokens,
+        "calib_tokens": 0 if row.method == "magnitude" else windows * settings.length,
         **{key: scores[key] for key in ("ppl", "kl", "agreement", "against_ppl")},
         **pruned,
         **word_figures(files.words),

@@ -21,7 +21,7 @@ from halfweave.files import sha256_file
 from halfweave.kernels.schema import JOURNAL_FILE, MANIFEST_FILE
 from halfweave.runtime.hardware import this_machine
 from quality_cache import Entry, digest, entry
-from quality_rows import GROUP, Row, start_of
+from quality_rows import GROUP, HOUR_FLAGS, Row, start_of
 
 LAST_WORD = Path(__file__).with_name("last_word.py")
 
@@ -113,6 +113,8 @@ def prune_flags(row: Row, settings: Settings) -> dict[str, Any]:
     }
     if row.minutes:
         flags["recover-minutes"] = row.minutes
+    if row.recover == "blocks+distill":
+        flags |= HOUR_FLAGS
     if row.max_ppl_ratio is not None:
         del flags["pattern"], flags["bits"]
         flags["max-ppl-ratio"] = row.max_ppl_ratio
@@ -167,7 +169,8 @@ def measure(row: Row, settings: Settings, prune_only: bool) -> None:
 def prune(row: Row, files: Files, settings: Settings) -> dict[str, Any]:
     """Make the row's checkpoint; minutes and peak memory of its process, bytes of its weights.
 
-    Minutes and memory are None if the work of an earlier process went into it.
+    Minutes, of all and of the recovery alone, and memory are None if the work of an earlier process
+    went into it.
     """
     if row.recover == "distill":
         return recover(row, files, settings)
@@ -204,14 +207,20 @@ def recover(row: Row, files: Files, settings: Settings) -> dict[str, Any]:
 def make(files: Files, command: list[Any]) -> dict[str, Any]:
     """Run the command that makes the checkpoint, unless it is there; see `prune`."""
     resuming = (files.checkpoint / JOURNAL_FILE).exists()
-    earlier = resuming or files.complete
-    seconds, peak = 0.0, 0
+    took: dict[str, Any] = dict.fromkeys(("minutes", "recovery_minutes", "peak_rss_gib"))
     if not files.complete:
         last = "--resume" if resuming else "--overwrite"
-        seconds, peak, _ = run([halfweave(), *command, last])
+        seconds, peak, output = run([halfweave(), *command, "--json", last])
+        if not resuming:
+            result = last_json(output)["result"]
+            took = {
+                "minutes": round(seconds / 60, 2),
+                # All that `recover` does is recovery; `prune` says what was.
+                "recovery_minutes": round(result.get("recovery_seconds", seconds) / 60, 2),
+                "peak_rss_gib": round(peak / 2**30, 2),
+            }
     return {
-        "minutes": None if earlier else round(seconds / 60, 2),
-        "peak_rss_gib": None if earlier else round(peak / 2**30, 2),
+        **took,
         "bytes": weight_bytes(files.checkpoint),
         "date": date.today().isoformat(),
         "hardware": this_machine().line,

@@ -14,7 +14,7 @@ from statistics import median
 from string import ascii_uppercase
 from typing import Any
 
-from quality_rows import BASELINE, COLUMNS, GROUP, MIXED, OURS, Column
+from quality_rows import BASELINE, COLUMNS, GROUP, HOUR_FLAGS, MIXED, OURS, Column
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 Figures = dict[str, Any]
@@ -40,13 +40,16 @@ PAGE = """# Quality of pruned models
   percent mean nothing. "To dense" and "to SparseGPT" divide medians; the latter takes SparseGPT
   without recovery, of the same table.
 - Recovery: `blocks` trains each block behind its pruning; `distill` the whole model, for at most so
-  many minutes, and then rounds it where it is to end in codes.
+  many minutes, and rounds it on the way where it is to end in codes. `blocks+distill` is the best
+  found for an hour, with `{hour}`: one behind the other, from
+  more calibration text than the other rows have.
 - Last word, asked of one run of each line of the headline columns: share of the last words of
   clauses, seen before in their paragraph, that are guessed greedily, with its standard error in
   percent points; `benchmarks/last_word.py`, not LAMBADA.
 - MiB are all weight files, embeddings included. 50 % and 4:8 are stored dense, with their zeros.
 - Minutes are wall minutes of the whole `prune` command, loading and recovery included, with other
-  work on the machine: upper bounds, not a benchmark. RSS is the greatest of the runs.
+  work on the machine: upper bounds, not a benchmark. Of them, where it was timed apart, recovery
+  took those in brackets, with its measurements and roundings. RSS is the greatest of the runs.
 {tables}"""
 
 HEADER = (
@@ -128,6 +131,7 @@ def to_markdown(document: Figures) -> str:
         windows=calibration["windows"],
         length=calibration["length"],
         group=GROUP,
+        hour=" ".join(f"--{name} {value:g}" for name, value in HOUR_FLAGS.items()),
         tables="\n".join(["", *tables, budgets(dense, document)]),
     )
 
@@ -178,6 +182,8 @@ def cells(
     if ppl is None:
         return [name, line.recovery, line.count, "not yet measured", *[""] * (len(HEADER) - 4)]
     minutes = "" if line.method == "dense" else line.spread("minutes", "{:.1f}".format)
+    if alone := line.middle("recovery_minutes"):
+        minutes += f" [{alone:.1f}]"
     peaks = [run["peak_rss_gib"] for run in line.runs if run["peak_rss_gib"] is not None]
     return [
         name,

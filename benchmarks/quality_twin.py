@@ -16,7 +16,7 @@ from quality_rows import all_rows
 
 Figures = Mapping[str, Any]
 
-PRUNED = ("minutes", "peak_rss_gib", "bytes", "date", "hardware")
+PRUNED = ("minutes", "recovery_minutes", "peak_rss_gib", "bytes", "date", "hardware")
 SCORES = ("ppl", "kl", "agreement", "against_ppl")
 WORDS = {
     "accuracy": "last_word_accuracy",
@@ -43,7 +43,7 @@ def adopt(document: Figures, settings: Settings) -> int:
         if run is None:
             continue
         files = files_of(row, settings)
-        _fill(files.pruned, {name: run[name] for name in PRUNED})
+        _fill(files.pruned, {name: run[name] for name in PRUNED if name in run})
         _fill(files.scores, {**{name: run[name] for name in SCORES}, **document["eval"]})
         _adopt_words(run, files.words)
         adopted += 1

@@ -121,7 +121,7 @@ def recovery(result: DistillResult) -> str:
         if result.rolled_back and not result.roundings
         else f"KL from the dense model on held-out text {result.before:.3f} -> {result.after:.3f}"
     )
-    first = f"{result.path} is complete: {result.tokens} tokens {took}, {outcome}"
+    first = f"{result.tokens} tokens {took}, {outcome}"
     lines = [
         f"rounding blocks to codes took it from {each.before:.3f} to {each.after:.3f}"
         for each in result.roundings

@@ -131,6 +131,10 @@ def prune(
     if seen is not None:
         console.say(f"experts: {seen}")
     console.say(f"{result.path} is complete, {result.seconds:.1f} s")
+    if recipe.recover != "none" and result.recovery_seconds is not None:
+        console.say(f"recovery took {duration(result.recovery_seconds)} of that")
+    if result.recovery is not None:
+        console.say(f"training: {tables.recovery(result.recovery)}")
     if result.budget is not None:
         console.say(tables.budget(result.budget))
     console.say(f"next: halfweave eval {out} --against {model}")
@@ -218,7 +222,7 @@ def recover(
     except KeyboardInterrupt:
         console.tell("next: the same command with --resume goes on from the last saved state")
         raise
-    console.say(tables.recovery(result))
+    console.say(f"{result.path} is complete: {tables.recovery(result)}")
     console.say(f"next: halfweave eval {out} --against {parent}")
     console.document({"verb": "recover", "recovery": recovery, "result": result})
 

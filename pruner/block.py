@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
@@ -66,6 +67,7 @@ class BlockPruner:
         self._tunes = recipe.tunes_blocks and not trained
         self._solver = Solver(recipe.method, trained, self._tunes)
         self._readers = {channels.reader: channels for channels in source.family.free}
+        self.tuning_seconds = 0.0  # what the blocks pruned so far took beyond their pruning
 
     @property
     def held_out(self) -> int:
@@ -103,12 +105,20 @@ class BlockPruner:
             if not self._tunes:
                 self._leave(block, walk)
         if self._tunes:
-            self._tune(block, linears, stream)
+            with self._timed():
+                self._tune(block, linears, stream)
             block.reordered = False  # the passes of another walk are in the new order
             with self._walk(block, stream) as walk:
                 self._quantize_all(block, linears, walk)
-                self._leave(block, walk)
+                with self._timed():  # it goes all the way once more
+                    self._leave(block, walk)
         return self._stored(block, linears)
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.tuning_seconds += time.perf_counter() - started
 
     def check(self, tensors: dict[str, Tensor], prunable: frozenset[str]) -> frozenset[str]:
         """Names of the `prunable` linears that hold NaN or infinity.

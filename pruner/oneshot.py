@@ -54,10 +54,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class OneShotResult:
-    """What happened to each linear, in the model's order, and the blocks that were there before."""
+    """What happened to each linear, in the model's order.
+
+    `resumed_blocks` were there before; this process trained the others for `tuning_seconds`.
+    """
 
     linears: Mapping[str, LinearRecord]
     resumed_blocks: int
+    tuning_seconds: float
 
 
 class OneShot:
@@ -91,7 +95,7 @@ class OneShot:
         """What an earlier, complete pass into the directory did."""
         entries = read_json(self._directory / MANIFEST_FILE)["linears"]
         linears = {name: LinearRecord.from_json(entry) for name, entry in entries.items()}
-        return OneShotResult(linears, self._source.block_count)
+        return OneShotResult(linears, self._source.block_count, 0.0)
 
     def ensure(self) -> OneShotResult:
         """`go`, unless an earlier process did it all; for a directory that only this run knows."""
@@ -128,7 +132,7 @@ class OneShot:
         finish(self._source, self._directory, journal.shards, self._recipe.to_json(), provenance)
         journal.remove()
         linears = {n: record for shard in journal.shards for n, record in shard.linears.items()}
-        return OneShotResult(linears, self._resumed)
+        return OneShotResult(linears, self._resumed, self._blocks.tuning_seconds)
 
     def _save_others(self, journal: Journal) -> None:
         """What is in no block: a shard of its own, which leaves memory when this returns."""

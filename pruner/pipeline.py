@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import UsageError
+from ..kernels.schema import JOURNAL_FILE
 from .budget.check import BudgetCheck
 from .budget.choose import check_reachable
 from .calibrate import CalibrationText, load_text
@@ -29,13 +30,16 @@ class PruneResult:
     """A complete output directory and what it took. `linears` is in the model's order.
 
     `recovery` is what whole-model distillation did, and `budget` what the finished checkpoint
-    measures on text that nothing was fitted to, each where the recipe asked for it.
+    measures on text that nothing was fitted to, each where the recipe asked for it. Of `seconds`,
+    `recovery_seconds` went into training, of blocks and of the whole, with all its measurements and
+    roundings; None where an earlier process did some of the run.
     """
 
     path: Path
     plan: Plan
     linears: Mapping[str, LinearRecord]
     seconds: float
+    recovery_seconds: float | None
     resumed_blocks: int
     recovery: DistillResult | None = None
     budget: BudgetCheck | None = None
@@ -86,12 +90,14 @@ def prune(
         source = replace(source, tasks=tasks)
         go = _ready(source, directory, recipe, plan, text, progress)
         settle(directory, overwrite)
+        again = resume and (directory / JOURNAL_FILE).exists()
         result = go(resume)
     return PruneResult(
         path=directory,
         plan=result.plan,
         linears=result.pruned.linears,
         seconds=time.perf_counter() - started,
+        recovery_seconds=None if again else result.recovery_seconds,
         resumed_blocks=result.pruned.resumed_blocks,
         recovery=result.recovery,
         budget=result.budget,
@@ -131,4 +137,9 @@ def _ready(
         return InSteps(source, directory, recipe, text, progress).go
     sample = draw_sample(source, text, recipe)
     one_shot = OneShot(source, directory, recipe, plan, sample, progress)
-    return lambda resume: StepsResult(plan, one_shot.go(resume))
+
+    def go(resume: bool) -> StepsResult:
+        pruned = one_shot.go(resume)
+        return StepsResult(plan, pruned, pruned.tuning_seconds)
+
+    return go

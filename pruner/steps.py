@@ -6,6 +6,7 @@ itself says that it is unfinished, and under which key. Each step is resumable i
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -36,10 +37,14 @@ ProgressCallback = Callable[[ProgressEvent], None]
 
 @dataclass(frozen=True)
 class StepsResult:
-    """What each step did; `recovery` and `budget` are None where there was no such step."""
+    """What each step did; `recovery` and `budget` are None where there was no such step.
+
+    `recovery_seconds` are what this process spent on training and on what that called for.
+    """
 
     plan: Plan
     pruned: OneShotResult
+    recovery_seconds: float
     recovery: DistillResult | None = None
     budget: BudgetCheck | None = None
 
@@ -85,7 +90,7 @@ class InSteps:
         journal = (Journal.resume if again else Journal.begin)(self._directory, key)
         self._steps.mkdir(exist_ok=True)
         manifest = self._directory / MANIFEST_FILE
-        recovery = None
+        recovery, training_seconds = None, 0.0
         if manifest.exists():  # complete already, if the run was killed while it tidied up
             recipe = Recipe.read(manifest)
             pruned = self._one_shot(recipe, self._directory).result()
@@ -101,15 +106,18 @@ class InSteps:
             if formats:
                 self._check(formats)
             if distills:
+                started = time.perf_counter()
                 recovery = self._distill()
+                training_seconds = time.perf_counter() - started
             else:
                 publish(self._pruned)
         tidy(self._directory)
         journal.remove()
         made = self._one_shot(recipe, self._directory).result()
-        pruned = replace(made, resumed_blocks=pruned.resumed_blocks)
+        pruned = replace(pruned, linears=made.linears)
+        seconds = pruned.tuning_seconds + training_seconds
         plan = make_plan(self._source, recipe)
-        return StepsResult(plan, pruned, recovery, _outcome(self._directory))
+        return StepsResult(plan, pruned, seconds, recovery, _outcome(self._directory))
 
     def _prune(self, recipe: Recipe) -> OneShotResult:
         return self._one_shot(recipe, self._pruned).ensure()

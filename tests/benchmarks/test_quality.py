@@ -43,7 +43,8 @@ def test_all_columns_have_all_methods_and_recoveries() -> None:
         ways = {(row.method, row.recover) for row in all_rows(30) if row.column == column}
         wanda = set() if column.pattern == "dense" else {("wanda", "none")}
         trained = {("sparsegpt", "distill")} if column in HEADLINES else set()
-        assert ways == wanda | trained | {
+        hour = {("admm", "blocks+distill")} if column == HEADLINES[1] else set()
+        assert ways == wanda | trained | hour | {
             ("magnitude", "none"),
             ("sparsegpt", "none"),
             ("admm", "none"),
@@ -56,7 +57,25 @@ def test_both_methods_are_trained_equally_long_and_asides_shorter() -> None:
     trained = [row for row in all_rows(30) if row.recover == "distill"]
     assert {row.minutes for row in trained if row.column in HEADLINES} == {30}
     assert {row.minutes for row in trained if row.column not in HEADLINES} == {7.5}
-    assert {row.minutes for row in all_rows(30) if row.recover != "distill"} == {0}
+    assert {row.minutes for row in all_rows(30) if "distill" not in row.recover} == {0}
+
+
+def test_the_best_of_an_hour_has_flags_of_its_own_and_words_of_every_run() -> None:
+    runs = [row for row in all_rows(30) if row.recover == "blocks+distill"]
+    assert [(row.seed, row.minutes, row.asks_words) for row in runs] == [
+        (seed, 28, True) for seed in (0, 1, 2)
+    ]
+    hour = quality_measure.prune_flags(runs[0], SETTINGS)
+    plain = quality_measure.prune_flags(Row("admm", HEADLINES[1]), SETTINGS)
+    changed = {name: value for name, value in hour.items() if plain.get(name) != value}
+    assert changed == {
+        "calib-windows": 256,
+        "recover": "blocks+distill",
+        "recover-minutes": 28,
+        "block-epochs": 1,
+        "recover-rate": 2e-3,
+        "recover-ce": 1,
+    }
 
 
 def test_rows_are_chosen_by_label_and_seed() -> None:
@@ -65,6 +84,7 @@ def test_rows_are_chosen_by_label_and_seed() -> None:
     recovered = chosen(rows, ["admm:2:4:4:*"], (0,))
     assert {row.label for row in recovered} == {
         "admm:2:4:4:blocks",
+        "admm:2:4:4:blocks+distill",
         "admm:2:4:4:distill",
     }
     assert [row.max_ppl_ratio for row in chosen(rows, ["*:budget"], (0,))] == [1.15]
@@ -169,6 +189,11 @@ def test_the_page_names_what_is_not_measured() -> None:
     assert "| admm |  | 1 of 2 | 30.00 | 3.00x |  |" in page
     assert "| wanda |  | 0 of 1 | not yet measured |" in page
     assert "**1 of 3 planned runs are measured**" in page
+
+
+def test_minutes_of_recovery_are_shown_where_they_were_timed() -> None:
+    page = to_markdown(document([figures("admm", 0, 30.0, recovery_minutes=1.54)], []))
+    assert "| 2.0 [1.5] | 1.00 | A |" in page
 
 
 def test_a_run_is_shown_with_the_machine_it_was_measured_on() -> None:

@@ -210,12 +210,12 @@ def training(before: float, after: float, minutes: float | None) -> DistillResul
 def test_the_line_of_a_recovery_tells_all_of_it() -> None:
     plain = tables.recovery(training(0.8, 0.5, 1.5))
     kl = "KL from the dense model on held-out text"
-    assert plain == f"out is complete: 2048 tokens in 1.5 min, {kl} 0.800 -> 0.500"
+    assert plain == f"2048 tokens in 1.5 min, {kl} 0.800 -> 0.500"
     undone = tables.recovery(training(0.8, 0.9, 1.5))
     assert undone.endswith("1.5 min, it did not help, the weights are those from before it")
     both = training(0.6, 0.7, 0.5).behind(training(0.8, 0.5, 1.5))
     assert tables.recovery(both).splitlines() == [
-        f"out is complete: 4096 tokens in 2.0 min, {kl} 0.800 -> 0.600",
+        f"4096 tokens in 2.0 min, {kl} 0.800 -> 0.600",
         "  rounding blocks to codes took it from 0.500 to 0.600",
         "  1 of 2 trainings did not help: undone",
     ]
