@@ -133,6 +133,20 @@ def test_a_dry_run_refuses_what_the_run_would(
     assert_error(halfweave(*dry), 2, told, "--calib-length 256 at most")
 
 
+def test_a_run_that_trains_tells_how_long_and_what_came_of_it(
+    halfweave: Command, tiny_model: Path, tmp_path: Path
+) -> None:
+    out, license_ = tmp_path / "out", Path(__file__).parents[1] / "LICENSE"
+    trains = ("--recover", "blocks+distill", "--recover-tokens", 2048)
+    ran = halfweave("prune", tiny_model, out, *QUICK, "--calib", license_, *trains)
+    assert ran.code == 0, ran.err
+    lines = ran.out.splitlines()[-4:]
+    assert re.fullmatch(rf"{re.escape(str(out))} is complete, \d+\.\d s", lines[0])
+    assert re.fullmatch(r"recovery took \d+s of that", lines[1])
+    assert lines[2].startswith("training: 2048 tokens in ")
+    assert lines[3].startswith("next: halfweave eval ")
+
+
 # ---- recover
 
 

@@ -85,6 +85,19 @@ def test_recovery_on_its_own_gives_the_same_weights(
     assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
 
 
+def test_recovery_is_timed_apart_from_pruning(tiny_model: Path, tmp_path: Path) -> None:
+    plain = prune(tiny_model, tmp_path / "plain", recipe())
+    assert plain.recovery_seconds == 0
+    tuned = prune(tiny_model, tmp_path / "tuned", recipe(recover="blocks"))
+    assert tuned.recovery_seconds is not None
+    assert 0 < tuned.recovery_seconds < tuned.seconds
+    both = recipe(recover="blocks+distill", recover_tokens=TOKENS)
+    trained = prune(tiny_model, tmp_path / "trained", both)
+    assert trained.recovery is not None and trained.recovery.minutes is not None
+    assert trained.recovery_seconds is not None
+    assert 60 * trained.recovery.minutes < trained.recovery_seconds < trained.seconds
+
+
 @pytest.mark.parametrize("bits", [16, 4])
 def test_the_plan_counts_every_model_that_lies_on_the_disk(
     tiny_model: Path, tmp_path: Path, bits: int
