@@ -20,7 +20,7 @@ from .settings import ServerSettings
 from .tokens import tokens_router
 
 _DESCRIPTION = """The OpenAI API for text models: a field is implemented, or refused with 400
-`unsupported_parameter`. Nothing is ignored."""
+`unsupported_parameter`. Nothing that would change an answer is ignored."""
 
 
 def create_app(

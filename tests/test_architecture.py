@@ -20,7 +20,7 @@ ALLOWED = {
     "kernels": set(),
     "runtime": {"kernels"},
     "bench": {"kernels", "runtime"},
-    "pruner": {"kernels", "runtime"},  # the runtime only to evaluate what was pruned
+    "pruner": {"kernels", "runtime"},  # the runtime for names of tensors, checkpoints, and to evaluate
     "evaluation": {"runtime"},
     "report": {"kernels", "runtime", "bench", "pruner"},  # the pruner only for its model card
     "server": {"runtime"},
