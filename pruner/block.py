@@ -65,6 +65,7 @@ class BlockPruner:
         self._planned = {linear.name: linear for linear in plan.linears}
         trained = isinstance(source, Trained)  # as a whole: its blocks are what they should be
         self._tunes = recipe.tunes_blocks and not trained
+        self._judges = not trained  # what rounds a trained model is compared to nothing
         self._solver = Solver(recipe.method, trained, self._tunes)
         self._readers = {channels.reader: channels for channels in source.family.free}
         self.tuning_seconds = 0.0  # what the blocks pruned so far took beyond their pruning
@@ -72,7 +73,7 @@ class BlockPruner:
     @property
     def held_out(self) -> int:
         """Calibration windows that only judge."""
-        return held_out_windows(self._recipe)
+        return held_out_windows(self._recipe) if self._judges else 0
 
     @property
     def needs_parent(self) -> bool:

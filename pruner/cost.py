@@ -63,7 +63,7 @@ def estimate_seconds(source: Source, linears: Sequence[Linear], recipe: Recipe) 
     again = 1 - _waiting(source, linears, recipe)[0]
     block = linears[: len(source.family.linears)]
     passes = _block_flops(source, block, recipe, again)
-    if recipe.distills and recipe.bits == 4:
+    if recipe.is_rounded_on_the_way:
         passes += _rounding_flops(source, block, recipe, again)
     flops = source.block_count * passes
     seconds = 0.0
@@ -315,12 +315,12 @@ def estimate_scratch(source: Source, linears: Sequence[Linear], recipe: Recipe, 
     if not recipe.distills:
         return scratch
     kept = sum(
-        prod(linear.shape) * (1 - linear.target.pattern.fraction if linear.target else 1)
+        prod(linear.shape) // (2 if linear.target and linear.target.pattern.is_24 else 1)
         for linear in linears
     )
     # Latents and two moments, fp32, and the state before while the next one is being written.
     scratch += output + int(2 * 3 * 4 * kept)
-    if recipe.bits == 4:  # it is pruned and trained as floats first, and both lie beside it
+    if recipe.is_rounded_on_the_way:  # pruned and trained as floats first; both lie beside it
         floats = Sparse24.kind if Pattern.parse(recipe.pattern).is_24 else Dense.kind
         scratch += 2 * output + int(2 * 4 * kept)  # and moments that go on
         for linear in linears:

@@ -44,6 +44,6 @@ def lost(original: Tensor, stored: PackedLinear, fit: InputStatistics) -> Lost:
 
 def _energy(weight: Tensor, fit: InputStatistics) -> float:
     """||W X||^2 per token."""
-    if fit.sample is None:
+    if fit.sample is None or not len(fit.sample):  # no token may have reached an expert
         return float(((weight @ fit.hessian) * weight).sum())
     return float((weight @ fit.sample.T).square().sum()) / len(fit.sample)

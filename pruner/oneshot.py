@@ -83,7 +83,8 @@ class OneShot:
         self._blocks = BlockPruner(source, recipe, plan, self._report)
         self._count = source.block_count + 1
         self._wanted = range(source.block_count) if blocks is None else blocks
-        self._done = self._resumed = 0
+        self._done = self._resumed = self._solved = 0
+        self._left = len(self._wanted) * len(source.family.linears)
         self._started = time.perf_counter()
 
     @cached_property
@@ -148,6 +149,7 @@ class OneShot:
         else:
             if resumed:
                 self._resumed += 1
+                self._left -= len(self._source.family.linears) if index in self._wanted else 0
             else:
                 self._save(index, *self._as_it_is(index), journal)
             self._pass(index, journal.shards[index + 1], stream)
@@ -209,17 +211,18 @@ class OneShot:
         }
 
     def _report(self, name: str, record: LinearRecord, seconds: float) -> None:
-        self._done += 1
+        self._done, self._solved, self._left = self._done + 1, self._solved + 1, self._left - 1
         if self._progress is None:
             return
-        elapsed = time.perf_counter() - self._started
-        left = len(self._plan.linears) - self._done
-        per_block = len(self._source.family.linears)
-        fresh = self._done - self._resumed * per_block
-        # The first block's time is mostly what comes before its first linear: ask the plan.
-        eta = elapsed / fresh * left if fresh >= per_block else self._plan.seconds - elapsed
-        eta = max(eta, 0.0)
+        eta = max(self._seconds_left(), 0.0)
         self._progress(Progress(name, record, self._done, len(self._plan.linears), seconds, eta))
+
+    def _seconds_left(self) -> float:
+        """By the pace until now; the first block's is mostly what comes before it: ask the plan."""
+        elapsed = time.perf_counter() - self._started
+        if self._solved >= len(self._source.family.linears):
+            return elapsed / self._solved * self._left
+        return self._plan.seconds * len(self._wanted) / self._source.block_count - elapsed
 
 
 def draw_sample(source: Source, text: CalibrationText, recipe: Recipe) -> Sample:

@@ -20,7 +20,14 @@ from .. import __version__
 from ..errors import CheckpointError, RefusedError, UnsupportedModel
 from ..files import find_directory, read_json, sha256_file, write_json, write_text
 from ..kernels import nibbles
-from ..kernels.formats import Dense, Int4, PackedLinear, Sparse24, Sparse24Int4
+from ..kernels.formats import (
+    GROUP_SIZES,
+    Dense,
+    Int4,
+    PackedLinear,
+    Sparse24,
+    Sparse24Int4,
+)
 from ..kernels.groups import group_count
 from ..kernels.schema import FORMAT_VERSION, MANIFEST_FILE, LinearFormat, QuantizationConfig
 from ..kernels.shards import ShardedTensors
@@ -33,9 +40,12 @@ from ..runtime.families.names import (
 from . import marlin24
 from .beside import built_beside, complete, refuse_taken
 from .journal import LinearRecord
+from .recipe import IMPORTED
 from .tensors import save_tensors
 
 _GROUP = 128  # of a row that has one scale, which is repeated
+# Beside codes: zero points, and the columns' order. What they must be for codes to be ours.
+_ASIDE = ("weight_zero_point", "weight_g_idx")
 _BLOCKS = ("quantization_config", "compression_config", "sparsity_config")
 Parts = Mapping[str, Tensor]
 
@@ -110,6 +120,7 @@ def layout_of(directory: Path, config: Mapping[str, Any]) -> str:
         said.append(read_json(quantize).get("checkpoint_format"))
     known = [name for name in said if name in _READERS]
     if known:
+        _check_scales(block)
         return str(known[0])
     if block and block.get("quant_method") != "compressed-tensors":
         method = str(block.get("quant_method"))[:40]
@@ -123,6 +134,18 @@ def layout_of(directory: Path, config: Mapping[str, Any]) -> str:
             "decompress it with the tool that wrote it, and prune or import the dense model",
         )
     return "dense"
+
+
+def _check_scales(block: Mapping[str, Any]) -> None:
+    """Refuse codes that are not symmetric, or in groups that no format of ours has."""
+    groups = block.get("config_groups")
+    for group in groups.values() if isinstance(groups, dict) else ():
+        weights = (group.get("weights") if isinstance(group, dict) else None) or {}
+        if weights.get("symmetric") is False:
+            raise UnsupportedModel("its codes have zero points; only symmetric ones are read here")
+        size = weights.get("group_size")
+        if size not in (None, -1, *GROUP_SIZES):
+            raise UnsupportedModel(f"groups of {size} columns are none of {GROUP_SIZES}")
 
 
 def _bitmask(parts: Parts, name: str) -> PackedLinear:
@@ -169,7 +192,16 @@ def _pack_quantized(parts: Parts, name: str) -> PackedLinear:
         raise CheckpointError(f"{name}: these are not 4-bit codes with a scale for every group")
     codes = (words.to(torch.int64)[..., None] >> 4 * torch.arange(8)) & 15
     codes = codes.flatten(1)[:, :columns] - 8
-    group = _GROUP if scale.shape[1] == 1 else columns // scale.shape[1]
+    fitting = [size for size in GROUP_SIZES if group_count(columns, size) == scale.shape[1]]
+    if scale.shape[1] > 1 and not fitting:
+        raise CheckpointError(f"{name}: {scale.shape[1]} scales do not go with {columns} columns")
+    group = _GROUP if scale.shape[1] == 1 else fitting[0]
+    zeros, order = (parts.get(suffix) for suffix in _ASIDE)
+    # Some writers put zero points of 0 beside symmetric codes; packed ones are never 0.
+    if zeros is not None and (zeros.dtype != torch.int8 or bool(zeros.any())):
+        raise UnsupportedModel(f"{name}: its codes have zero points; only symmetric ones are read")
+    if order is not None and not bool((order == torch.arange(columns) // group).all()):
+        raise UnsupportedModel(f"{name}: its columns have an order of their own, not read here")
     scales = scale.expand(rows, group_count(columns, group)).to(torch.float16).contiguous()
     if not bool(scales.isfinite().all()):
         raise CheckpointError(f"{name}: a scale does not fit fp16")
@@ -214,9 +246,10 @@ class _Writer:
         seen = set()
         linears = set(decoder_spec(self.config).linear_names)
         suffixes = _READERS[self.layout][0] if self.layout in _READERS else ("weight",)
+        aside = _ASIDE if self.layout == "pack-quantized" else ()
         for tensor in self.tensors.names():
             name, _, suffix = tensor.rpartition(".")
-            whole = name if suffix in suffixes and name in linears else tensor
+            whole = name if suffix in (*suffixes, *aside) and name in linears else tensor
             if whole not in seen:
                 seen.add(whole)
                 files[self.tensors.file_of(tensor).name].append(whole)
@@ -270,7 +303,8 @@ class _Writer:
     def _linear(self, name: str) -> PackedLinear:
         if self.layout in _READERS:
             suffixes, read = _READERS[self.layout]
-            return read({s: self.tensors.read(f"{name}.{s}") for s in suffixes}, name)
+            found = [*suffixes, *(s for s in _ASIDE if f"{name}.{s}" in self.tensors)]
+            return read({s: self.tensors.read(f"{name}.{s}") for s in found}, name)
         weight = self.tensors.read(f"{name}.weight")
         if dense_is_transposed(self.config):
             weight = weight.T.contiguous()
@@ -289,7 +323,7 @@ class _Writer:
         base = {"name": self.directory.name, "layout": self.layout}
         manifest = {
             "format_version": FORMAT_VERSION,
-            "recipe": {"method": "imported"},
+            "recipe": IMPORTED,
             "provenance": {"halfweave": __version__, "base": base},
             "linears": {name: asdict(record) for name, record in self.records.items()},
             "files": files,

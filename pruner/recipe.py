@@ -12,9 +12,11 @@ from ..errors import UsageError
 from ..files import read_json
 from ..kernels.formats import GROUP_SIZES
 from .recover.precision import PRECISIONS
+from .recover.windows import MOST_SEED
 
 METHODS = ("admm", "sparsegpt", "wanda", "magnitude")
 BITS = (16, 8, 4)
+IMPORTED = {"method": "imported"}  # in a recipe's place, where another tool chose the weights
 RECOVERIES = ("none", "blocks", "distill", "blocks+distill")
 # What a linear may become under a quality budget, by the format it is then stored in.
 CHOICES: Mapping[str, tuple[str, int]] = {
@@ -130,6 +132,7 @@ class Recipe:
         _require(self.group in GROUP_SIZES, f"group {self.group} is none of {GROUP_SIZES}")
         _require(self.calib_windows > 0, "calib_windows must be at least 1")
         _require(self.calib_length > 1, "calib_length must be at least 2 tokens")
+        _require(0 <= self.seed <= MOST_SEED, f"seed must lie between 0 and {MOST_SEED}")
         _require(0 < self.damping < 1, "damping must lie between 0 and 1")
         _require(0 <= self.mix <= 1, "mix must lie between 0 and 1")
         _require(
@@ -167,6 +170,8 @@ class Recipe:
             not (self.has_budget and self.distills),
             "a budget is judged on text that distillation would train on; give one of the two",
         )
+        named = all(isinstance(choice, str) for choice in self.choices.values())
+        _require(named, "choices: each is the name of a format")
         unknown = sorted(set(self.choices.values()) - CHOICES.keys())
         _require(not unknown, f"choices: {unknown} are none of {', '.join(CHOICES)}")
         if (self.pattern, self.bits) != (Recipe.pattern, Recipe.bits):
@@ -191,6 +196,16 @@ class Recipe:
     def distills(self) -> bool:
         """The whole model is trained after all blocks were pruned."""
         return self.recover.endswith("distill")
+
+    @property
+    def is_rounded_on_the_way(self) -> bool:
+        """Trained as a whole as floats, and rounded to codes between trainings (staged.py)."""
+        return self.distills and self.bits == 4 and not Pattern.parse(self.pattern).is_dense
+
+    @property
+    def by_blocks(self) -> Recipe:
+        """What of it is done block by block, before any training of the whole model."""
+        return replace(self, recover="blocks" if self.tunes_blocks else "none")
 
     @property
     def is_for_budget(self) -> bool:
@@ -229,6 +244,7 @@ class Recipe:
         Raises:
             UsageError: an unknown key, a wrong type, or an impossible value.
         """
+        _require(isinstance(value, Mapping), "recipe: it is no object")
         known = {field.name: field.type for field in fields(cls)}
         unknown = sorted(value.keys() - known.keys())
         _require(not unknown, f"recipe: unknown keys {unknown}")

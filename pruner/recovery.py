@@ -17,7 +17,7 @@ from .device import explained_memory
 from .journal import Journal, locked
 from .oneshot import Progress, Sample, draw_sample
 from .outdir import STEPS_DIRECTORY, prepare_directory, settle, tidy
-from .recipe import Recipe
+from .recipe import IMPORTED, Recipe
 from .recover.distill import TrainingPlan, check, check_pair, distill
 from .recover.settings import Distillation, DistillProgress, DistillResult
 from .source import Source
@@ -78,10 +78,11 @@ def plan_recover(
     """
     recovery = recovery or Recovery()
     source, student = Source.open(parent, device), find_directory(pruned)
-    _recipe_of(student, recovery)
+    recipe = _recipe_of(student, source, recovery)
     text = load_text(recovery.calib)
     if recovery.bits == 4:
         check_steps(source, recovery.settings)
+        draw_sample(source, text, recipe)
     check_pair(source, Checkpoint.open(student), Path(out))
     return check(source, text.text, recovery.settings)
 
@@ -115,7 +116,7 @@ def recover(
     source, student = Source.open(parent, device), find_directory(pruned)
     if Path(out).resolve() == student.resolve():
         raise RefusedError(f"{out} is the input; the input is never modified")
-    recipe = _recipe_of(student, recovery)
+    recipe = _recipe_of(student, source, recovery)
     text = load_text(recovery.calib)
     if recovery.bits == 4:
         check_steps(source, recovery.settings)
@@ -183,7 +184,7 @@ def _result_of(directory: Path) -> DistillResult:
     return DistillResult.of_record(directory, record)
 
 
-def _recipe_of(student: Path, recovery: Recovery) -> Recipe:
+def _recipe_of(student: Path, source: Source, recovery: Recovery) -> Recipe:
     """What the student was pruned by, ending in the bits that are asked for."""
     path = student / MANIFEST_FILE
     if not path.is_file():
@@ -192,7 +193,8 @@ def _recipe_of(student: Path, recovery: Recovery) -> Recipe:
             "recover what halfweave prune wrote",
         )
     try:
-        recipe = Recipe.from_json(read_json(path)["recipe"])
+        saved = read_json(path)["recipe"]
+        recipe = _usual(source) if saved == IMPORTED else Recipe.from_json(saved)
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged: it holds no recipe") from error
     if recovery.bits == 16:
@@ -205,3 +207,9 @@ def _recipe_of(student: Path, recovery: Recovery) -> Recipe:
             "prune with --pattern 2:4 --bits 16, or leave --bits out",
         )
     return replace(recipe, bits=recovery.bits, group=recovery.group, seed=recovery.seed)
+
+
+def _usual(source: Source) -> Recipe:
+    """The recipe that says nothing, for a model that others pruned."""
+    context = source.family.context
+    return Recipe(calib_length=min(Recipe.calib_length, context or Recipe.calib_length))

@@ -130,7 +130,11 @@ class Source:
         """Everything that belongs to no block: embeddings, final norm, head."""
         inside = self.family.blocks + "."
         names = [name for name in self._weights if not name.startswith(inside)]
-        return {name: self.tensors.read(name) for name in names}
+        return {name: self.outside(name) for name in names}
+
+    def outside(self, name: str) -> Tensor:
+        """A tensor that belongs to no block."""
+        return self.tensors.read(name)
 
     @cached_property
     def _weights(self) -> list[str]:
@@ -193,9 +197,9 @@ class Trained(Source):
                 found |= {f"{linear}.{suffix}": part for suffix, part in parts.items()}
         return found
 
-    def other_tensors(self) -> dict[str, Tensor]:
-        """Everything that belongs to no block, as trained."""
-        return {name: self.checkpoint.tensor(name) for name in super().other_tensors()}
+    def outside(self, name: str) -> Tensor:
+        """A tensor that belongs to no block, as trained."""
+        return self.checkpoint.tensor(name)
 
 
 def first_nonfinite(tensor: Tensor) -> list[int] | None:

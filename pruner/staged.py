@@ -21,7 +21,6 @@ from ..errors import UsageError
 from ..files import read_json
 from ..kernels.schema import MANIFEST_FILE
 from ..runtime.checkpoint import Checkpoint
-from .guard import held_out_windows
 from .oneshot import OneShot, Progress, Sample
 from .plan import make_plan
 from .recipe import Recipe
@@ -124,15 +123,16 @@ class StagedRecovery:
     def _round(self, floats: Path, out: Path, part: int) -> None:
         out.mkdir(exist_ok=True)
         source = Trained.of(self.source, Checkpoint.open(floats))
-        plan, count = make_plan(self.source, self.recipe), self.source.block_count
+        plan = make_plan(self.source, replace(self.recipe, recover="none"))
+        count = self.source.block_count
         blocks = range(part * count // self._parts, (part + 1) * count // self._parts)
         OneShot(source, out, self.recipe, plan, self._few, self.progress, blocks).ensure()
 
     @property
     def _few(self) -> Sample:
-        """The end of the sample, where the windows are that only judge."""
-        windows, judging = self.sample.windows, held_out_windows(self.recipe)
-        count = max(judging + 1, ROUNDING_TOKENS // windows.shape[1])
+        """The end of the sample, where the windows are that blocks were not fitted to."""
+        windows = self.sample.windows
+        count = max(1, ROUNDING_TOKENS // windows.shape[1])
         return replace(self.sample, windows=windows[-count:])
 
 

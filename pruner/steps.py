@@ -23,7 +23,7 @@ from .journal import Journal
 from .oneshot import OneShot, OneShotResult, Progress, Sample, draw_sample
 from .outdir import STEPS_DIRECTORY, publish, tidy
 from .plan import Plan, make_plan
-from .recipe import Pattern, Recipe
+from .recipe import Recipe
 from .recover.distill import check as check_distillation
 from .recover.distill import distill
 from .recover.settings import Distillation, DistillProgress, DistillResult
@@ -72,7 +72,7 @@ class InSteps:
         self._steps = directory / STEPS_DIRECTORY
         self._pruned = self._steps / "pruned"
         if recipe.distills:
-            if self._ends_in_codes:
+            if recipe.is_rounded_on_the_way:
                 check_steps(source, self._distillation)
             check_distillation(source, text.text, self._distillation)
         self._sample = self._draw()
@@ -101,7 +101,7 @@ class InSteps:
             formats = self._formats() if self._recipe.has_budget else None
             recipe = replace(self._recipe, choices=formats.choices) if formats else self._recipe
             # Codes come after the training, from weights that were trained as floats.
-            first = replace(recipe, bits=16) if distills and self._ends_in_codes else recipe
+            first = replace(recipe, bits=16) if recipe.is_rounded_on_the_way else recipe
             pruned = self._prune(first)
             if formats:
                 self._check(formats)
@@ -133,10 +133,6 @@ class InSteps:
         return draw_sample(self._source, self._text, self._recipe)
 
     @property
-    def _ends_in_codes(self) -> bool:
-        return self._recipe.bits == 4 and not Pattern.parse(self._recipe.pattern).is_dense
-
-    @property
     def _distillation(self) -> Distillation:
         recipe = self._recipe
         return Distillation(
@@ -149,7 +145,7 @@ class InSteps:
         )
 
     def _one_shot(self, recipe: Recipe, directory: Path) -> OneShot:
-        plan = make_plan(self._source, recipe)
+        plan = make_plan(self._source, recipe.by_blocks)
         return OneShot(self._source, directory, recipe, plan, self._sample, self._progress)
 
     def _formats(self) -> BudgetPlan:
@@ -161,7 +157,7 @@ class InSteps:
         return plan
 
     def _distill(self) -> DistillResult:
-        if self._ends_in_codes:
+        if self._recipe.is_rounded_on_the_way:
             staged = StagedRecovery(
                 source=self._source,
                 student=self._pruned,

@@ -92,7 +92,7 @@ class BlockStream:
         prefix = self.family.inner + "."
         inside = self.family.blocks.removeprefix(prefix) + "."
         names = [name for name in inner.state_dict() if not name.startswith(inside)]
-        tensors = {name: self._source.tensors.read(prefix + name) for name in names}
+        tensors = {name: self._source.outside(prefix + name) for name in names}
         tensors = {name: tensor.to(self._device).float() for name, tensor in tensors.items()}
         _load(inner, tensors, f"what is outside of {self.family.blocks}", strict=False)
 

@@ -20,7 +20,10 @@ ALLOWED = {
     "kernels": set(),
     "runtime": {"kernels"},
     "bench": {"kernels", "runtime"},
-    "pruner": {"kernels", "runtime"},  # the runtime for names of tensors, checkpoints, and to evaluate
+    "pruner": {
+        "kernels",
+        "runtime",
+    },  # the runtime for names, checkpoints, evaluation
     "evaluation": {"runtime"},
     "report": {"kernels", "runtime", "bench", "pruner"},  # the pruner only for its model card
     "server": {"runtime"},

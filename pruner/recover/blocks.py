@@ -86,7 +86,7 @@ def tune_block(
     generator = torch.Generator().manual_seed(tuning.seed)
     steps = tuning.epochs * math.ceil(fitted / tuning.batch)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
-    scale = (activations.targets - activations.inputs).square().mean()
+    scale = _signal(activations)
     with torch.enable_grad():
         for _ in range(tuning.epochs):
             for chosen in torch.randperm(fitted, generator=generator, device="cpu").split(
@@ -107,6 +107,13 @@ def tune_block(
     if not result.kept:
         block.load_state_dict(untouched)
     return result
+
+
+def _signal(activations: Activations) -> float:
+    """Mean square of what the block adds to its input, a window at a time: they may be in files."""
+    pairs = zip(activations.inputs, activations.targets, strict=True)
+    total = sum(float((target - entering).square().sum()) for entering, target in pairs)
+    return total / activations.targets.numel()
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from ...files import sha256_file
 from ...kernels.schema import MANIFEST_FILE
 from ...runtime.checkpoint import Checkpoint
 from ..plan import target_of
-from ..recipe import Recipe
+from ..recipe import IMPORTED, Recipe
 from ..save import is_leftover
 from ..source import Source, token_ids
 from ..surroundings import surroundings
@@ -91,7 +91,7 @@ def distill(
     )
     _go_on(trainer, link)
     record = _recovery_of(floats)
-    job = Job(checkpoint, out, settings, key, len(windows.train), record, link.goes_on)
+    job = Job(checkpoint, out, settings, key, len(windows.train), record, link.before, link.goes_on)
     return Run(job, trainer, targets, progress).go(saved)
 
 
@@ -179,9 +179,9 @@ def make_trainer(
 
 
 def _recipe_of(checkpoint: Checkpoint) -> Recipe | None:
-    """What it was pruned by, if its manifest says so."""
+    """What it was pruned by, if its manifest says so and it was not another tool."""
     saved = (checkpoint.manifest or {}).get("recipe")
-    return None if saved is None else Recipe.from_json(saved)
+    return None if saved in (None, IMPORTED) else Recipe.from_json(saved)
 
 
 def _is_pruned(recipe: Recipe | None, linear: str) -> bool:

@@ -85,6 +85,14 @@ class Latent:
             value.mul_(keep)
         return cls(stored, value, keep, grid)
 
+    @property
+    def slots(self) -> Tensor | None:
+        """The mask, where the format says which weights those are; None where their values do.
+
+        Of values that are stored as 0 it would be another one the next time.
+        """
+        return self.keep if isinstance(self.stored, Sparse24 | Sparse24Int4) else None
+
     def write_weight(self, out: Tensor) -> None:
         """Put the weight that the latent stands for into `out`, fp32 [N, K].
 

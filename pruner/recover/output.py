@@ -84,7 +84,10 @@ def _manifest(
     if changed:
         earlier.pop("budget", None)
     recipe = manifest["recipe"]
-    if recipe.get("recover", "").endswith("distill"):  # minutes became tokens; those give the bytes
+    again = "recovery" in earlier  # trained before, and that was what its recipe asked for
+    if again:
+        recovery = {**recovery, "student": earlier["recovery"]}
+    elif recipe.get("recover", "").endswith("distill"):  # minutes became tokens, which do it again
         recipe = {**recipe, "recover_tokens": DistillResult.of_record(out, recovery).tokens}
     return {
         **manifest,

@@ -27,7 +27,7 @@ from .settings import (
     DistillResult,
     ProgressCallback,
 )
-from .state import STATE_FILE, Position, save_moments, save_state
+from .state import STATE_FILE, Position, hand_on_moments, save_moments, save_state
 from .targets import Targets
 from .trainer import Trainer
 
@@ -42,7 +42,8 @@ class Job:
     key: Mapping[str, Any]
     train_windows: int
     earlier: Mapping[str, Any] | None = None  # record of a training before the codes were rounded
-    goes_on: bool = False  # another training takes Adam's moments over
+    before: Path | None = None  # where that training left Adam's moments
+    goes_on: bool = False  # another training takes them over
 
 
 class Run:
@@ -142,6 +143,8 @@ class Run:
         recovery = _recovery(job, position, after, rolled_back)
         if job.goes_on and not rolled_back:
             save_moments(job.out, trainer.moments(), trainer.taken + position.done)
+        elif job.goes_on and job.before is not None:
+            hand_on_moments(job.before, job.out)
         manifest = job.checkpoint.manifest or {}
         write_checkpoint(job.checkpoint.path, job.out, manifest, changed, recovery)
         (job.out / STATE_FILE).unlink(missing_ok=True)

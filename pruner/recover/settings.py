@@ -10,6 +10,7 @@ from typing import Any
 
 from ...errors import UsageError
 from .precision import PRECISIONS
+from .windows import MOST_SEED
 
 # Steps that are run before the number of steps is known; their rates must not depend on it.
 TIMED_STEPS = 4
@@ -78,6 +79,8 @@ class Distillation:
         for name in positive:
             if getattr(self, name) < 1:
                 raise UsageError(f"recovery: {name} must be at least 1")
+        if not 0 <= self.seed <= MOST_SEED:
+            raise UsageError(f"recovery: seed must lie between 0 and {MOST_SEED}")
         if self.precision not in PRECISIONS:
             raise UsageError(
                 f"recovery: precision {self.precision!r} is none of {', '.join(PRECISIONS)}"

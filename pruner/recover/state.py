@@ -85,6 +85,17 @@ def save_moments(directory: Path, moments: Mapping[str, Tensor], steps: int) -> 
     save_tensors(directory / MOMENTS_FILE, moments, {"steps": str(steps)})
 
 
+def hand_on_moments(directory: Path, other: Path) -> None:
+    """Let `other` have the moments that `directory` keeps, if it does.
+
+    Raises:
+        CapacityError: the disk is full.
+    """
+    kept = load_moments(directory)
+    if kept is not None:
+        save_moments(other, *kept)
+
+
 def load_moments(directory: Path) -> tuple[dict[str, Tensor], int] | None:
     """What `save_moments` kept there, and the steps; None where it did not.
 

@@ -118,29 +118,30 @@ class Trainer:
             self._student.parameters[name].copy_(tensor)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that training changes, and Adam's moments, by name; of masked weights the kept."""
+        """All that training changes, and Adam's moments, by name; of slots what is in them."""
         values = {
-            name: tensor.detach() if keep is None else tensor.detach()[keep]
-            for name, tensor, keep in self._trained()
+            name: tensor.detach() if slots is None else tensor.detach()[slots]
+            for name, tensor, slots in self._trained()
         }
         return {**values, **self.moments()}
 
     def moments(self) -> dict[str, Tensor]:
-        """Adam's, by name; of masked weights those of the kept."""
+        """Adam's, by name; of slots those of what is in them."""
         found: dict[str, Tensor] = {}
-        for name, tensor, keep in self._trained():
+        for name, tensor, slots in self._trained():
             state = self._optimizer.state.get(tensor, {})
             for moment in _MOMENTS:
                 whole = state.get(moment, torch.zeros_like(tensor))
-                found[f"{name}.{moment}"] = whole if keep is None else whole[keep]
+                found[f"{name}.{moment}"] = whole if slots is None else whole[slots]
         return found
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor], done: int) -> None:
-        """Go on from what `tensors` gave after `done` steps."""
-        for name, tensor, keep in self._trained():
-            _fill(tensor, tensors[name], keep)
-            self._set_moments(name, tensor, keep, tensors, self.taken + done)
+        """Go on from what `tensors` gave after `done` steps, and after the same `adopt`, if any."""
+        for name, tensor, slots in self._trained():
+            _fill(tensor, tensors[name], slots)
+            adopted = int(self._optimizer.state.get(tensor, {}).get("step", 0))
+            self._set_moments(name, tensor, slots, tensors, adopted + done)
         self.write_weights()
 
     @torch.no_grad()
@@ -148,21 +149,21 @@ class Trainer:
         """Go on with the moments of a training that ended, after `done` steps in all, where this
         one begins, and with the windows behind its own.
 
-        The moments of what is stored as codes begin anew: it was something else then.
+        Those of codes begin anew, since codes were something else then; their scales' go on.
         """
         self.taken = done
         coded = {f"{n}.latent" for n, latent in self.latents.items() if latent.grid is not None}
-        for name, tensor, keep in self._trained():
+        for name, tensor, slots in self._trained():
             if name not in coded and f"{name}.{_MOMENTS[0]}" in moments:
-                self._set_moments(name, tensor, keep, moments, done)
+                self._set_moments(name, tensor, slots, moments, done)
 
     def _set_moments(
-        self, name: str, tensor: Tensor, keep: Tensor | None, saved: dict[str, Tensor], done: int
+        self, name: str, tensor: Tensor, slots: Tensor | None, saved: dict[str, Tensor], done: int
     ) -> None:
         state = {"step": torch.tensor(float(done), device=tensor.device)}
         for moment in _MOMENTS:
             state[moment] = torch.zeros_like(tensor)
-            _fill(state[moment], saved[f"{name}.{moment}"], keep)
+            _fill(state[moment], saved[f"{name}.{moment}"], slots)
         self._optimizer.state[tensor] = state
 
     def _accumulate(self, chosen: list[int]) -> float:
@@ -212,12 +213,12 @@ class Trainer:
         return groups
 
     def _trained(self) -> list[tuple[str, Tensor, Tensor | None]]:
-        """Name, tensor and mask of everything that Adam changes."""
+        """Name and tensor of everything that Adam changes, and its slots, if the format has any."""
         found: list[tuple[str, Tensor, Tensor | None]] = [
             (name, gain, None) for name, gain in self.gains.items()
         ]
         for name, latent in self.latents.items():
-            found.append((f"{name}.latent", latent.value, latent.keep))
+            found.append((f"{name}.latent", latent.value, latent.slots))
             if latent.grid is not None:
                 found.append((f"{name}.log_factor", latent.grid.log_factor, None))
         return found
@@ -248,8 +249,8 @@ def _kept_rms(latent: Latent) -> float:
     return math.sqrt(float(latent.value.square().sum(dtype=torch.float64)) / max(1, kept)) or 1.0
 
 
-def _fill(tensor: Tensor, saved: Tensor, keep: Tensor | None) -> None:
-    if keep is None:
+def _fill(tensor: Tensor, saved: Tensor, slots: Tensor | None) -> None:
+    if slots is None:
         tensor.copy_(saved)
     else:
-        tensor[keep] = saved.to(tensor.device)
+        tensor[slots] = saved.to(tensor.device)

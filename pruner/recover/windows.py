@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ...errors import UsageError
 
-# Keeps the generators of different epochs apart for every sensible seed.
-_EPOCH_STRIDE = 1_000_003
+# Keeps the generators of different epochs apart; a generator's seed has 64 bits.
+_EPOCH_STRIDE, MOST_SEED = 1_000_003, 2**32 - 1
 
 
 @dataclass(frozen=True)

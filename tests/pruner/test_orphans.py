@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,12 @@ import torch
 from halfweave.errors import CheckpointError, RefusedError, UnsupportedModel
 from halfweave.kernels.formats import Int4, Sparse24, Sparse24Int4
 from halfweave.pruner.orphans import import_orphan
+from halfweave.pruner.recovery import Recovery, recover
 from halfweave.runtime.checkpoint import Checkpoint
 from halfweave.runtime.model import load_model
 from safetensors.torch import load_file, save_file
 from support.command import Command, assert_error
+from support.pruning import TEXT
 from support.tiny import FAMILIES, Tiny, edit_json, pack_directory, save_tiny
 from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_from_dense_cutlass,
@@ -23,6 +26,7 @@ from torch.sparse._semi_structured_conversions import (
 
 # marlin-24 wants rows in 64s, and its scales columns in 128s.
 SIZES = Tiny(hidden=256, intermediate=384, heads=4, kv_heads=4)
+SHORT = Tiny(hidden=320, intermediate=320, heads=5, kv_heads=5)  # no multiple of 128
 Pack = Callable[[torch.Tensor], dict[str, torch.Tensor]]
 NAMES = tuple(
     f"model.layers.{layer}.{part}_proj"
@@ -128,11 +132,16 @@ def gptq(weight: torch.Tensor) -> dict[str, torch.Tensor]:
     return {theirs[name]: tensor for name, tensor in marlin(weight).items()}
 
 
-def packed_ints(weight: torch.Tensor, sparse: bool = True) -> dict[str, torch.Tensor]:
-    codes, scale = codes_and_scales(weight, 64)
-    if not sparse:
-        groups = weight.view(len(weight), -1, 64)
-        codes = (groups / scale.float()[..., None]).round().clamp(-8, 7).view_as(weight)
+def packed_ints(
+    weight: torch.Tensor, sparse: bool = True, group: int = 64
+) -> dict[str, torch.Tensor]:
+    if sparse:
+        codes, scale = codes_and_scales(weight, group)
+    else:
+        parts = weight.split(group, 1)  # the last one may be short
+        scale = torch.stack([part.abs().amax(1) / 7 for part in parts], 1).half()
+        each = [part / scale[:, at : at + 1].float() for at, part in enumerate(parts)]
+        codes = torch.cat(each, 1).round().clamp(-8, 7)
     unsigned = (codes + 8).to(torch.int64).view(len(codes), -1, 8)
     words = sum(unsigned[..., k] << 4 * k for k in range(8)).numpy().astype(np.uint32)
     return {
@@ -147,9 +156,9 @@ def dequantized(weight: torch.Tensor, group: int) -> torch.Tensor:
     return codes * scale.float().repeat_interleave(group or weight.shape[1], 1)
 
 
-def orphan(directory: Path, pack: Pack, block: dict[str, object]) -> Path:
+def orphan(directory: Path, pack: Pack, block: dict[str, object], sizes: Tiny = SIZES) -> Path:
     """A tiny model whose linears are packed, with the block in its config."""
-    source = save_tiny(directory / "tiny", SIZES)
+    source = save_tiny(directory / "tiny", sizes)
     tensors = load_file(source / "model.safetensors")
     for name in NAMES:
         weight = tensors.pop(f"{name}.weight")
@@ -217,6 +226,67 @@ def test_codes_that_are_not_2_of_4_become_dense_ones(tmp_path: Path) -> None:
     source = orphan(tmp_path, lambda w: packed_ints(w, sparse=False), compressed("pack-quantized"))
     result = import_orphan(source, tmp_path / "out")
     assert dict(result.linears) == {Int4.kind: 14}
+
+
+def test_a_group_that_ends_short_has_its_own_scale(tmp_path: Path) -> None:
+    pack = partial(packed_ints, sparse=False, group=128)
+    source = orphan(tmp_path, pack, compressed("pack-quantized"), SHORT)
+    import_orphan(source, tmp_path / "out")
+    weight = load_file(save_tiny(tmp_path / "again", SHORT) / "model.safetensors")
+    for name in (NAMES[0], NAMES[13]):
+        found = Checkpoint.open(tmp_path / "out").linear(name)
+        assert isinstance(found, Int4) and found.group == 128
+        whole = weight[f"{name}.weight"]
+        parts = pack(whole)
+        scale = parts["weight_scale"].float().repeat_interleave(128, 1)[:, : whole.shape[1]]
+        assert ((found.unpack() - whole).abs() <= 0.51 * scale).all()
+
+
+@pytest.mark.parametrize(
+    ("aside", "weights", "message"),
+    [
+        ({}, {"symmetric": False}, "zero points"),
+        ({}, {"group_size": 16}, "groups of 16 columns"),
+        ({"weight_zero_point": torch.ones(1, dtype=torch.int8)}, {}, "zero points"),
+        ({"weight_zero_point": torch.zeros(1, dtype=torch.int32)}, {}, "zero points"),
+        ({"weight_g_idx": torch.arange(384)}, {}, "an order of their own"),
+    ],
+)
+def test_codes_that_mean_something_else_are_refused(
+    aside: dict[str, torch.Tensor], weights: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    block = compressed("pack-quantized", config_groups={"group_0": {"weights": weights}})
+
+    def pack(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        return packed_ints(weight) | {
+            name: tensor[: weight.shape[1]].clone() for name, tensor in aside.items()
+        }
+
+    with pytest.raises(UnsupportedModel, match=message):
+        import_orphan(orphan(tmp_path, pack, block), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_zero_points_of_zero_are_left_behind(tmp_path: Path) -> None:
+    def pack(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        return packed_ints(weight) | {"weight_zero_point": torch.zeros(1, dtype=torch.int8)}
+
+    source = orphan(tmp_path, pack, compressed("pack-quantized"))
+    import_orphan(source, tmp_path / "out")
+    (shard,) = (tmp_path / "out").glob("*.safetensors")
+    assert not [name for name in load_file(shard) if name.endswith("zero_point")]
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_what_another_tool_pruned_can_be_trained(bits: int, tmp_path: Path) -> None:
+    pack, block, _, _ = LAYOUTS["sparse-24-bitmask"]
+    import_orphan(orphan(tmp_path, pack, block), tmp_path / "pruned")
+    parent = save_tiny(tmp_path / "parent", SIZES)
+    asked = Recovery(str(TEXT), tokens=4096, bits=bits, group=32, precision="float32")
+    result = recover(tmp_path / "pruned", parent, tmp_path / "out", asked)
+    assert not result.rolled_back
+    kind = Sparse24Int4 if bits == 4 else Sparse24
+    assert isinstance(Checkpoint.open(tmp_path / "out").linear(NAMES[3]), kind)
 
 
 def test_a_dense_model_that_happens_to_be_2_of_4_is_packed(tmp_path: Path) -> None:

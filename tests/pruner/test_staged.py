@@ -10,7 +10,8 @@ import pytest
 import torch
 from halfweave.cli import tables
 from halfweave.errors import UsageError
-from halfweave.files import read_json
+from halfweave.files import read_json, sha256_file, write_json
+from halfweave.pruner.block import BlockPruner
 from halfweave.pruner.calibrate import load_text
 from halfweave.pruner.oneshot import OneShot, Progress, draw_sample
 from halfweave.pruner.pipeline import prune
@@ -23,8 +24,11 @@ from halfweave.pruner.recovery import Recovery, recover
 from halfweave.pruner.source import Source, Trained, token_ids
 from halfweave.pruner.staged import Split
 from halfweave.runtime.checkpoint import Checkpoint
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from support.pruning import TEXT, recipe
 
+SETTINGS: property = vars(Recovery)["settings"]
 # The tiny model has two blocks, so two parts.
 PARTS = Recovery(calib=str(TEXT), tokens=4096, bits=4, group=32, precision="float32")
 ERRORS = ("relative_error", "held_out_error", "baseline_error")
@@ -85,7 +89,10 @@ def test_a_part_is_rounded_while_the_others_stay_as_they_are(
     codes = recipe(bits=4, group=32)
     plan = make_plan(source, codes)
     sample = draw_sample(source, load_text(str(TEXT)), codes)
-    OneShot(source, tmp_path, codes, plan, sample, None, range(1, 2)).ensure()
+    told: list[Progress] = []
+    OneShot(source, tmp_path, codes, plan, sample, told.append, range(1, 2)).ensure()
+    assert [step.done for step in told] == list(range(8, 15))
+    assert told[-1].eta_seconds == 0
     before, after = Checkpoint.open(floats), Checkpoint.open(tmp_path)
     for name in after.linears:
         is_rounded = ".layers.1." in name
@@ -155,6 +162,88 @@ def test_a_training_goes_on_with_the_moments_and_windows_of_the_one_before(
     assert found.keys() == known[0].keys() and trainer.taken == 2
     assert all(torch.equal(found[name], moment) for name, moment in known[0].items())
     assert any(moment.any() for moment in found.values())
+
+
+def names_in(file: Path) -> set[str]:
+    with safe_open(file, "pt") as opened:
+        return set(opened.keys())
+
+
+def test_a_training_of_codes_goes_on_from_a_saved_state_to_the_same_bytes(
+    tiny_model: Path, floats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    often = property(lambda asked: replace(SETTINGS.__get__(asked), save_minutes=0.0))
+    monkeypatch.setattr(Recovery, "settings", often)
+    chosen = replace(PARTS, tokens=1024 * 26)  # 3 steps behind the first part
+    told: list[DistillProgress] = []
+
+    def stop(step: Progress | DistillProgress) -> None:
+        told.extend([step] if isinstance(step, DistillProgress) else [])
+        if len(told) == 24:
+            raise KeyboardInterrupt
+
+    recover(floats, tiny_model, tmp_path / "whole", chosen)
+    with pytest.raises(KeyboardInterrupt):
+        recover(floats, tiny_model, tmp_path / "out", chosen, progress=stop)
+    assert (told[-1].tokens, told[-1].total_tokens) == (2048, 3072)
+    recover(floats, tiny_model, tmp_path / "out", chosen, resume=True)
+    for shard in (tmp_path / "whole").glob("*.safetensors"):
+        assert shard.read_bytes() == (tmp_path / "out" / shard.name).read_bytes()
+
+
+def trained(
+    student: Path, parent: Path, out: Path, link: Link, rate: float = 1e-3
+) -> DistillResult:
+    """Two steps."""
+    out.mkdir()
+    asked = Distillation(tokens=2048, held_out=2, precision="float32", learning_rate=rate)
+    return distill(student, Source.open(parent), out, TEXT.read_text(), asked, link=link)
+
+
+def test_moments_go_on_where_a_trained_weight_was_stored_as_zero(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """As fp16 does with what is below 3e-8; the mask of a format without slots is smaller then."""
+    prune(tiny_model, tmp_path / "half", recipe(pattern="50%"))
+    first, name = tmp_path / "first", "model.layers.0.mlp.down_proj"
+    trained(tmp_path / "half", tiny_model, first, Link(goes_on=True))
+
+    def lose_one(weight: torch.Tensor) -> None:
+        row, column = weight.nonzero()[0]
+        weight[row, column] = 0
+
+    file = next(path for path in first.glob("*.safetensors") if f"{name}.weight" in names_in(path))
+    tensors = load_file(file)
+    lose_one(tensors[f"{name}.weight"])
+    save_file(tensors, file, {"format": "pt"})
+    manifest = read_json(first / "halfweave.json")
+    manifest["files"][file.name]["sha256"] = sha256_file(file)
+    write_json(first / "halfweave.json", manifest)
+    result = trained(first, tiny_model, tmp_path / "then", Link(first))
+    assert not result.rolled_back
+
+
+def test_a_training_that_is_put_back_hands_on_the_moments_that_it_was_given(
+    tiny_model: Path, floats: Path, tmp_path: Path
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    trained(floats, tiny_model, first, Link(goes_on=True))
+    result = trained(first, tiny_model, second, Link(first, goes_on=True), rate=5.0)
+    assert result.rolled_back
+    given, handed = load_moments(first), load_moments(second)
+    assert given is not None and handed is not None
+    assert given[1] == handed[1] == 2
+    assert all(torch.equal(handed[0][name], moment) for name, moment in given[0].items())
+
+
+def test_what_rounds_a_trained_model_is_fitted_to_all_its_windows(
+    tiny_model: Path, floats: Path
+) -> None:
+    codes = recipe(bits=4, group=32, calib_windows=64)
+    plan = make_plan(Source.open(tiny_model), codes)
+    dense = Source.open(tiny_model)
+    for source, held_out in ((dense, 4), (Trained.of(dense, Checkpoint.open(floats)), 0)):
+        assert BlockPruner(source, codes, plan, lambda *_: None).held_out == held_out
 
 
 def timeless(result: DistillResult) -> DistillResult:

@@ -23,7 +23,7 @@ from halfweave.pruner.recipe import Recipe
 from halfweave.pruner.recover import run as run_module
 from halfweave.pruner.recover.settings import DistillProgress, DistillResult
 from halfweave.pruner.recover.state import STATE_FILE
-from halfweave.pruner.recovery import Recovery, recover
+from halfweave.pruner.recovery import Recovery, plan_recover, recover
 from halfweave.pruner.steps import ProgressEvent
 from halfweave.runtime.checkpoint import Checkpoint
 from halfweave.runtime.eval import evaluate
@@ -85,6 +85,29 @@ def test_recovery_on_its_own_gives_the_same_weights(
     assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
 
 
+def test_what_is_trained_again_says_so_and_keeps_its_own_recipe(
+    tiny_model: Path, distilled: Path, tmp_path: Path
+) -> None:
+    again = Recovery(str(TEXT), tokens=1024, precision="float32")
+    recover(distilled, tiny_model, tmp_path / "out", again)
+    first, second = (read_json(path / "halfweave.json") for path in (distilled, tmp_path / "out"))
+    assert second["recipe"] == first["recipe"]
+    record = second["provenance"]["recovery"]
+    assert record["tokens"] == 1024
+    assert record["student"] == first["provenance"]["recovery"]
+
+
+def test_a_dry_run_refuses_a_text_too_short_to_round_by(tiny_model: Path, tmp_path: Path) -> None:
+    long = recipe(method="magnitude", calib="builtin", calib_windows=400)
+    prune(tiny_model, tmp_path / "pruned", long)
+    asked = Recovery(str(TEXT), tokens=TOKENS, bits=4, group=32)
+    paths = (tmp_path / "pruned", tiny_model, tmp_path / "out")
+    for run in (plan_recover, recover):
+        with pytest.raises(UsageError, match="tokens"):
+            run(*paths, asked)
+    plan_recover(*paths, replace(asked, bits=16))
+
+
 def test_recovery_is_timed_apart_from_pruning(tiny_model: Path, tmp_path: Path) -> None:
     plain = prune(tiny_model, tmp_path / "plain", recipe())
     assert plain.recovery_seconds == 0
@@ -98,9 +121,9 @@ def test_recovery_is_timed_apart_from_pruning(tiny_model: Path, tmp_path: Path) 
     assert 60 * trained.recovery.minutes < trained.recovery_seconds < trained.seconds
 
 
-@pytest.mark.parametrize("bits", [16, 4])
+@pytest.mark.parametrize(("pattern", "bits"), [("2:4", 16), ("2:4", 4), ("dense", 4)])
 def test_the_plan_counts_every_model_that_lies_on_the_disk(
-    tiny_model: Path, tmp_path: Path, bits: int
+    tiny_model: Path, tmp_path: Path, pattern: str, bits: int
 ) -> None:
     out, seen = tmp_path / "out", [0]
 
@@ -108,11 +131,13 @@ def test_the_plan_counts_every_model_that_lies_on_the_disk(
         models = (path for path in out.rglob("model*.safetensors"))
         seen.append(sum(path.stat().st_size for path in models))
 
-    chosen = recipe(bits=bits, group=32, **DISTILL)
+    chosen = recipe(pattern=pattern, bits=bits, group=32, **DISTILL)
     prune(tiny_model, out, chosen, progress=look)
     plan = plan_prune(tiny_model, chosen)
-    kept = sum(prod(linear.shape) for linear in plan.linears) // 2
+    kept = sum(prod(linear.shape) for linear in plan.linears) // (2 if pattern == "2:4" else 1)
     state = 2 * 3 * 4 * kept  # of the training, which is no model
+    parted = (pattern, bits) == ("2:4", 4)
+    assert parted or plan.scratch_bytes == plan.output_bytes + state
     assert plan.output_bytes < max(seen) <= plan.output_bytes + plan.scratch_bytes - state
 
 
