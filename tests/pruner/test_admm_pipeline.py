@@ -221,6 +221,9 @@ def test_impossible_recipes_say_what_is_wrong() -> None:
         ({"target_bytes": 1.5}, "below 1"),
         ({"max_ppl_ratio": 1.2, "target_bytes": 0.5}, "two budgets"),
         ({"choices": {"a": "int3"}}, "int3"),
+        ({"choices": {"a": ["int4"]}}, "name of a format"),
+        ({"seed": -1}, "seed must lie between 0 and 4294967295"),
+        ({"seed": 2**32}, "seed must lie"),
         ({"mix": 2.0}, "between 0 and 1"),
         ({"block_epochs": 0}, "at least 1"),
     ):

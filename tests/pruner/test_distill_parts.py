@@ -210,6 +210,11 @@ def test_the_order_is_a_function_of_step_and_seed_and_uses_every_window_first() 
     assert windows.of_step(2, 7, seed=4) != order[14:21]
 
 
+def test_the_greatest_seed_has_an_order_too() -> None:
+    windows = Windows(torch.arange(8)[:, None], torch.empty(0, 1))
+    assert sorted(windows.of_step(2**20, 8, 2**32 - 1)) == list(range(8))
+
+
 def test_every_position_but_the_last_has_a_next_token() -> None:
     assert next_tokens(torch.tensor([[5, 6, 7]])).tolist() == [[6, 7, -1]]
 
@@ -231,6 +236,8 @@ def test_a_short_text_is_refused_with_the_numbers() -> None:
         {"tokens": 10},
         {"held_out": 0},
         {"warmup_steps": 1},
+        {"seed": -1},
+        {"seed": 2**32},
     ],
 )
 def test_settings_that_mean_nothing_are_refused(settings: dict[str, float]) -> None:

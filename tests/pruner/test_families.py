@@ -18,7 +18,7 @@ from halfweave.pruner.family import FreeChannels
 from halfweave.pruner.methods.base import InputStatistics
 from halfweave.pruner.pipeline import plan_prune, prune
 from halfweave.pruner.reorder import reorder_module
-from halfweave.pruner.source import Source
+from halfweave.pruner.source import Source, Trained
 from halfweave.pruner.starved import is_starved, shrunk
 from halfweave.pruner.stream import BlockStream
 from halfweave.runtime.checkpoint import Checkpoint
@@ -360,6 +360,21 @@ def test_a_budget_chooses_formats_in_other_families(
     result = prune(directories[name], tmp_path / "out", asked)
     assert result.budget is not None
     assert result.budget.share_of_bytes <= 0.62
+
+
+def test_a_trained_model_begins_with_its_own_norm_behind_the_embedding(
+    directories: dict[str, Path], tmp_path: Path
+) -> None:
+    prune(directories["bloom"], tmp_path / "out", recipe(method="magnitude"))
+    norm = "transformer.word_embeddings_layernorm."
+    file = Checkpoint.open(tmp_path / "out").file_of(f"{norm}weight")
+    tensors = load_file(file)
+    doubled = {name: 2 * tensors[name] for name in (f"{norm}weight", f"{norm}bias")}
+    save_file({**tensors, **doubled}, file, {"format": "pt"})
+    source = Source.open(directories["bloom"])
+    trained = Trained.of(source, Checkpoint.open(tmp_path / "out", verify=False))
+    before, after = (BlockStream(each, windows(2)).hidden for each in (source, trained))
+    torch.testing.assert_close(after, 2 * before)
 
 
 def test_a_plan_counts_an_experts_share(

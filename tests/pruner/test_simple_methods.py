@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from halfweave.errors import UsageError
+from halfweave.kernels.formats import Dense
+from halfweave.pruner.judge import Lost, lost
 from halfweave.pruner.masks import is_n_of_m, keep_n_of_m
 from halfweave.pruner.methods import METHODS, InputStatistics, Target, magnitude, wanda
 from halfweave.pruner.methods.base import relative_error
@@ -110,11 +112,17 @@ def test_an_impossible_pattern_is_a_usage_error(text: str) -> None:
 def test_a_recipe_survives_json_and_refuses_what_it_does_not_know() -> None:
     recipe = Recipe(method="wanda", pattern="4:8", seed=7)
     assert Recipe.from_json(recipe.to_json()) == recipe
-    for wrong in ({"metod": "wanda"}, {"bits": "4"}, {"strict": 1}, {"bits": 3}, {"group": 48}):
+    for wrong in ({"metod": "wanda"}, {"bits": "4"}, {"strict": 1}, {"bits": 3}, {"group": 48}, []):
         with pytest.raises(UsageError):
-            Recipe.from_json(wrong)
+            Recipe.from_json(wrong)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="nothing to do"):
         Recipe(pattern="dense", bits=16)
+
+
+def test_what_saw_no_token_lost_nothing() -> None:
+    nothing = InputStatistics(torch.zeros(8, 8), 0, sample=torch.empty(0, 8))
+    kept = Dense(torch.ones(4, 8))
+    assert Lost.relative([lost(torch.ones(4, 8), kept, nothing)]) == 0
 
 
 def test_every_method_of_the_recipe_exists() -> None:

@@ -24,6 +24,7 @@ from halfweave.pruner.recover import run as run_module
 from halfweave.pruner.recover.settings import DistillProgress, DistillResult
 from halfweave.pruner.recover.state import STATE_FILE
 from halfweave.pruner.recovery import Recovery, plan_recover, recover
+from halfweave.pruner.source import Source, token_ids
 from halfweave.pruner.steps import ProgressEvent
 from halfweave.runtime.checkpoint import Checkpoint
 from halfweave.runtime.eval import evaluate
@@ -98,12 +99,18 @@ def test_what_is_trained_again_says_so_and_keeps_its_own_recipe(
 
 
 def test_a_dry_run_refuses_a_text_too_short_to_round_by(tiny_model: Path, tmp_path: Path) -> None:
-    long = recipe(method="magnitude", calib="builtin", calib_windows=400)
-    prune(tiny_model, tmp_path / "pruned", long)
-    asked = Recovery(str(TEXT), tokens=TOKENS, bits=4, group=32)
+    prune(tiny_model, tmp_path / "pruned", recipe())
+    many = {"calib_windows": 160, "calib_length": 256}  # 10 of which judge: 2816 tokens
+    edit_json(
+        tmp_path / "pruned" / "halfweave.json", lambda manifest: manifest["recipe"].update(many)
+    )
+    words = TEXT.read_text()
+    count = len(token_ids(Source.open(tiny_model), words))
+    (tmp_path / "short.txt").write_text(words[: len(words) * 2500 // count])
+    asked = Recovery(str(tmp_path / "short.txt"), tokens=TOKENS, bits=4, group=32)
     paths = (tmp_path / "pruned", tiny_model, tmp_path / "out")
     for run in (plan_recover, recover):
-        with pytest.raises(UsageError, match="tokens"):
+        with pytest.raises(UsageError, match="beside 10 that judge"):
             run(*paths, asked)
     plan_recover(*paths, replace(asked, bits=16))
 
