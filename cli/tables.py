@@ -178,7 +178,7 @@ def inspection(found: Inspection) -> list[str]:
     if found.provenance:
         base = found.provenance.get("base", {})
         made = "imported" if (found.recipe or {}).get("method") == "imported" else "pruned"
-        version = found.provenance["halfweave"]
+        version = found.provenance.get("halfweave", "an unknown version")
         lines.append(f"{made} from {base.get('name')} by halfweave {version}")
     if found.verified_files is None:
         lines.append("no file was compared with a hash")

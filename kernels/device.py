@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import torch
 
 from ..errors import UsageError
+from .cgroup import ROOT, groups, read
 
 
 def parse_device(name: str) -> torch.device:
@@ -32,21 +34,29 @@ def parse_device(name: str) -> torch.device:
     return device
 
 
-def available_memory_bytes(device: torch.device | None = None) -> int | None:
+def available_memory_bytes(device: torch.device | None = None, root: Path = ROOT) -> int | None:
     """Memory that can be used without swapping, or None where the system does not say.
 
-    The computer's, or that of a GPU, with what this process keeps of it for tensors to come.
+    The computer's, or what control groups leave of it; or that of a GPU, with what this process
+    keeps of it for tensors to come. `root` is where /sys and /proc are looked for.
     """
     if device is not None and device.type == "cuda":
         idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + idle
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None
+    lines = read(root / "proc/meminfo").splitlines()
+    whole = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    return min([*whole, *_left_by_groups(root)], default=None)
+
+
+def _left_by_groups(root: Path) -> Iterator[int]:
+    """What each control group leaves of its memory, if it has a limit; cached files make room."""
+    for group, old in groups("memory", root):
+        names = ("limit_in_bytes", "usage_in_bytes") if old else ("max", "current")
+        limit, used = (read(group / f"memory.{name}") for name in names)
+        if limit.isdigit() and used.isdigit():
+            stat = dict(line.split()[:2] for line in read(group / "memory.stat").splitlines())
+            cached = int(stat.get("total_inactive_file" if old else "inactive_file", 0))
+            yield max(0, int(limit) - int(used) + cached)
 
 
 @cache

@@ -140,12 +140,15 @@ def _by_tokens(packed: Kernel, rows: Sequence[Measured]) -> Kernel:
             else ALTERNATIVES[name](weight, bias, device, dtype)
             for name in {row.kernel for row in rows}
         }
-        columns = weight.shape[1]
+        columns, least = weight.shape[1], rows[0].M
+        # Fewer tokens than were ever measured say nothing of each other.
+        fewer = made[rows[0].kernel] if least == 1 else packed.make(weight, bias, device, dtype)
 
         def apply(x: Tensor) -> Tensor:
-            row = row_at(rows, x.numel() // columns)
+            tokens = x.numel() // columns
+            row = row_at(rows, tokens)
             assert row is not None
-            return made[row.kernel](x)
+            return fewer(x) if tokens < least else made[row.kernel](x)
 
         return apply
 
@@ -205,12 +208,12 @@ def settled(product: Product, device_type: str = "cpu") -> Settled:
     """
     kernel = choose(product.format, device_type)
     row = row_at(measured_rows(product, device_type), 1)
-    if row is None:
+    if row is None or row.M > 1:
         return Settled(False, kernel.name, f"static: {kernel.why}")
     packed, dense = row.us.get(SPARSE), row.us.get(NATIVE_DENSE)
     if packed is None or dense is None:
         return Settled(False, kernel.name, f"static: {kernel.why}")
-    times = f"{packed:.1f} us as packed, {dense:.1f} dense, for {row.M} tokens"
+    times = f"{packed:.1f} us as packed, {dense:.1f} dense, for one token"
     if product.format != Dense.kind and dense * _MARGIN < packed:
         return Settled(True, f"{kernel.name}, expanded", f"measured: {times}")
     return Settled(False, kernel.name, f"measured: {times}")

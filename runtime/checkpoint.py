@@ -159,7 +159,13 @@ def _refuse_links_out(directory: Path) -> None:
     """A link may lead within the directory or, as in the hub's cache, to a blob two levels up."""
     home, blobs = directory.resolve(), (directory.resolve() / ".." / ".." / "blobs").resolve()
     for entry in sorted(directory.iterdir()):
-        target = entry.resolve()
+        try:
+            target = entry.resolve()
+        except (
+            OSError,
+            RuntimeError,
+        ) as error:  # a loop, which Python before 3.13 calls the latter
+            raise RefusedError(f"{entry} is a link that leads nowhere") from error
         if home not in target.parents and target.parent != blobs:
             raise RefusedError(f"{entry} is a link that leads out of the directory")
 

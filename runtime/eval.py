@@ -95,8 +95,7 @@ def evaluate(
     sums = _Sums(against is not None)
     for index, tokens in enumerate(chosen):
         _measure(model, against, tokens, sums)
-        if not math.isfinite(sums.nll):
-            raise HalfweaveError(f"{model.name}: scores of window {index} are not finite")
+        _require_finite(sums, index, model, against)
         if progress is not None:
             progress(index + 1, len(chosen), f"ppl {_ppl(sums.nll, sums.tokens):.2f}")
     return EvalResult(
@@ -110,6 +109,13 @@ def evaluate(
         against_ppl=_ppl(sums.against_nll, sums.tokens) if sums.compared else None,
         seconds=time.perf_counter() - started,
     )
+
+
+def _require_finite(sums: _Sums, window: int, model: Model, against: Model | None) -> None:
+    if not math.isfinite(sums.nll):
+        raise HalfweaveError(f"{model.name}: scores of window {window} are not finite")
+    if against is not None and not math.isfinite(sums.against_nll + sums.kl):
+        raise HalfweaveError(f"{against.name}: scores of window {window} are not finite")
 
 
 def count_windows(model: Model, text: str, window: int, max_windows: int | None = None) -> int:

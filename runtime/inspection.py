@@ -99,7 +99,8 @@ def _linear(checkpoint: Checkpoint, linear: Linear, record: Mapping[str, Any]) -
     floats = f"{name}.{FORMATS[kind].suffixes[0]}"
     dtype = None if kind in CODED else str(tensors.dtype(floats)).rpartition(".")[2]
     shape = checkpoint.linear_shape(name, linear.stored.transposed)
-    choice = settled(Product(kind, group, dtype, *shape))
+    # Of several that are stored as one, the decoder has each by itself; this is the first's.
+    choice = settled(Product(kind, group, dtype, *linear.shape))
     return LinearReport(
         name=name,
         format=kind,

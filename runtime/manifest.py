@@ -56,6 +56,11 @@ class Manifest:
         files = document.get("files")
         if not isinstance(files, dict) or not files:
             raise CheckpointError(f"{path} lists no files")
+        for name in ("recipe", "provenance", "linears"):
+            if not isinstance(document.get(name, {}), dict):
+                raise CheckpointError(f"{path}: {name} is no object")
+        if not all(isinstance(each, dict) for each in document.get("linears", {}).values()):
+            raise CheckpointError(f"{path}: an entry of linears is no object")
         return cls({name: _record(path, name, entry) for name, entry in files.items()}, document)
 
     def check_sizes(self, directory: Path) -> None:

@@ -10,10 +10,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-_ROOT = Path("/")
+from ..cgroup import ROOT, groups, read
 
 
-def granted_cores(root: Path = _ROOT) -> int:
+def granted_cores(root: Path = ROOT) -> int:
     """Physical cores that the affinity mask and the control group's CPU quota leave; at least 1.
 
     `root` is where /sys and /proc are looked for. What they do not tell is taken as no limit.
@@ -23,7 +23,7 @@ def granted_cores(root: Path = _ROOT) -> int:
     return max(1, min([len(cores), *(int(quota) for quota in _quotas(root))]))
 
 
-def one_cpu_a_core(root: Path = _ROOT) -> list[int]:
+def one_cpu_a_core(root: Path = ROOT) -> list[int]:
     """The first allowed logical CPU of every physical core that the affinity mask leaves."""
     first: dict[str, int] = {}
     for cpu in sorted(_allowed()):
@@ -41,39 +41,22 @@ def _allowed() -> set[int]:
 def _siblings(root: Path, cpu: int) -> str:
     """Which logical CPUs share a core with this one, as the kernel writes it."""
     folder = root / "sys/devices/system/cpu" / f"cpu{cpu}" / "topology"
-    return _read(folder / "thread_siblings_list") or str(cpu)
+    return read(folder / "thread_siblings_list") or str(cpu)
 
 
 def _quotas(root: Path) -> Iterator[float]:
-    """CPU quotas, in CPUs, of the control group (version 2, or 1) and of those above it."""
-    for line in _read(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if not controllers:
-            base, read = root / "sys/fs/cgroup", _quota
-        elif "cpu" in controllers.split(","):
-            base, read = root / "sys/fs/cgroup/cpu", _old_quota
-        else:
-            continue
-        # In a container the path may be the host's, and only what is mounted can be read.
-        parts = Path(path.lstrip("/"))
-        for group in (parts, *parts.parents):
-            quota = read(base / group)
-            if quota is not None:
-                yield quota
+    """CPU quotas, in CPUs, of the control group and of those above it."""
+    for group, old in groups("cpu", root):
+        quota = (_old_quota if old else _quota)(group)
+        if quota is not None:
+            yield quota
 
 
 def _quota(group: Path) -> float | None:
-    quota, _, period = _read(group / "cpu.max").partition(" ")
+    quota, _, period = read(group / "cpu.max").partition(" ")
     return float(quota) / float(period) if quota.isdigit() and period.isdigit() else None
 
 
 def _old_quota(group: Path) -> float | None:
-    quota, period = (_read(group / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
+    quota, period = (read(group / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
     return float(quota) / float(period) if quota.isdigit() and period.isdigit() else None
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text().strip()
-    except OSError:
-        return ""

@@ -23,6 +23,7 @@ from .cores import granted_cores
 
 LEVEL_VARIABLE = "HALFWEAVE_CPU_LEVEL"
 LEVELS = ("avx512_vnni", "avx2", "portable")
+ABI = 1  # HW_ABI of native/api.h
 LINEARS = 7  # of a decoder block
 FILE = Path(__file__).with_name("libhalfweave_cpu.so")
 _FAILURES = {
@@ -200,12 +201,14 @@ def library() -> Library | None:
     """The library for this process, at the best level of this machine; None if not installed.
 
     Raises:
-        UsageError: the environment asks for a level that is unknown, or that the machine lacks.
+        UsageError: the environment asks for a level that is unknown, or that is not there.
     """
     wanted = os.environ.get(LEVEL_VARIABLE) or None
     if wanted is not None and wanted not in LEVELS:
         raise UsageError(f"{LEVEL_VARIABLE}={wanted!r} is none of {', '.join(LEVELS)}")
     functions = load(FILE)
+    if functions is None and wanted is not None:
+        raise UsageError(f"{LEVEL_VARIABLE}={wanted}: the CPU kernels are not installed")
     return None if functions is None else open_level(functions, wanted)
 
 
@@ -248,6 +251,15 @@ def load(file: Path) -> ctypes.CDLL | None:
             "the CPU kernels are not installed (%s): packed weights are expanded instead, which "
             "is slower; install a C++ compiler and then halfweave again",
             error,
+        )
+        return None
+    built = functions.hw_abi() if hasattr(functions, "hw_abi") else 0
+    if built != ABI:
+        _log.warning(
+            "the CPU kernels are of another build than this Python code (interface %d, not %d): "
+            "packed weights are expanded instead, which is slower; install halfweave again",
+            built,
+            ABI,
         )
         return None
     for name, (result, arguments) in _SIGNATURES.items():

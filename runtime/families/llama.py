@@ -83,7 +83,8 @@ def qwen3(config: Mapping[str, Any]) -> DecoderSpec:
 def _require_full_attention(config: Mapping[str, Any]) -> None:
     require(config, "use_sliding_window", False)
     kinds = config.get("layer_types")
-    if kinds is not None and (not isinstance(kinds, list) or set(kinds) - {"full_attention"}):
+    full = isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds)
+    if kinds is not None and not full:
         raise UnsupportedModel("config.json: layer_types other than full_attention")
 
 

@@ -153,6 +153,7 @@ int guarded(const Call& call) {
 
 }  // namespace
 
+int hw_abi(void) { return HW_ABI; }
 const void* hw_level(const char* name) { return find_level(name); }
 const char* hw_level_name(const void* level) { return level ? ((const Level*)level)->name : ""; }
 

@@ -17,6 +17,11 @@
 extern "C" {
 #endif
 
+/* Of structures and functions below; raised with any change of them, here and in library.py, since
+ * a library that was built earlier may be the one that is found. */
+enum { HW_ABI = 1 };
+HW_API int hw_abi(void);
+
 enum { HW_OK = 0, HW_NULL = 1, HW_SHAPE = 2, HW_SIZE = 3, HW_RANGE = 4, HW_MEMORY = 5 };
 
 typedef struct {
