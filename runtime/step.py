@@ -17,6 +17,7 @@ from .likeliest import logprob_of
 from .model import Model
 from .paged import Memory
 from .request import FinishReason, PromptScored
+from .sampler import check_number
 from .scheduler import Work
 from .sequence import Sequence
 
@@ -131,8 +132,9 @@ class Stepper:
             stop = min(start + _ROWS_SCORED, last)
             rows = self.model.decoder.logits(states[start:stop]).numpy()
             for offset, scores in enumerate(rows, start=sequence.computed + start + 1):
+                check_number(float(scores.max()))
                 sequence.scored.append(logprob_of(scores, prompt[offset], top))
-        if last == len(prompt) - 1 - sequence.computed and not sequence.answer.token_ids:
+        if work.completes and not sequence.answer.token_ids:
             sequence.tell(PromptScored(tuple(sequence.scored)))
 
 

@@ -182,6 +182,17 @@ def test_each_number_of_tokens_goes_to_the_winner(name: str) -> None:
     assert apply(x.view(2, 4, 64)).shape == (2, 4, 40)
 
 
+def test_a_table_of_prompts_says_nothing_of_fewer_tokens() -> None:
+    stored, x = weight(), torch.randn(8, 64)
+    static = prepare(stored, None, CPU, torch.float32)
+    few = static(x[:7])
+    keep(Product.of(stored), (8, "native-dense"))
+    assert settled(Product.of(stored)).why.startswith("static: ")
+    apply = prepare(stored, None, CPU, torch.float32)
+    assert torch.equal(apply(x[:7]), few)
+    assert not torch.equal(apply(x), static(x))
+
+
 def test_what_is_exact_asks_no_table() -> None:
     stored = weight()
     x = torch.randn(3, 64)
@@ -207,7 +218,7 @@ def test_one_form_of_a_weight_is_that_for_one_token() -> None:
     keep(product, (1, "native-dense"), (512, "sparse"))
     found = settled(product)
     assert found.expand and found.kernel.endswith(", expanded")
-    assert found.why == "measured: 2.0 us as packed, 1.0 dense, for 1 tokens"
+    assert found.why == "measured: 2.0 us as packed, 1.0 dense, for one token"
 
 
 def test_a_model_holds_dense_copies_where_they_are_faster_and_says_so(packed_model: Path) -> None:

@@ -345,6 +345,17 @@ def test_prompts_are_scored_as_transformers_scores_them(tmp_path: Path) -> None:
         assert more[0] == events[0]
 
 
+def test_a_prompt_whose_last_token_is_read_by_itself_is_scored_once(model: Model) -> None:
+    params = SamplingParams(max_tokens=2, prompt_logprobs=0, ignore_eos=True)
+    asked = [tuple(range(5, 5 + length)) for length in (49, 50, 51, 52, 101)]
+    with Engine(model, EngineSettings(tokens_per_step=50)) as engine:
+        for prompt in asked:
+            (events,) = answers(engine, [prompt], params)
+            (scored,) = [event for event in events if isinstance(event, PromptScored)]
+            assert [each.token_id for each in scored.logprobs] == list(prompt[1:])
+            assert events[0] is scored
+
+
 def test_written_tokens_are_scored_by_the_models_own_scores(model: Model) -> None:
     """Whatever bias, penalty or temperature chose them."""
     params = SamplingParams(
@@ -390,15 +401,12 @@ def test_one_requests_exception_leaves_its_neighbours_alone(model: Model) -> Non
 
 
 class NotANumber(Decoder):
-    """A decoder that computes NaN for sequences whose newest token is 13."""
+    """A decoder that computes NaN where the token is 13."""
 
     def run(self, parts: Sequence[Part], memory: Any) -> torch.Tensor:
         hidden = super().run(parts, memory).clone()
-        row = -1
-        for part in parts:
-            row += len(part.tokens)
-            if part.tokens[-1] == 13:
-                hidden[row] = float("nan")
+        tokens = [token for part in parts for token in part.tokens]
+        hidden[[token == 13 for token in tokens]] = float("nan")
         return hidden
 
 
@@ -411,6 +419,17 @@ def test_one_row_of_nan_fails_one_request_and_is_counted(model: Model) -> None:
         assert isinstance(found[1][-1], Failed)
         assert isinstance(found[1][-1].error, HalfweaveError)
         assert len(token_ids(found[0])) == len(token_ids(found[2])) == 40
+        assert engine.stats().not_numbers == 1
+
+
+def test_nan_in_the_scores_of_a_prompt_is_a_failure_too(model: Model) -> None:
+    """Row 50."""
+    broken = NotANumber(model.checkpoint, model.spec, torch.float32, torch.device("cpu"))
+    scores = SamplingParams(max_tokens=0, prompt_logprobs=0)
+    with Engine(replace(model, decoder=broken), EngineSettings(tokens_per_step=2)) as engine:
+        found = answers(engine, [(5, 6, 7), (4, 13, 7)], scores)
+        assert finished(found[0]).reason == "length"
+        assert isinstance(found[1][-1], Failed)
         assert engine.stats().not_numbers == 1
 
 

@@ -373,12 +373,24 @@ def test_a_format_is_never_looked_up_outside_its_table(
         Checkpoint.open(copy)
 
 
+def test_a_link_to_itself_is_refused(tiny_model: Path, copy_of: Copy) -> None:
+    """Row 23."""
+    copy = copy_of(tiny_model)
+    (copy / "loop").symlink_to("loop")
+    with pytest.raises(RefusedError, match="loop is a link that leads nowhere"):
+        Checkpoint.open(copy)
+
+
 @pytest.mark.parametrize(
     ("change", "kind"),
     [
         ({"format_version": 2}, RefusedError),
         ({"format_version": "1"}, CheckpointError),
         ({"files": {}}, CheckpointError),
+        ({"linears": None}, CheckpointError),
+        ({"linears": {Q: 3}}, CheckpointError),
+        ({"provenance": []}, CheckpointError),
+        ({"recipe": "2:4"}, CheckpointError),
         ({"files": {"model.safetensors": {"bytes": 1}}}, CheckpointError),
         ({"files": {"../../etc/passwd": {"bytes": 1, "sha256": "0" * 64}}}, RefusedError),
     ],

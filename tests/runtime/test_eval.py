@@ -156,8 +156,11 @@ def test_scores_that_are_not_finite_are_an_error_not_a_figure(tmp_path: Path) ->
     model.lm_head.weight.data.fill_(3e38)
     model.save_pretrained(directory)
     save_tokenizer(directory)
-    with pytest.raises(HalfweaveError, match="not finite"):
+    with pytest.raises(HalfweaveError, match="huge: scores of window 0 are not finite"):
         evaluate(load_model(directory), TEXT, window=WINDOW)
+    plain = load_model(save_tiny(tmp_path / "plain", Tiny(tied=False)))
+    with pytest.raises(HalfweaveError, match="huge: scores of window 0 are not finite"):
+        evaluate(plain, TEXT, window=WINDOW, against=load_model(directory))
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,7 @@ def test_an_unknown_family_is_refused_and_the_known_ones_listed() -> None:
         {"partial_rotary_factor": 0.5},
         {"model_type": "qwen2", "use_sliding_window": True},
         {"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"]},
+        {"model_type": "qwen2", "layer_types": [[]]},
         {"model_type": "phi3", "rope_scaling": {"type": "longrope", "factor": 2.0}},
         {"model_type": "gemma2", "use_bidirectional_attention": True},
         {"model_type": "gemma2", "layer_types": ["full_attention", "chunked_attention"]},

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
+import ctypes.util
+import hashlib
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -271,6 +273,36 @@ def test_weights_that_the_library_would_misread_are_refused(
 ) -> None:
     with pytest.raises(HalfweaveError, match=message):
         pack_weight(library, weight)
+
+
+def test_a_library_of_another_build_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = ctypes.util.find_library("m")
+    assert found is not None
+    assert load.__wrapped__(Path(found)) is None  # it has not one of the functions
+    monkeypatch.setattr(library_module, "ABI", library_module.ABI + 1)
+    assert load.__wrapped__(library_module.FILE) is None
+    assert [record.message.count("of another build") for record in caplog.records] == [1, 1]
+
+
+def test_the_interface_has_the_number_of_its_declarations() -> None:
+    """Whoever changes one raises HW_ABI, and then this table."""
+    text = (library_module.FILE.parent / "native" / "api.h").read_text()
+    said = " ".join(re.sub(r"/\*.*?\*/", "", text, flags=re.S).split())
+    assert f"HW_ABI = {library_module.ABI} " in said
+    assert hashlib.sha256(said.encode()).hexdigest()[:12] == {1: "703e722db4b6"}[library_module.ABI]
+
+
+def test_a_level_that_is_forced_without_a_library_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Row 30."""
+    monkeypatch.setattr(library_module, "FILE", tmp_path / "none.so")
+    assert library_module.library.__wrapped__() is None
+    monkeypatch.setenv(library_module.LEVEL_VARIABLE, "portable")
+    with pytest.raises(UsageError, match="portable: the CPU kernels are not installed"):
+        library_module.library.__wrapped__()
 
 
 def test_what_is_not_in_this_machines_memory_is_refused(library: Library) -> None:

@@ -1,0 +1,60 @@
+"""Memory that is left, from files as the kernel writes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from halfweave.kernels.device import available_memory_bytes
+
+GIB = 2**30
+MEMINFO = {"proc/meminfo": f"MemTotal: {16 * 2**20} kB\nMemAvailable: {8 * 2**20} kB"}
+GROUP = "sys/fs/cgroup/"
+OWN = {"proc/self/cgroup": "0::/a/b"}
+
+
+def limit(group: str, most: str, used: int, cached: int = 0) -> dict[str, str]:
+    return {
+        f"{GROUP}{group}memory.max": most,
+        f"{GROUP}{group}memory.current": str(used),
+        f"{GROUP}{group}memory.stat": f"anon {used - cached}\ninactive_file {cached}",
+    }
+
+
+OLD = {
+    "proc/self/cgroup": "9:memory:/job",
+    f"{GROUP}memory/job/memory.limit_in_bytes": str(4 * GIB),
+    f"{GROUP}memory/job/memory.usage_in_bytes": str(3 * GIB),
+    f"{GROUP}memory/job/memory.stat": f"inactive_file 1\ntotal_inactive_file {GIB}",
+    f"{GROUP}memory/memory.limit_in_bytes": "9223372036854771712",
+    f"{GROUP}memory/memory.usage_in_bytes": str(9 * GIB),
+}
+
+
+@pytest.mark.parametrize(
+    ("files", "left"),
+    [
+        ({}, 8 * GIB),
+        ({**OWN, **limit("a/b/", "max", GIB)}, 8 * GIB),
+        ({**OWN, **limit("a/b/", str(4 * GIB), 3 * GIB, GIB)}, 2 * GIB),
+        ({**OWN, **limit("a/", str(4 * GIB), 3 * GIB)}, GIB),  # of a group above
+        ({**OWN, **limit("", str(2 * GIB), 3 * GIB)}, 0),  # the path is the host's
+        ({**OWN, **limit("a/b/", str(99 * GIB), GIB)}, 8 * GIB),
+        (OLD, 2 * GIB),
+    ],
+)
+def test_the_least_of_what_limits_counts(tmp_path: Path, files: dict[str, str], left: int) -> None:
+    for name, text in {**MEMINFO, **files}.items():
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text + "\n")
+    assert available_memory_bytes(root=tmp_path) == left
+
+
+def test_a_system_that_says_nothing_is_not_guessed(tmp_path: Path) -> None:
+    assert available_memory_bytes(root=tmp_path) is None
+
+
+def test_this_machine_has_some() -> None:
+    left = available_memory_bytes()
+    assert left is not None and left > 0
