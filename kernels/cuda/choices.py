@@ -59,7 +59,7 @@ def fastest(product: Product, table: Table | None, arch: Architecture) -> Choice
     """
     rows = () if table is None else table.rows.get(stored(product), ())
     apart = {
-        max(row.M, product.M) / min(row.M, product.M): row.choice
+        max(row.M, product.M) / max(1, min(row.M, product.M)): row.choice
         for row in rows
         if tokens_held(row.M) == tokens_held(product.M)
     }

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .expand import expand_fragments, expand_int4
 from .fragments import FragmentWeight
+from .launch import on_its_device
 
 TRITON_KINDS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 _PAIRS = 1024  # of a program
@@ -20,21 +21,23 @@ def dense_of_fragments(
     """The first [rows, columns] of a weight in fragment order; columns are whole fours."""
     dense = weight.values.new_empty(rows, columns, dtype=dtype)
     blocks = weight.blocks[1]
-    expand_fragments[(triton.cdiv(rows, 64), blocks // 2 if weight.dense else blocks)](
-        weight.values,
-        weight.meta,
-        weight.meta if weight.scales is None else weight.scales,
-        dense.view(torch.int64),
-        rows,
-        columns,
-        blocks,
-        group=weight.group,
-        kind=TRITON_KINDS[dtype],
-        both=weight.dense,
-    )
+    with torch.cuda.device_of(dense):
+        expand_fragments[(triton.cdiv(rows, 64), blocks // 2 if weight.dense else blocks)](
+            weight.values,
+            weight.meta,
+            weight.meta if weight.scales is None else weight.scales,
+            dense.view(torch.int64),
+            rows,
+            columns,
+            blocks,
+            group=weight.group,
+            kind=TRITON_KINDS[dtype],
+            both=weight.dense,
+        )
     return dense
 
 
+@on_its_device
 def dense_of_int4(values: Tensor, scale: Tensor, group: int, dtype: torch.dtype) -> Tensor:
     """The weight [N, K] of dense codes as they are stored."""
     rows, pairs = values.shape

@@ -5,6 +5,8 @@ They are computed on CPU tensors too, slowly: by the dense matrix that the weigh
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 from torch import Tensor
@@ -13,6 +15,7 @@ from torch.nn import functional
 from .choices import choice_on
 from .dense import dense_of_fragments
 from .fragments import WHOLE_COLUMNS, FragmentWeight, unpack
+from .launch import MOST_PROGRAMS, on_its_device, pieces
 from .sparse_gemm import sparse_gemm
 from .steps import add_up, gated
 from .variants import Choice, Product, Variant
@@ -23,6 +26,7 @@ COLUMNS_MULTIPLE = 16  # and tokens read so
 GATE_RUN = 8  # rows of a gate, then as many of what it lets through: those of one lane's sums
 
 
+@on_its_device
 def multiply(
     x: Tensor,
     weight: FragmentWeight,
@@ -38,7 +42,7 @@ def multiply(
     if not x.is_cuda:
         return _on_cpu(x, weight, rows, bias, residual)
     inputs = x.reshape(-1, x.shape[-1]).contiguous()
-    chosen = chosen or choice_on(inputs.device.index, product_of(inputs, weight, rows))
+    chosen = _settled(inputs, weight, rows, chosen)
     if chosen.tile is None:
         y = functional.linear(x, dense_of_fragments(weight, rows, x.shape[-1], x.dtype), bias)
         return y if residual is None else y + residual
@@ -52,6 +56,7 @@ def multiply(
     return y.view(*x.shape[:-1], rows)
 
 
+@on_its_device
 def multiply_in_parts(
     x: Tensor, weight: FragmentWeight, rows: int, chosen: Choice | None = None
 ) -> Tensor:
@@ -59,7 +64,7 @@ def multiply_in_parts(
     if not x.is_cuda:
         return multiply(x, weight, rows)
     inputs = x.contiguous()
-    chosen = chosen or choice_on(inputs.device.index, product_of(inputs, weight, rows))
+    chosen = _settled(inputs, weight, rows, chosen)
     if chosen.splits == 1:
         return multiply(inputs, weight, rows, chosen=chosen)
     parts = _room(inputs, rows, chosen.splits)
@@ -67,6 +72,7 @@ def multiply_in_parts(
     return parts
 
 
+@on_its_device
 def multiply_gated(
     x: Tensor,
     weight: FragmentWeight,
@@ -79,7 +85,7 @@ def multiply_gated(
     In one kernel, where K is not parted. x [M, K] is on a GPU; see `multiply` for the rest.
     """
     inputs = x.contiguous()
-    chosen = chosen or choice_on(inputs.device.index, product_of(inputs, weight, rows))
+    chosen = _settled(inputs, weight, rows, chosen)
     if chosen.tile is not None and chosen.splits == 1:
         y = inputs.new_empty(len(inputs), rows // 2)
         _launch(inputs, weight, (bias, None), y, chosen, halved=True)
@@ -133,6 +139,19 @@ def product_of(inputs: Tensor, weight: FragmentWeight, rows: int) -> Product:
     return Product(M, rows, 2 * K if weight.dense else K, kind, weight.group, weight.dense)
 
 
+def _settled(
+    inputs: Tensor, weight: FragmentWeight, rows: int, chosen: Choice | None
+) -> Choice:
+    """What is chosen, or found; K is whole where so many tokens take several launches.
+
+    Their parts would not stand behind each other, and there are programs enough.
+    """
+    chosen = chosen or choice_on(inputs.device.index, product_of(inputs, weight, rows))
+    if chosen.tile is None or len(inputs) <= MOST_PROGRAMS * chosen.tile.BM:
+        return chosen
+    return replace(chosen, splits=1)
+
+
 def _room(inputs: Tensor, rows: int, splits: int) -> Tensor:
     return inputs.new_empty(splits, len(inputs), rows, dtype=torch.float32)
 
@@ -149,7 +168,7 @@ def _launch(
 
     Or y [M, rows / 2], what a gate lets through, where it is `halved`.
     """
-    (M, K), rows, tile, (bias, residual) = inputs.shape, y.shape[-1], chosen.tile, added
+    K, rows, tile, (bias, residual) = inputs.shape[1], y.shape[-1], chosen.tile, added
     rows = 2 * rows if halved else rows
     assert tile is not None
     variant = Variant(
@@ -164,21 +183,23 @@ def _launch(
         gated=halved,
     )
     blocks = weight.blocks[1]
-    grid = (triton.cdiv(rows, tile.BN), triton.cdiv(M, tile.BM), chosen.splits)
-    sparse_gemm[grid](
-        inputs.view(torch.int32),
-        weight.values,
-        weight.meta,
-        weight.meta if weight.scales is None else weight.scales,
-        y if bias is None else bias,
-        y if residual is None else residual,
-        y,
-        M,
-        rows,
-        K,
-        blocks,
-        triton.cdiv(blocks // tile.WK, chosen.splits),
-        V=variant,
-        num_warps=tile.warps,
-        maxnreg=tile.registers,
-    )
+    for some in pieces(len(inputs), tile.BM):
+        x, out = inputs[some], y[..., some, :]
+        grid = (triton.cdiv(rows, tile.BN), triton.cdiv(len(x), tile.BM), chosen.splits)
+        sparse_gemm[grid](
+            x.view(torch.int32),
+            weight.values,
+            weight.meta,
+            weight.meta if weight.scales is None else weight.scales,
+            out if bias is None else bias,
+            out if residual is None else residual[some],
+            out,
+            len(x),
+            rows,
+            K,
+            blocks,
+            triton.cdiv(blocks // tile.WK, chosen.splits),
+            V=variant,
+            num_warps=tile.warps,
+            maxnreg=tile.registers,
+        )

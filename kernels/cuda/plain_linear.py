@@ -10,6 +10,7 @@ from torch.nn import functional
 from .dense import TRITON_KINDS, dense_of_int4
 from .expand_gemm import expand_gemm
 from .int4_gemm import int4_gemm
+from .launch import on_its_device, pieces
 from .steps import add_up
 
 _EXPANDED = {"BN": 64, "BM": 16, "BK": 128}
@@ -19,6 +20,7 @@ _PROGRAMS_WANTED, _LEAST_GROUPS, _MOST_SPLITS = 4, 4, 8  # for every multiproces
 
 
 @torch.library.custom_op("halfweave::expanded_linear", mutates_args=())
+@on_its_device
 def expanded_linear(
     x: Tensor,
     values: Tensor,
@@ -31,25 +33,28 @@ def expanded_linear(
     inputs = x.reshape(-1, x.shape[-1]).contiguous()
     (M, K), rows = inputs.shape, values.shape[0]
     y = inputs.new_empty(M, rows)
-    grid = triton.cdiv(rows, _EXPANDED["BN"]), triton.cdiv(M, _EXPANDED["BM"])
-    expand_gemm[grid](
-        inputs,
-        values,
-        meta,
-        meta if scale is None else scale,
-        y if bias is None else bias,
-        y,
-        M,
-        rows,
-        K,
-        **_EXPANDED,
-        group=group,
-        biased=bias is not None,
-    )
+    for some in pieces(M, _EXPANDED["BM"]):
+        part, out = inputs[some], y[some]
+        grid = triton.cdiv(rows, _EXPANDED["BN"]), triton.cdiv(len(part), _EXPANDED["BM"])
+        expand_gemm[grid](
+            part,
+            values,
+            meta,
+            meta if scale is None else scale,
+            y if bias is None else bias,
+            out,
+            len(part),
+            rows,
+            K,
+            **_EXPANDED,
+            group=group,
+            biased=bias is not None,
+        )
     return y.view(*x.shape[:-1], rows)
 
 
 @torch.library.custom_op("halfweave::int4_linear", mutates_args=())
+@on_its_device
 def int4_linear(
     x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None, group: int
 ) -> Tensor:
@@ -57,7 +62,7 @@ def int4_linear(
     inputs = x.reshape(-1, x.shape[-1]).contiguous()
     if x.is_cuda and len(inputs) >= _DENSE_FROM:
         return functional.linear(x, dense_of_int4(values, scale, group, x.dtype), bias)
-    (M, K), rows = inputs.shape, values.shape[0]
+    (M, K), rows = inputs.shape, values.shape[0]  # on a GPU too few tokens for several grids
     tokens = 16 if M <= 16 else 32
     groups = scale.shape[1]
     programs = triton.cdiv(rows, _ROWS) * triton.cdiv(M, tokens)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..paging import PAGE_POSITIONS
 from .elementwise import gate, rms_norm, rope_and_remember
+from .launch import on_its_device
 from .paged_attention import attend, join
 from .reduce import add_parts
 
@@ -87,6 +88,7 @@ def _floats(stored: Tensor, scales: Tensor | None, used: Tensor, dtype: torch.dt
     return (found.float() * scales[used].flatten(0, 1)[..., None]).to(dtype)
 
 
+@on_its_device
 def normed(x: Tensor, delta: Tensor | None, gain: Tensor, eps: float) -> Tensor:
     """RMSNorm of x [tokens, size], to which `delta`, or its parts, is added first, in place."""
     y = torch.empty_like(x)
@@ -99,6 +101,7 @@ def normed(x: Tensor, delta: Tensor | None, gain: Tensor, eps: float) -> Tensor:
     return y
 
 
+@on_its_device
 def gated(both: Tensor, dtype: torch.dtype, run: int = 0) -> Tensor:
     """silu(g) u [tokens, size] of rows [g, u], or of parts of them: `both` [.., tokens, 2 size].
 
@@ -116,6 +119,7 @@ def splits_of(result: Tensor) -> int:
     return len(result) if result.dim() == 3 else 1
 
 
+@on_its_device
 def remember(
     qkv: Tensor, positions: Tensor, table: Tensor, frequencies: Tensor, pages: Pages, q: Tensor
 ) -> None:
@@ -152,6 +156,7 @@ def remember(
     )
 
 
+@on_its_device
 def attend_newest(q: Tensor, pages: Pages, table: Tensor, lengths: Tensor, longest: int) -> Tensor:
     """Attention of one token a sequence to all that its sequence remembers: as `q`.
 
@@ -204,6 +209,7 @@ def _split_positions(programs: int, longest: int) -> int:
     return int(max(least, together))
 
 
+@on_its_device
 def add_up(parts: Tensor, bias: Tensor | None, residual: Tensor | None, y: Tensor) -> None:
     """Write the sum of parts fp32 [splits, M, N], and of what there is beside them, to y [M, N]."""
     add_parts[(triton.cdiv(y.numel(), _RESULTS),)](
