@@ -31,7 +31,8 @@ class Answer:
         # A form may be met before the least length is; then there is nothing else to write.
         held_back = () if request.constraint is not None else ends
         self._sampler = Sampler(params, request.prompt_ids, held_back, request.constraint)
-        self._text = tokenizer.stream(params.skip_special_tokens)
+        before = request.prompt_ids if request.goes_on else ()
+        self._text = tokenizer.stream(params.skip_special_tokens, before)
         self._stops = StopFinder(params.stop, params.include_stop)
         self.token_ids: list[int] = []
         self.first_token_at: float | None = None

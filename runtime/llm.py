@@ -82,7 +82,8 @@ class LLM:
             RequestError: a prompt is empty or does not fit the context.
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        return self._complete([self.model.tokenizer.encode(text) for text in texts], params)
+        prompts = [self.model.tokenizer.encode(text) for text in texts]
+        return self._complete(prompts, params, goes_on=True)
 
     def chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Completion:
         """Answer a conversation of {"role", "content"} messages.
@@ -108,10 +109,16 @@ class LLM:
         return Score(tuple(ids), tuple(each.logprob for each in scored))
 
     def _complete(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams | None
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | None,
+        goes_on: bool = False,
     ) -> list[Completion]:
         params = params or SamplingParams()
-        requests = [GenerationRequest(uuid.uuid4().hex, tuple(ids), params) for ids in prompts]
+        requests = [
+            GenerationRequest(uuid.uuid4().hex, tuple(ids), params, goes_on=goes_on)
+            for ids in prompts
+        ]
         streams = [self._engine.stream(request) for request in requests]
         return [_collect(list(stream)) for stream in streams]
 

@@ -41,6 +41,7 @@ class GenerationRequest:
         salt: only requests of equal salts share what is remembered of equal beginnings; that keeps
             one client from finding out, by timing, what another has asked.
         constraint: what the answer must look like; None for anything.
+        goes_on: the answer's text goes on from the prompt's, as a chat's does not.
 
     Raises:
         RequestError: the prompt is empty, or holds anything but non-negative integers; or the
@@ -53,6 +54,7 @@ class GenerationRequest:
     priority: int = 0
     salt: bytes = b""
     constraint: Constraint | None = None
+    goes_on: bool = False
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:

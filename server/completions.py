@@ -64,7 +64,7 @@ async def _admit(
     def prepare() -> list[Ask]:
         known = [encode(each, special) if isinstance(each, str) else each for each in prompts]
         return [
-            Ask(ids, numbered(params, number), body.priority or 0, salt)
+            Ask(ids, numbered(params, number), body.priority or 0, salt, goes_on=True)
             for ids in known
             for number in range(body.candidates)
         ]
@@ -155,7 +155,8 @@ class _Writer:
 
     def _scores(self, index: int) -> LegacyLogprobs:
         skip_special = self.body.skip_special_tokens is not False
-        return self.scores.setdefault(index, LegacyLogprobs(self._tokenizer, skip_special))
+        before = self.call.asks[index].prompt_ids
+        return self.scores.setdefault(index, LegacyLogprobs(self._tokenizer, skip_special, before))
 
     def _prompt_text(self, index: int) -> str:
         prompt = self.body.prompts[index // self.body.candidates]

@@ -40,6 +40,7 @@ class Ask:
     priority: int = 0
     salt: bytes = b""
     constraint: Constraint | None = None
+    goes_on: bool = False
 
     def request(self, request_id: str) -> GenerationRequest:
         """For the engine, under an id."""
@@ -50,6 +51,7 @@ class Ask:
             self.priority,
             self.salt,
             self.constraint,
+            self.goes_on,
         )
 
 

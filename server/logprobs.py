@@ -48,10 +48,10 @@ class LegacyLogprobs:
     and characters of several tokens, move none that come later.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special: bool) -> None:
-        """`skip_special` as in the text of the choice."""
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool, prompt_ids: Sequence[int]) -> None:
+        """`skip_special` as in the text of the choice, which goes on from the prompt."""
         self._tokenizer = tokenizer
-        self._text, self._offset = tokenizer.stream(skip_special), 0
+        self._text, self._offset = tokenizer.stream(skip_special, prompt_ids), 0
 
     def prompt(
         self, prompt_ids: Sequence[int], scored: Sequence[TokenLogprob], text: str

@@ -10,7 +10,11 @@ from typing import Any
 
 import pytest
 from halfweave.errors import CheckpointError, HalfweaveError, RefusedError
+from halfweave.runtime.llm import LLM
+from halfweave.runtime.params import SamplingParams
+from halfweave.runtime.request import TokenLogprob
 from halfweave.runtime.tokenizer import Tokenizer
+from halfweave.server.logprobs import LegacyLogprobs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.tiny import (
@@ -22,7 +26,9 @@ from support.tiny import (
     save_tiny,
     save_tokenizer,
 )
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 Copy = Callable[[Path], Path]
 
@@ -159,3 +165,48 @@ def test_a_tokenizer_config_of_50_mb_is_refused(tiny_model: Path, copy_of: Copy)
     edit_json(copy / "tokenizer_config.json", lambda config: config.update(big))
     with pytest.raises(HalfweaveError, match="bytes"):
         Tokenizer.open(copy)
+
+
+def save_words(directory: Path, count: int) -> None:
+    """A tokenizer of whole words that takes the first space off what it decodes, as Llama 2's."""
+    words = {f"▁w{number}": number for number in range(count - 1)}
+    backend = Backend(models.WordLevel({**words, "</s>": count - 1}, unk_token="</s>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    fast.save_pretrained(directory)
+
+
+def test_what_goes_on_keeps_its_first_space(tmp_path: Path) -> None:
+    save_words(tmp_path, 9)
+    words = Tokenizer.open(tmp_path)
+    ids = words.encode("w3 w5 w1", special=False)
+    assert "".join(streamed(words, ids)) == "w3 w5 w1"
+    behind = words.stream(after=ids[:1])
+    assert [behind.push(token) for token in ids[1:]] == [" w5", " w1"]
+    offsets = LegacyLogprobs(words, True, ids[:1])
+    written = offsets.written([TokenLogprob(token, -1.0, ()) for token in ids[1:]])
+    assert written.text_offset == [0, 3]
+    assert words.stream(after=[8]).push(ids[0]) == "w3"  # a control token begins a text
+
+
+def test_half_a_character_before_does_not_swallow_the_other_half(tokenizer: Tokenizer) -> None:
+    first, *rest = tokenizer.encode("🙂", special=False)
+    stream = tokenizer.stream(after=[first])
+    shown = "".join([stream.push(token) for token in rest] + [stream.finish()])
+    assert shown == tokenizer.decode(rest)
+
+
+def test_a_completion_goes_on_from_its_prompt_and_a_chat_does_not(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model")
+    save_words(model, VOCABULARY)
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    (model / "chat_template.jinja").write_text(template)
+    params = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)
+    with LLM(model) as llm:
+        (went_on,) = llm.generate("w3 w5", params)
+        answered = llm.chat([{"role": "user", "content": "w3 w5"}], params)
+    assert went_on.token_ids == answered.token_ids
+    assert went_on.text == " " + answered.text
