@@ -82,8 +82,8 @@ class LLM:
             RequestError: a prompt is empty or does not fit the context.
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        prompts = [self.model.tokenizer.encode(text) for text in texts]
-        return self._complete(prompts, params, goes_on=True)
+        encoded = [self.model.tokenizer.encode(text) for text in texts]
+        return self._complete(encoded, params, goes_on=True)
 
     def chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Completion:
         """Answer a conversation of {"role", "content"} messages.
