@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import wraps
 from itertools import accumulate
 from typing import Any, TypeVar
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -21,12 +22,12 @@ from torch.nn import functional
 from ..errors import UnsupportedModel
 from ..kernels.cuda.binding import GatedLinear, parts_of
 from ..kernels.cuda.linear import GATE_RUN, gate_order
-from ..kernels.cuda.steps import Pages, attend_newest, normed, remember
+from ..kernels.cuda.steps import Pages, attend_newest, attention_bytes, normed, remember
 from ..kernels.dispatch import LinearFunction, on_gpu
 from ..kernels.formats import Dense, PackedLinear, stacked, with_rows
 from ..kernels.paging import PAGE_POSITIONS
 from .draw import Draw, drawn_tokens
-from .gpu_graphs import StepBuffers, StepGraphs
+from .gpu_graphs import SIZES, StepBuffers, StepGraphs
 from .loading import Loader
 from .paged import PagedDecoder, Part, pages_for, positions, token_ids
 from .rope import inverse_frequencies
@@ -35,6 +36,8 @@ from .spec import DecoderSpec, RopeSpec
 # Roles of a block, in the order in which they are computed; those of a row are one product.
 TOGETHER = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
 _Result = TypeVar("_Result")
+DRAWN_TOGETHER = 32  # rows, see draw.py
+_DRAW_BYTES = 60  # for every score of those, sorted and summed up in fp64
 _MOST_SHARING = 16  # query heads to a pair of keys and values
 
 
@@ -117,7 +120,7 @@ class GpuDecoder(PagedDecoder):
         self._gain = loader.norm(spec.names.norm).gain
         head = Dense(self._embedding) if spec.tied else loader.end(spec.names.head)
         self._head = _bound(head, None, loader)
-        self.scratch_bytes = _largest_dense_bytes(spec)
+        self.scratch_bytes = _scratch_bytes(spec)
         assert isinstance(spec.positions, RopeSpec)
         self._frequencies = inverse_frequencies(spec.positions, spec.head_dim).to(self.device)
 
@@ -145,8 +148,12 @@ class GpuDecoder(PagedDecoder):
     def _graphs(self, memory: GpuMemory) -> StepGraphs:
         if memory.graphs is None:
             width = min(memory.pages, pages_for(self.spec.max_positions))
+            # The graphs are the memory's own: held by them, it would outlive its last user.
+            held = ref(memory)
 
             def step(newest: StepBuffers) -> Tensor:
+                memory = held()
+                assert memory is not None
                 longest = width * PAGE_POSITIONS  # of all steps to come
                 batch = _Batch(newest.positions, newest.table, newest.lengths, longest)
                 return self._layers(newest.ids, batch, memory)
@@ -259,6 +266,16 @@ def lacking(spec: DecoderSpec) -> list[str]:
         )
         if missing
     ]
+
+
+def _scratch_bytes(spec: DecoderSpec) -> int:
+    """Of a weight that is written out, of attention's parts, and of a draw.
+
+    Graphs keep the parts, and torch what it has allocated for the others.
+    """
+    longest = pages_for(spec.max_positions) * PAGE_POSITIONS
+    parts = attention_bytes(SIZES[-1], spec.kv_heads, spec.head_dim, longest)
+    return _largest_dense_bytes(spec) + parts + _DRAW_BYTES * DRAWN_TOGETHER * spec.vocab
 
 
 def _largest_dense_bytes(spec: DecoderSpec) -> int:

@@ -75,6 +75,7 @@ class StepGraphs:
         """
         self._step, self._width, self._nobody, self._device = step, width, nobody, device
         self._recordings: dict[int, tuple[StepBuffers, Work]] = {}
+        self._recorder = Recorder(device) if device.type == "cuda" else None
 
     def fits(self, parts: Sequence[Part]) -> bool:
         """Whether these parts are one token each, of as many sequences as there are graphs for."""
@@ -88,28 +89,42 @@ class StepGraphs:
         if size not in self._recordings:
             buffers = StepBuffers(size, self._width, self._nobody, self._device)
             work = partial(self._step, buffers)
-            again = recorded(work) if self._device.type == "cuda" else work
+            again = work if self._recorder is None else self._recorder.recorded(work)
             self._recordings[size] = buffers, again
         buffers, again = self._recordings[size]
         buffers.fill(parts)
-        # A copy: the next replay writes to the same place.
+        # A copy: the next replay, of whatever size, writes to the same place.
         return again()[: len(parts)].clone()
 
 
-def recorded(work: Work) -> Work:
-    """The work as a CUDA graph. It is done twice before, so that all kernels are compiled."""
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        for _ in range(2):
-            work()
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = work()
+class Recorder:
+    """Makes CUDA graphs of work on one GPU, on a stream of its own.
 
-    def again() -> Tensor:
-        graph.replay()
-        return result
+    They share their memory, the results included: one is replayed at a time, and what it gave is
+    copied before the next.
+    """
 
-    return again
+    def __init__(self, device: torch.device) -> None:
+        """Of work that is done on this GPU, the current one."""
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def recorded(self, work: Work) -> Work:
+        """The work as a graph. It is done twice before, so that all kernels are compiled."""
+        aside = self._stream
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(2):
+                work()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        # torch's own stream is of the first GPU that recorded; and other threads, which may be
+        # other engines, go on allocating.
+        with torch.cuda.graph(graph, self._pool, aside, capture_error_mode="thread_local"):
+            result = work()
+
+        def again() -> Tensor:
+            graph.replay()
+            return result
+
+        return again

@@ -86,9 +86,16 @@ class Compiled:
 
 
 def compile_kernel(
-    kernel: Any, signature: Signature, arch: int, warps: int, registers: int | None = None
+    kernel: Any,
+    signature: Signature,
+    arch: int,
+    warps: int,
+    registers: int | None = None,
+    stages: int | None = None,
 ) -> Compiled:
     """Compile a Triton or Gluon kernel for sm_`arch`, with at most `registers` a thread.
+
+    Loads of a loop are `stages` - 1 steps ahead: Triton's own number where none is given.
 
     Raises:
         HalfweaveError: the compiler refuses it; the last line of its complaint is told.
@@ -104,6 +111,8 @@ def compile_kernel(
     options = {"num_warps": warps, "enable_fp_fusion": True}
     if registers is not None:
         options["maxnreg"] = registers
+    if stages is not None:
+        options["num_stages"] = stages
     try:
         made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     except Exception as error:  # its own kinds, ptxas's and the parser's

@@ -15,7 +15,7 @@ from torch.nn import functional
 from .choices import choice_on
 from .dense import dense_of_fragments
 from .fragments import WHOLE_COLUMNS, FragmentWeight, unpack
-from .launch import MOST_PROGRAMS, on_its_device, pieces
+from .launch import fits, on_its_device, pieces
 from .sparse_gemm import sparse_gemm
 from .steps import add_up, gated
 from .variants import Choice, Product, Variant
@@ -46,6 +46,7 @@ def multiply(
     if chosen.tile is None:
         y = functional.linear(x, dense_of_fragments(weight, rows, x.shape[-1], x.dtype), bias)
         return y if residual is None else y + residual
+    residual = None if residual is None else residual.reshape(-1, rows).contiguous()
     fused = chosen.splits == 1  # else bias and residual are added with the parts
     added = (bias, residual) if fused else (None, None)
     y = inputs.new_empty(len(inputs), rows)
@@ -139,15 +140,13 @@ def product_of(inputs: Tensor, weight: FragmentWeight, rows: int) -> Product:
     return Product(M, rows, 2 * K if weight.dense else K, kind, weight.group, weight.dense)
 
 
-def _settled(
-    inputs: Tensor, weight: FragmentWeight, rows: int, chosen: Choice | None
-) -> Choice:
+def _settled(inputs: Tensor, weight: FragmentWeight, rows: int, chosen: Choice | None) -> Choice:
     """What is chosen, or found; K is whole where so many tokens take several launches.
 
     Their parts would not stand behind each other, and there are programs enough.
     """
     chosen = chosen or choice_on(inputs.device.index, product_of(inputs, weight, rows))
-    if chosen.tile is None or len(inputs) <= MOST_PROGRAMS * chosen.tile.BM:
+    if chosen.tile is None or fits(len(inputs), chosen.tile.BM):
         return chosen
     return replace(chosen, splits=1)
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from .fragments import BLOCK_COLUMNS
 from .targets import Card
 from .variants import Product
 
-_META_BITS, _SCALE_BITS, _HALF_BITS = 2, 16, 16
+_META_BITS, _CODE_BITS, _SCALE_BITS, _HALF_BITS = 2, 4, 16, 16
 
 
 def bits_per_weight(group: int) -> float:
     """Bits that are read for a weight, kept or not; `group` 0 means 16-bit values."""
-    value = 4 if group else _HALF_BITS
+    value = _CODE_BITS if group else _HALF_BITS
     scales = _SCALE_BITS / group if group else 0.0
     return (value + _META_BITS) / 2 + scales
 
@@ -32,7 +33,13 @@ class Roof:
 
 
 def sparse_roof(product: Product, card: Card) -> Roof:
-    """Weights, tokens and results once through memory; sums at twice the dense rate."""
+    """Weights, tokens and results once through memory; sums at twice the dense rate.
+
+    Of a dense weight of codes too, for which that makes as many sums as cores for dense ones do.
+    """
+    if product.dense:
+        x = replace(product, K=product.K // 2)
+        return _roof(x, card, _CODE_BITS + _SCALE_BITS / min(product.group, BLOCK_COLUMNS), 1)
     return _roof(product, card, bits_per_weight(product.group), 2)
 
 

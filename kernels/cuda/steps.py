@@ -23,6 +23,7 @@ _TOGETHER = 64  # positions that a program looks at together
 _LONG_SPLIT = 256  # positions of a split where there are enough programs without
 _MOST_SPLITS = 64  # which are put together in registers
 _ENOUGH = 128  # programs
+_WIDE = 256  # of heads
 _GATED = 1024
 _RESULTS = 1024  # of a program that adds parts
 
@@ -166,7 +167,7 @@ def attend_newest(q: Tensor, pages: Pages, table: Tensor, lengths: Tensor, longe
         lengths: int32 [sequences], the new token included; `longest` is at least all of them.
     """
     sequences, heads, dim = q.shape
-    kv_heads, width = pages.keys.shape[2], max(16, triton.next_power_of_2(dim))
+    kv_heads, width = pages.keys.shape[2], _width(dim)
     shared = heads // kv_heads
     each = _split_positions(sequences * kv_heads, longest)
     splits = triton.cdiv(longest, each)
@@ -194,12 +195,29 @@ def attend_newest(q: Tensor, pages: Pages, table: Tensor, lengths: Tensor, longe
         B=_TOGETHER,
         page=PAGE_POSITIONS,
         coded=pages.coded,
+        num_warps=_warps(width, pages.coded),
     )
-    most = triton.next_power_of_2(splits)
-    join[(sequences, heads)](
-        partial, sums, lengths, y, kv_heads, dim, splits, each, G=shared, D=width, S=most
-    )
+    most, known = triton.next_power_of_2(splits), (kv_heads, dim, splits, each)
+    sizes = {"G": shared, "D": width, "S": most}
+    warps = _warps(width, True)
+    join[(sequences, heads)](partial, sums, lengths, y, *known, **sizes, num_warps=warps)
     return y
+
+
+def attention_bytes(sequences: int, kv_heads: int, dim: int, longest: int) -> int:
+    """What `attend_newest` takes for its parts of so many sequences, or of any fewer, at most."""
+    counts = (count * kv_heads for count in range(1, sequences + 1))
+    most = max(count * triton.cdiv(longest, _split_positions(count, longest)) for count in counts)
+    return int(4 * most * _ROWS * (_width(dim) + 2))
+
+
+def _width(dim: int) -> int:
+    return int(max(16, triton.next_power_of_2(dim)))
+
+
+def _warps(width: int, in_fp32: bool) -> int:
+    """Of attention's programs: wide heads in fp32 leave four no registers on some architectures."""
+    return 8 if in_fp32 and width >= _WIDE else 4
 
 
 def _split_positions(programs: int, longest: int) -> int:

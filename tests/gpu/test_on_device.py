@@ -147,14 +147,31 @@ def test_an_operator_can_be_captured_in_a_graph() -> None:
     torch.testing.assert_close(y, apply(x))
 
 
-def test_a_batch_of_one_more_than_32_bits_of_bytes() -> None:
-    weight = weight_of(64, 1024, "f16", 0)
+def test_a_batch_of_more_tokens_than_a_grid_has_programs_for() -> None:
+    """Beyond 2^31 words of x, and results, too: the last of the first launch, and the second's."""
+    rows, columns, tokens = 576, 1152, 2**22
+    most, found = 65535 * 64, limits_of(0)
+    assert found is not None and most < tokens and most * rows > 2**31
+    weight = weight_of(rows, columns, "f16", 0)
+    linear = SparseLinear.of(weight, None, DEVICE, torch.float16)  # type: ignore[arg-type]
     free, _ = torch.cuda.mem_get_info()
-    tokens = 2**22
-    if free < 2 * tokens * 1024 * 2:
+    if free < 2.2 * tokens * (columns + rows):
         pytest.skip("the GPU's memory is too small")
-    x = torch.zeros(tokens, 1024, dtype=torch.float16, device=DEVICE)
-    x[-8:] = torch.randn(8, 1024, dtype=torch.float16, device=DEVICE)
-    y = bind(weight, None, DEVICE, torch.float16)(x)[-8:]
-    wanted = x[-8:].float() @ weight.unpack().to(DEVICE).T
+    product = Product(tokens, rows, columns, "f16", 0)
+    narrow = next(c for c in candidates(product, found[0]) if c.tile and c.tile.BN == 128)
+    x = torch.zeros(tokens, columns, dtype=torch.float16, device=DEVICE)
+    some = torch.cat([torch.arange(8), torch.arange(most - 8, most + 8), torch.arange(-8, 0)])
+    x[some] = torch.randn(len(some), columns, dtype=torch.float16, device=DEVICE)
+    y = multiply(x, linear.weight, rows, chosen=narrow)[some]
+    wanted = x[some].float() @ weight.unpack().to(DEVICE).T
     assert float((y.float() - wanted).abs().max() / wanted.abs().max()) < BOUNDS["f16"]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device here")
+def test_products_of_a_second_gpu_are_launched_there() -> None:
+    second = torch.device("cuda", 1)
+    for kind in (weight_of(576, 576, "f16", 0), weight_of(576, 576, "f16", 64)):
+        x = torch.randn(4, 576, generator=torch.Generator().manual_seed(0)).half()
+        y = bind(kind, None, second, torch.float16)(x.to(second)).float().cpu()
+        wanted = x.float() @ kind.unpack().T
+        assert float((y - wanted).abs().max() / wanted.abs().max()) < BOUNDS["f16"]

@@ -29,6 +29,7 @@ from .shared import Lanes, SharedMemory
 
 HANDLERS = {**arithmetic.HANDLERS, **access.HANDLERS, **tensor_cores.HANDLERS}
 _MOST_SHARED_BYTES = 232448  # of a block on sm_90
+_MOST_BLOCKS = (2**31 - 1, 65535, 65535)  # along each axis of a grid, of every card
 _BLOCKS_TOGETHER = 64
 _DETAILED = ("mma", "ldmatrix", "ld", "st", "cp")  # counted by their modifiers too
 
@@ -73,14 +74,17 @@ class Emulator:
         """Run all blocks, or `only` some. `arguments` are numbers; a float is given as its bits.
 
         Raises:
-            PTXError: what PTX leaves undefined.
+            PTXError: what PTX leaves undefined, or a grid that no card launches.
         """
         machine = self._machine
         whole = (*grid, 1, 1)[:3]
+        if any(size > most for size, most in zip(whole, _MOST_BLOCKS, strict=True)):
+            raise PTXError(f"no card launches a grid of {whole}")
         machine.grid, machine.counting = (whole[0], whole[1], whole[2]), counting
         given = [*arguments, *[0] * len(self.program.parameters)]
         machine.arguments = dict(zip(self.program.parameters, given, strict=False))
-        every = product(*(range(size) for size in reversed(whole)))
+        # `product` makes lists of its ranges, which of most grids for `only` some are too long.
+        every = () if only else product(*(range(size) for size in reversed(whole)))
         blocks = list(only) or [(x, y, z) for z, y, x in every]
         for start in range(0, len(blocks), _BLOCKS_TOGETHER):
             self._run_some(blocks[start : start + _BLOCKS_TOGETHER])

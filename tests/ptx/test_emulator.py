@@ -444,6 +444,17 @@ $end:
     assert np.array_equal(emulator.memory.get(out), np.concatenate([A, B, A]))
 
 
+@pytest.mark.parametrize("grid", [(1, 65536), (1, 1, 65536), (2**31,)])
+def test_a_grid_that_no_card_launches_is_refused(grid: tuple[int, ...]) -> None:
+    emulator = Emulator(_KERNEL % (LANES, "mov.b32 %r9, %r1;"))
+    arguments = [emulator.memory.put(each) for each in WORDS]
+    out = emulator.memory.put(np.zeros(LANES, np.uint32))
+    with pytest.raises(PTXError, match="no card launches"):
+        emulator.run(grid, [*arguments, out], only=[(0, 0, 0)])
+    emulator.run((2**31 - 1, 65535, 65535), [*arguments, out], only=[(0, 0, 0)])
+    assert np.array_equal(emulator.memory.get(out), A)
+
+
 def test_costs_of_memory_are_counted() -> None:
     body = """
     shl.b32 %r10, %r0, 7; and.b32 %r10, %r10, 4095; st.shared.b32 [%r10], %r1;

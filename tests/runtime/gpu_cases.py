@@ -5,22 +5,28 @@ Not collected by itself, since Triton decides once in a process whether it inter
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from pathlib import Path
+from weakref import ref
 
 import pytest
 import torch
 from halfweave.errors import CapacityError
+from halfweave.kernels.cuda import steps
+from halfweave.kernels.paging import PAGE_POSITIONS
+from halfweave.runtime import draw
 from halfweave.runtime.checkpoint import Checkpoint
 from halfweave.runtime.engine import Engine
 from halfweave.runtime.families import decoder_spec
-from halfweave.runtime.gpu_decoder import GpuDecoder
+from halfweave.runtime.gpu_decoder import DRAWN_TOGETHER, GpuDecoder
 from halfweave.runtime.loading import Loader
 from halfweave.runtime.model import load_model
-from halfweave.runtime.paged import Part
+from halfweave.runtime.paged import Part, pages_for
 from halfweave.runtime.params import SamplingParams
 from halfweave.runtime.request import GenerationRequest, TextDelta
 from support.tiny import Tiny, pack_directory, save_tiny
+from torch import Tensor
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PROMPT = torch.tensor([5, 17, 3, 99, 42, 8, 61])
@@ -181,11 +187,69 @@ def test_tokens_drawn_on_the_device_are_those_of_the_sampler(tmp_path: Path) -> 
     assert answers[0] == answers[1]
 
 
-def test_the_memory_plan_knows_of_the_weight_that_a_long_prompt_writes_out(tmp_path: Path) -> None:
+def test_the_memory_plan_knows_what_a_step_takes_beside_its_states(tmp_path: Path) -> None:
     model = load_model(save_tiny(tmp_path / "tiny"), "float32")
-    alone = Engine(model)
-    on_gpu = Engine(replace(model, decoder=gpu_decoder(tmp_path / "tiny")))
-    largest = 2 * 2 * model.spec.ffn * model.spec.hidden  # gate and up, 16 bits
-    assert on_gpu.memory_plan.workspace_bytes == alone.memory_plan.workspace_bytes + largest
+    alone, decoder = Engine(model), gpu_decoder(tmp_path / "tiny")
+    on_gpu = Engine(replace(model, decoder=decoder))
+    spec = model.spec
+    written_out = 2 * 2 * spec.ffn * spec.hidden  # gate and up, 16 bits
+    drawn = 60 * DRAWN_TOGETHER * spec.vocab
+    longest = pages_for(spec.max_positions) * PAGE_POSITIONS
+    attended = most_of_attention(decoder, 128, longest)
+    beside = on_gpu.memory_plan.workspace_bytes - alone.memory_plan.workspace_bytes
+    assert beside == written_out + drawn + attended
     for engine in (alone, on_gpu):
         engine.close()
+
+
+def most_of_attention(decoder: GpuDecoder, sequences: int, longest: int) -> int:
+    """Bytes of fp32 that `attend_newest` makes, its result aside, where it makes the most."""
+    spec, made = decoder.spec, []
+    for count in range(1, sequences + 1):
+        programs = count * spec.kv_heads
+        each = max(256 if programs >= 128 else 64, -(-longest // 64 // 64) * 64)
+        width = max(16, 2 ** (spec.head_dim - 1).bit_length())
+        made.append(4 * programs * -(-longest // each) * 16 * (width + 2))
+    return max(made)
+
+
+def test_as_many_rows_are_drawn_together_as_the_plan_says() -> None:
+    assert DRAWN_TOGETHER == draw._ROWS
+
+
+@pytest.mark.parametrize("count", [1, 3, 20])
+def test_attention_makes_no_more_than_it_is_said_to(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room that is asked for in fp32, seen as it is; nothing is computed."""
+    heads, dim, longest, taken = 8, 24, 300, []
+    monkeypatch.setattr(steps, "attend", {})
+    pages = steps.Pages.empty(1, heads, dim, torch.float16, torch.device("cpu"))
+    q = torch.zeros(count, heads, dim).half()
+    new_empty = Tensor.new_empty
+
+    def counted(self: Tensor, *shape: int, **options: object) -> Tensor:
+        made = new_empty(self, *shape, **options)  # type: ignore[call-overload]
+        taken.append(made.nbytes)
+        return made
+
+    monkeypatch.setattr(Tensor, "new_empty", counted)
+    with pytest.raises(KeyError):
+        steps.attend_newest(q, pages, torch.zeros(1, 1), torch.zeros(1), longest)
+    said = steps.attention_bytes(count, heads, dim, longest)
+    assert 0 < sum(taken) <= said
+
+
+def test_a_memory_is_gone_when_nobody_has_it(tmp_path: Path) -> None:
+    """At once, and not when cycles are next looked for: it may be most of a GPU's."""
+    decoder = gpu_decoder(save_tiny(tmp_path / "tiny"))
+    memory = decoder.new_memory(4)
+    decoder.run([Part([5], 0, [1])], memory)
+    assert memory.graphs is not None
+    gone = ref(memory)
+    gc.disable()
+    try:
+        del memory
+        assert gone() is None
+    finally:
+        gc.enable()

@@ -128,21 +128,21 @@ def error_of(
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-def far_error(case: Case, rows: int) -> float:
-    """The error of the last tokens of `rows`, whose place is beyond 32 bits of an offset.
+def far_error(case: Case) -> float:
+    """The error of the last tokens of a case, whose places are beyond 32 bits of an offset.
 
     Only they, and only they of x, residual and y, are there: the arrays begin where the last ones
     would, and the pointers as far before them as the program has to go. An offset that wraps leads
-    elsewhere, which the emulator refuses.
+    elsewhere, which the emulator refuses. Of W only the first rows of a program are multiplied by.
     """
     compiled, stored = built(case.variant, case.arch).compiled, sparse_weight(case)
     weight, dtype = fragment_weight(stored), DTYPES[case.kind]
-    tokens = case.tile.BM
+    tokens, rows = case.tile.BM, case.tile.BN
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(tokens, case.K, generator=generator).to(dtype)
     residual = torch.randn(tokens, case.N, generator=generator).to(dtype)
     emulator = Emulator(compiled.ptx, compiled.shared_bytes)
-    put, before = emulator.memory.put, rows - tokens
+    put, before = emulator.memory.put, case.M - tokens
     out = put(np.zeros((tokens, case.N), np.int16))
     packed = [put(each.numpy()) for each in (weight.values, weight.meta, weight.meta)]
     pointers = [
@@ -153,12 +153,11 @@ def far_error(case: Case, rows: int) -> float:
         out - 2 * before * case.N,
     ]
     blocks = weight.blocks[1]
-    steps = blocks // case.tile.WK
-    arguments = [*pointers, rows, case.N, case.K, blocks, steps]
-    last = rows // tokens - 1
-    emulator.run((1, last + 1), arguments, only=[(0, last, 0)])
-    found = torch.from_numpy(emulator.memory.get(out)).view(dtype).float()
-    expected = x.float() @ stored.unpack().T + residual.float()
+    arguments = [*pointers, case.M, case.N, case.K, blocks, blocks // case.tile.WK]
+    programs = case.M // tokens
+    emulator.run((-(-case.N // rows), programs), arguments, only=[(0, programs - 1, 0)])
+    found = torch.from_numpy(emulator.memory.get(out)).view(dtype).float()[:, :rows]
+    expected = (x.float() @ stored.unpack().T + residual.float())[:, :rows]
     return float((found - expected).abs().max() / expected.abs().max())
 
 

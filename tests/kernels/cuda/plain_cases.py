@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import triton.language as tl
+from halfweave.kernels.cuda import launch, linear, plain_linear, steps
 from halfweave.kernels.cuda.dense import dense_of_fragments, dense_of_int4
 from halfweave.kernels.cuda.elementwise import gate, rms_norm, rope_and_remember
 from halfweave.kernels.cuda.expand_gemm import expand_gemm
@@ -19,6 +20,7 @@ from halfweave.kernels.cuda.fragments import from_int4, from_sparse24, from_spar
 from halfweave.kernels.cuda.int4_gemm import int4_gemm
 from halfweave.kernels.cuda.paged_attention import attend, join
 from halfweave.kernels.cuda.reduce import add_parts
+from halfweave.kernels.cuda.variants import Choice
 from halfweave.kernels.formats import Int4, Sparse24, Sparse24Int4
 from halfweave.kernels.paging import PAGE_POSITIONS
 from torch import Tensor
@@ -273,3 +275,85 @@ def plain_attention(qkv: Tensor, frequencies: Tensor) -> Tensor:
     values = heads[:, HEADS + KV :].repeat_interleave(HEADS // KV, 1)
     weights = torch.einsum("hd,thd->ht", query, keys).div(math.sqrt(DIM)).softmax(-1)
     return torch.einsum("ht,thd->hd", weights, values)
+
+
+class Grids:
+    """A kernel, and the grids that it was launched with."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel, self.seen = kernel, []  # type: ignore[var-annotated]
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        self.seen.append(grid)
+        return self.kernel[grid]
+
+
+@pytest.mark.parametrize("tokens", [0, 16, 40])
+def test_more_tokens_than_a_grid_has_programs_for(
+    tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grids = Grids(expand_gemm)
+    monkeypatch.setattr(launch, "MOST_PROGRAMS", 1)
+    monkeypatch.setattr(plain_linear, "expand_gemm", grids)
+    weight, keep = pruned(50, 128)
+    stored = Sparse24.from_dense((weight * keep).half()).to(torch.device(DEVICE))
+    x, bias = random(tokens, 128), random(50)
+    y = plain_linear.expanded_linear(x, stored.values, stored.meta, None, bias, 0)
+    assert [programs for _, programs in grids.seen] == [1] * -(-tokens // TILE["BM"])
+    assert y.shape == (tokens, 50)
+    if tokens:
+        close(y, x.float() @ stored.unpack().T + bias.float())
+
+
+def launched() -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """Whatever launches, with what it may be given; the first is what tells it the device."""
+    weight, keep = pruned(64, 128)
+    there = torch.device(DEVICE)
+    stored = Sparse24.from_dense((weight * keep).half()).to(there)
+    packed, codes = from_sparse24(stored), torch.ones(64, 64, dtype=torch.uint8, device=DEVICE)
+    x, y, scale = random(3, 128), random(3, 64), random(64, 2)
+    q, pages = random(3, 2, 32), steps.Pages.empty(2, 1, 32, torch.float16, there)
+    table = torch.zeros(3, 1, dtype=torch.int32, device=DEVICE)
+    at, lengths, frequencies = table[:, 0], table[:, 0] + 1, torch.ones(16, device=DEVICE)
+    written_out = Choice(None, 1)
+    return {
+        "multiply": (linear.multiply, (x, packed, 64, None, None, written_out)),
+        "multiply_in_parts": (linear.multiply_in_parts, (x, packed, 64, written_out)),
+        "multiply_gated": (linear.multiply_gated, (x, packed, 64, None, written_out)),
+        "expanded_linear": (
+            plain_linear.expanded_linear,
+            (x, stored.values, stored.meta, None, None, 0),
+        ),
+        "int4_linear": (plain_linear.int4_linear, (x, codes, scale, None, 64)),
+        "dense_of_int4": (dense_of_int4, (codes, scale, 64, torch.float16)),
+        "add_up": (steps.add_up, (torch.ones(2, 3, 64, device=DEVICE), None, None, y)),
+        "normed": (steps.normed, (x, None, random(128), 1e-5)),
+        "gated": (steps.gated, (x, torch.float16)),
+        "remember": (steps.remember, (random(3, 128), at, table, frequencies, pages, q)),
+        "attend_newest": (steps.attend_newest, (q, pages, table, lengths, 16)),
+    }
+
+
+@pytest.mark.parametrize("name", launched())
+def test_kernels_are_launched_on_the_gpu_of_their_tensors(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    function, given = launched()[name]
+    device_of, seen = torch.cuda.device_of, []
+
+    def noted(tensor: Tensor) -> Any:
+        seen.append(tensor)
+        return device_of(tensor)
+
+    monkeypatch.setattr(torch.cuda, "device_of", noted)
+    function(*given)
+    assert seen and seen[0].data_ptr() == given[0].data_ptr()
+
+
+def test_a_weight_is_written_out_on_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, keep = pruned(64, 128)
+    packed = from_sparse24(Sparse24.from_dense((weight * keep).half()).to(torch.device(DEVICE)))
+    device_of, seen = torch.cuda.device_of, []
+    monkeypatch.setattr(torch.cuda, "device_of", lambda of: seen.append(of) or device_of(of))
+    dense = dense_of_fragments(packed, 64, 128, torch.float16)
+    assert len(seen) == 1 and seen[0] is dense

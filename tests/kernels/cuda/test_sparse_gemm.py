@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import triton
-from halfweave.kernels.cuda.variants import TILES, Tile
+from halfweave.kernels.cuda.launch import MOST_PROGRAMS
+from halfweave.kernels.cuda.targets import ARCHITECTURES
+from halfweave.kernels.cuda.variants import TILES, Product, Tile, candidates
 from ptx.numbers import PTXError
 from support.emulated import BOUNDS, Case, built, error_of, far_error
 
 D8, D16, D32, T8, T16, T32, NARROW, WIDE = TILES
-# Of `make test`; `make test-gpu-static` takes all of them on every architecture.
+# On sm_80, where every tile has all its steps in shared memory.
 CASES = [
     Case(T8, 5, 128, 512),
     Case(T8, 8, 64, 640, group=128),
@@ -41,6 +44,16 @@ CASES = [
     Case(NARROW, 40, 96, 384, "bf16", 64, bias=True, gated=True),
     Case(WIDE, 70, 256, 128, gated=True),
     Case(T16, 16, 96, 256, group=64, dense=True, gated=True),
+]
+
+# Tiles that are cut to the shared memory of consumer cards: two steps of three or four, and three.
+SMALL = [
+    Case(replace(NARROW, stages=2), 40, 128, 640, residual=True, arch=86),
+    Case(replace(NARROW, stages=2), 33, 128, 256, "bf16", arch=89),
+    Case(replace(D32, stages=2), 20, 64, 1280, splits=2, arch=86),
+    Case(replace(D16, stages=3), 13, 64, 1280, bias=True, arch=86),
+    Case(replace(WIDE, stages=3), 66, 256, 384, arch=86),
+    Case(T8, 5, 64, 640, group=64, arch=86),
 ]
 
 
@@ -153,6 +166,17 @@ def test_every_barrier_is_needed_and_its_absence_seen(group: int) -> None:
 
 
 def test_offsets_beyond_32_bits_do_not_wrap() -> None:
-    """The last of 2^27 tokens: 2^37 halves of x, and 2^33 of y, stand before it."""
-    case = Case(T8, 2**27, 64, 1024, residual=True)
-    assert far_error(case, 2**27) < BOUNDS["f16"]
+    """The last tokens of the longest grid: over 2^31 words of x, and results, before them."""
+    tokens = MOST_PROGRAMS * NARROW.BM
+    case = Case(NARROW, tokens, 576, 1152, residual=True)
+    assert min(case.K // 2, case.N) * (tokens - NARROW.BM) > 2**31
+    assert far_error(case) < BOUNDS["f16"]
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_cards_of_less_shared_memory_have_fewer_steps_in_it(case: Case) -> None:
+    """As many as `choose` leaves there; steps of K go once around them, and further."""
+    M, N, K = case.M, case.N, case.K
+    product = Product(M, N, K, case.kind, case.group, case.dense)
+    assert case.tile in [choice.tile for choice in candidates(product, ARCHITECTURES[case.arch])]
+    assert error_of(case) < BOUNDS[case.kind]
