@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable, Sequence
 from types import TracebackType
 
@@ -63,15 +64,17 @@ class Speaker:
         self._engine.close()
 
 
-def talk(speaker: Speaker, console: Console) -> None:
+def talk(speaker: Speaker, console: Console, to_stderr: bool = False) -> list[dict[str, str]]:
     """Read a line, answer it, until the input ends. What was said before is part of the prompt.
+
+    Gives back all that was said. With `to_stderr` nothing for people goes to stdout.
 
     Raises:
         RequestError: the model has no chat template, or the talk has outgrown the context.
     """
     messages: list[dict[str, str]] = []
     console.tell(f"{speaker.model.name}: Ctrl-C ends an answer, Ctrl-D the talk")
-    while (question := _read(console)) is not None:
+    while (question := _read(console, to_stderr)) is not None:
         if not question.strip():
             continue
         messages.append({"role": "user", "content": question})
@@ -91,12 +94,18 @@ def talk(speaker: Speaker, console: Console) -> None:
             raise
         console.write("\n")
         messages.append({"role": "assistant", "content": "".join(heard)})
+    return messages
 
 
-def _read(console: Console) -> str | None:
+def _read(console: Console, to_stderr: bool) -> str | None:
     """One line of input; None at its end, or when the wait for it is interrupted."""
+    prompt = "> " if console.interactive else ""
+    if to_stderr:  # where `input` writes its prompt depends on how it reads
+        if sys.stdin.isatty() and sys.stderr.isatty():
+            console.write("> ")
+        prompt = ""
     try:
-        return input("> " if console.interactive else "")
+        return input(prompt)
     except (EOFError, KeyboardInterrupt):
         console.tell("")
         return None

@@ -328,8 +328,10 @@ def chat(model: ModelDir, sampling: Sampling, loading: Loading, output: Output) 
     """Talk to a model in the terminal; Ctrl-C ends an answer, Ctrl-D the talk."""
     from .talk import Speaker, talk
 
+    console = Console(output.json)
     with Speaker(load(model, loading), sampling) as speaker:
-        talk(speaker, Console(output.json))
+        messages = talk(speaker, console, to_stderr=output.json)
+    console.document({"verb": "chat", "messages": messages})
 
 
 @verb(app)

@@ -37,6 +37,7 @@ class Child:
         self._module, self._setup = f"{__package__}.{module}", dict(setup)
         self._lock = threading.Lock()
         self._child: subprocess.Popen[str] | None = None
+        self._finalizer: weakref.finalize[[subprocess.Popen[str]], Child] | None = None
 
     def ask(self, line: str) -> dict[str, str]:
         """The answer to a line of JSON.
@@ -50,6 +51,7 @@ class Child:
 
     def _ask(self, line: str) -> dict[str, str]:
         if self._child is None or self._child.poll() is not None:
+            self._end()  # of one that died between two questions
             self._child = self._started()
         child = self._child
         try:
@@ -58,11 +60,17 @@ class Child:
         except BrokenPipeError:
             answer = ""
         if not answer.endswith("\n"):
-            self._child = None
-            _stop(child)
+            self._end()
             raise ChildEnded(child.returncode == -signal.SIGPROF)
         reply: dict[str, str] = json.loads(answer)
         return reply
+
+    def _end(self) -> None:
+        """Stop the process. What would stop it later must go too, or it would keep it for ever."""
+        self._child = None
+        if self._finalizer is not None:
+            self._finalizer()
+            self._finalizer = None
 
     def _started(self) -> subprocess.Popen[str]:
         # -P: the working directory must not shadow modules that it imports. A session of its own:
@@ -80,7 +88,7 @@ class Child:
             )
         except OSError as error:
             raise NoProcessError(f"no process could be started: {error.strerror}") from error
-        weakref.finalize(self, _stop, child)
+        self._finalizer = weakref.finalize(self, _stop, child)
         _write(child, json.dumps(self._setup, default=str))
         return child
 

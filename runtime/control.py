@@ -12,6 +12,8 @@ import secrets
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from ..errors import RequestError
+
 Encode = Callable[[str, bool], list[int]]
 
 
@@ -25,14 +27,24 @@ class ControlTokens:
         self._mark = mark
         self._hidden = re.compile(f"{re.escape(mark)}(\\d+)\ue001")
 
-    def hide(self, value: Any) -> Any:
-        """The same value with every control token in its strings, and keys, replaced by a mark."""
+    def hide(self, value: Any, param: str | None = None) -> Any:
+        """The same value with every control token in its strings, and keys, replaced by a mark.
+
+        Raises:
+            RequestError: it is nested too deeply; `param` is the field that says so.
+        """
+        try:
+            return self._hide(value)
+        except RecursionError:
+            raise RequestError(f"{param or 'a value'}: nested too deeply", param) from None
+
+    def _hide(self, value: Any) -> Any:
         if isinstance(value, str):
             return self._written.sub(self._marked, value)
         if isinstance(value, Mapping):
-            return {self.hide(key): self.hide(item) for key, item in value.items()}
+            return {self._hide(key): self._hide(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
-            return [self.hide(item) for item in value]
+            return [self._hide(item) for item in value]
         return value
 
     def encode(self, text: str, encode: Encode) -> list[int]:

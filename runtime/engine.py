@@ -101,7 +101,8 @@ class Engine:
         one Finished or Failed, as the last. If it raises, the request is aborted.
 
         Raises:
-            RequestError: the request cannot fit the model, or the id is in flight already.
+            RequestError: the request cannot fit the model, or the id is in flight already; or more
+                are submitted at once than may ever run and wait.
             CapacityError: the queue is full.
             EngineDeadError: the engine is closed, or its thread has died.
         """
@@ -193,6 +194,11 @@ class Engine:
                 )
 
     def _check_room(self, count: int) -> None:
+        most = self.settings.max_running + self.settings.max_waiting
+        if count > most:  # of no use to come back later
+            raise RequestError(
+                f"{count} answers are asked for at once, and there is room for {most}"
+            )
         waiting = len(self._arrived) + len(self._scheduler.waiting)
         free = self.settings.max_running - len(self._scheduler.running)
         if waiting + count > self.settings.max_waiting + max(0, free):

@@ -125,9 +125,9 @@ class Tokenizer:
         backend.encode_special_tokens = True
         return backend
 
-    def stream(self, skip_special: bool = True) -> TextStream:
-        """A decoder for tokens that arrive one at a time."""
-        return TextStream(self, skip_special)
+    def stream(self, skip_special: bool = True, after: Sequence[int] = ()) -> TextStream:
+        """A decoder for tokens that arrive one at a time, behind those that were there before."""
+        return TextStream(self, skip_special, after)
 
     @property
     def has_chat_template(self) -> bool:
@@ -167,13 +167,14 @@ class Tokenizer:
         template alone: in everything that is given here they are plain text.
 
         Raises:
-            RequestError: there is no template, or it fails on these messages, or takes too long.
+            RequestError: there is no template, or it fails on these messages, or takes too long; or
+                something is nested too deeply.
         """
         control = ControlTokens(self._control_tokens)
         text = self._renderer.render(
-            control.hide(list(messages)),
+            control.hide(list(messages), "messages"),
             add_generation_prompt,
-            None if tools is None else control.hide(list(tools)),
+            None if tools is None else control.hide(list(tools), "tools"),
             control.hide(variables or {}),
             continue_final_message,
         )
@@ -205,11 +206,17 @@ class Tokenizer:
 class TextStream:
     """Turns tokens into text as they arrive, holding back characters that are not whole yet."""
 
-    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, skip_special: bool = True, after: Sequence[int] = ()
+    ) -> None:
+        """`after` are tokens whose text is written already; many tokenizers strip the first space
+        of what they decode, which is one of the text's own if it has something before it."""
         self._tokenizer, self._skip_special = tokenizer, skip_special
-        self._ids: list[int] = []
+        last = [token for token in after[-1:] if not tokenizer.is_control(token)]
+        whole = not tokenizer.decode(last, True).endswith(_INCOMPLETE)
+        self._ids = last if whole else []
         self._context = 0  # first token of the window that is decoded
-        self._emitted = 0  # tokens before here have had their text returned
+        self._emitted = len(self._ids)  # tokens before here have had their text returned
 
     def push(self, token: int) -> str:
         """Text that has become certain with this token; may be empty."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -18,6 +19,7 @@ from .errors import ApiError
 
 _DISCARD_S = 2.0
 _DISCARD_FACTOR = 8
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # as JSON escapes halves of pairs, whole ones too
 _MAX_KEYS = 2048  # of one object: each that is wrong would be looked into before the answer
 
 
@@ -81,7 +83,8 @@ class _BoundedBody:
 class JsonRequest(Request):
     """A request whose body is one JSON document without ambiguities.
 
-    Duplicate keys, NaN and Infinity are refused: readers disagree about what they mean. A content
+    Duplicate keys, NaN and Infinity are refused: readers disagree about what they mean. So is half
+    of a surrogate pair, which JSON can escape and no tokenizer can read. A content
     type other than JSON is refused, because a web page may send those here without asking first.
     """
 
@@ -95,13 +98,20 @@ class JsonRequest(Request):
         raw = await self.body()
         try:
             text = raw.decode("utf-8")
-            return json.loads(text, object_pairs_hook=_checked_object, parse_constant=_no_constant)
+            document = json.loads(
+                text, object_pairs_hook=_checked_object, parse_constant=_no_constant
+            )
+            if _SURROGATE.search(text):
+                check_whole(document)
         except RecursionError:
             raise ApiError(400, "the request body is nested too deeply") from None
         except UnicodeDecodeError:
             raise ApiError(400, "the request body is not UTF-8") from None
+        except UnicodeEncodeError:
+            raise ApiError(400, "a text in the request body has half of a surrogate pair") from None
         except ValueError as error:
             raise ApiError(400, f"the request body is not JSON: {error}") from None
+        return document
 
 
 class JsonRoute(APIRoute):
@@ -114,6 +124,14 @@ class JsonRoute(APIRoute):
             return await handle(JsonRequest(request.scope, request.receive))
 
         return handle_json
+
+
+def check_whole(document: Any) -> None:
+    """Raise UnicodeEncodeError if a text in a JSON document has half of a surrogate pair.
+
+    Raises RecursionError if it is nested too deeply to tell.
+    """
+    json.dumps(document, ensure_ascii=False).encode()
 
 
 def _closing(status: int, message: str, code: str) -> ApiError:

@@ -228,7 +228,7 @@ def url_of(sock: socket.socket) -> str:
 def _config(app: FastAPI, settings: ServerSettings) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        http=bounded_http(settings.header_timeout_s),
+        http=bounded_http(settings.header_timeout_s, settings.send_timeout_s),
         ws="none",
         lifespan="off",
         log_config=None,

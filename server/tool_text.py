@@ -106,9 +106,14 @@ def _call(call: Mapping[str, Any]) -> str:
 
 
 def _object(call: Mapping[str, Any]) -> Any:
-    """A call's arguments; a text that is no JSON, as the end of a cut-off answer, stays one."""
+    """A call's arguments; a text that is no JSON, as the end of a cut-off answer, stays one.
+
+    So does one that escapes half of a surrogate pair, which no tokenizer can read.
+    """
     arguments = call["function"]["arguments"]
     try:
-        return json.loads(arguments)
+        found = json.loads(arguments)
+        json.dumps(found, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
         return arguments
+    return found

@@ -7,8 +7,11 @@ itself (start-up, signals) has one of its own.
 from __future__ import annotations
 
 import json
+import os
+import pty
 import re
 import resource
+import select
 import signal
 import statistics
 import subprocess
@@ -351,6 +354,41 @@ def test_chat_remembers_the_talk_and_ends_with_its_input(
     flags = ("--temperature", 0, "--max-tokens", 12)
     ran = halfweave("chat", tiny_model, *flags, stdin="Hello\n\nMore\n")
     assert (ran.code, ran.out) == (0, f"{first}\n{second}\n")
+
+
+def test_chat_gives_all_that_was_said_as_one_document(halfweave: Command, tiny_model: Path) -> None:
+    flags = ("--temperature", 0, "--max-tokens", 12)
+    said = halfweave("chat", tiny_model, *flags, stdin="Hello\n\nMore\n").out.splitlines()
+    ran = halfweave("chat", tiny_model, *flags, "--json", stdin="Hello\n\nMore\n")
+    assert ran.code == 0
+    roles = ["user", "assistant", "user", "assistant"]
+    texts = ["Hello", said[0], "More", said[1]]
+    assert ran.document == {
+        "verb": "chat",
+        "messages": [{"role": r, "content": c} for r, c in zip(roles, texts, strict=True)],
+    }
+    assert said[0] in ran.err
+
+
+def test_chat_asks_on_stderr_where_stdout_is_for_the_document(tiny_model: Path) -> None:
+    """With readline, which writes prompts to stdout, and on a terminal for each of the three."""
+    entry = (sys.executable, "-c", f"import readline; {ENTRY[2]}")
+    (typed, keys), (shown, screen), (told, notes) = (pty.openpty() for _ in range(3))
+    command = [*entry, "chat", str(tiny_model), "--json"]
+    with subprocess.Popen(command, stdin=keys, stdout=screen, stderr=notes) as process:
+        heard = b""
+        try:
+            while b"the talk\r\n> " not in heard:
+                assert select.select([told], [], [], 60)[0], heard
+                heard += os.read(told, 4096)
+            os.write(typed, b"\x04")
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
+    written = os.read(shown, 4096).replace(b"\x1b[?2004h", b"").replace(b"\x1b[?2004l\r", b"")
+    for file in (typed, keys, shown, screen, told, notes):
+        os.close(file)
+    assert json.loads(written) == {"verb": "chat", "messages": []}
 
 
 def test_chat_without_a_template_exits_2(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -180,6 +182,28 @@ def test_a_renderer_that_is_dropped_leaves_no_process() -> None:
     assert child is not None
     del renderer
     assert child.poll() is not None
+
+
+def test_processes_that_ended_are_not_kept() -> None:
+    template = (
+        "{% if messages[0].n %}{% for a in range(99999) %}{% for b in range(99999) %}"
+        "{% endfor %}{% endfor %}{% endif %}done"
+    )
+    renderer = TemplateRenderer(template, {}, seconds=0.3)
+    ended: list[weakref.ref[Any]] = []
+    for _ in range(2):
+        assert renderer.render([{"n": 0}], True) == "done"
+        assert renderer._child is not None
+        ended.append(weakref.ref(renderer._child))
+        with pytest.raises(RequestError, match="too long"):
+            renderer.render([{"n": 1}], True)
+        assert renderer.render([{"n": 0}], True) == "done"
+        ended.append(weakref.ref(renderer._child))
+        renderer._child.kill()  # as the system does when memory runs out
+        renderer._child.wait()
+    assert renderer.render([{"n": 0}], True) == "done"
+    gc.collect()
+    assert [process() for process in ended] == [None] * 4
 
 
 def test_without_files_to_spare_a_template_has_to_wait_and_works_afterwards(

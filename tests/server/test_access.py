@@ -46,6 +46,8 @@ WRONG = [
     {"Authorization": KEY},
     {"Authorization": f"Token {KEY}"},
     {"Authorization": "Basic !!!"},
+    {"Authorization": "Basic \u00e9"},
+    {"Authorization": "Basic " + base64.b64encode(b"user:\xe9").decode()},
     {"Authorization": "Basic " + base64.b64encode(b"user:wrong").decode()},
     {"X-Api-Key": KEY},
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import select
 import socket
 import time
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from halfweave.runtime.model import Model
 from halfweave.server.settings import ServerSettings
 from support.http_server import Live, idle, live_server, raw_exchange, wait_until
 
+# Its answer does not fit the system's buffers.
+LARGE = {"prompt": [9] * 500, "n": 16, "max_tokens": 1, "echo": True, "logprobs": 20}
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 
 
@@ -106,6 +109,134 @@ def test_a_body_that_never_ends_is_given_up(hasty: Live) -> None:
     assert (status, error["code"]) == (408, "timeout")
 
 
+@pytest.fixture(scope="module")
+def guarded(long_model: Model) -> Iterator[Live]:
+    with live_server(long_model, ServerSettings(api_keys=("sk-only-key",))) as running:
+        yield running
+
+
+def answered_early(live: Live, length: int, *more: bytes) -> socket.socket:
+    """A connection whose request was refused for its head alone, and what may have followed."""
+    sock = socket.create_connection(("127.0.0.1", live.port), timeout=10)
+    sock.sendall(HEAD + b"Content-Length: %d\r\n%s\r\n" % (length, b"".join(more)))
+    assert_refused(sock)
+    return sock
+
+
+def assert_refused(sock: socket.socket) -> None:
+    received = b""
+    while not received.endswith(b"}}"):
+        piece = sock.recv(4096)
+        assert piece, received
+        received += piece
+    assert error_of(received)[0] == 401
+
+
+def seconds_until_closed(sock: socket.socket) -> float:
+    started = time.monotonic()
+    with contextlib.suppress(ConnectionError):
+        assert sock.recv(4096) == b"", "nothing comes unasked"
+    return time.monotonic() - started
+
+
+@pytest.mark.parametrize("sent", [0, 1, 5000])
+def test_a_connection_that_owes_the_rest_of_a_body_does_not_stay(guarded: Live, sent: int) -> None:
+    """Row 32."""
+    with answered_early(guarded, 1_000_000) as sock:
+        sock.sendall(b"x" * sent)
+        assert seconds_until_closed(sock) < 8
+    wait_until(lambda: not guarded.server.server_state.connections)
+
+
+def test_a_body_that_trickles_in_behind_its_answer_is_cut_off(guarded: Live) -> None:
+    """Row 32."""
+    with answered_early(guarded, 1_000_000) as sock:
+        started = time.monotonic()
+        with contextlib.suppress(ConnectionError):
+            while time.monotonic() - started < 10:
+                sock.sendall(b"x")
+                time.sleep(0.1)
+        assert time.monotonic() - started < 8
+
+
+def test_a_body_that_ends_soon_after_its_answer_leaves_a_good_connection(guarded: Live) -> None:
+    with answered_early(guarded, 200_000) as sock:
+        for _ in range(2):
+            sock.sendall(b"x" * 199_999)
+            time.sleep(0.1)
+            sock.sendall(b"x" + HEAD)
+            time.sleep(0.1)
+            sock.sendall(b"Content-Length: 200000\r\n\r\n")
+            assert_refused(sock)
+        sock.sendall(b"x" * 200_000)
+        time.sleep(2.5)  # longer than the rest of a body may take
+        sock.sendall(HEAD + b"Content-Length: 0\r\n\r\n")
+        assert_refused(sock)
+
+
+def test_what_follows_a_body_behind_its_answer_has_a_heads_time(long_model: Model) -> None:
+    impatient = ServerSettings(api_keys=("sk-only-key",), header_timeout_s=0.3)
+    with live_server(long_model, impatient) as live, answered_early(live, 10) as sock:
+        sock.sendall(b"x" * 10)
+        assert seconds_until_closed(sock) < 2
+
+
+def test_a_broken_body_behind_its_answer_ends_the_connection(guarded: Live) -> None:
+    """Row 31."""
+    with socket.create_connection(("127.0.0.1", guarded.port), timeout=10) as sock:
+        sock.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
+        assert_refused(sock)
+        sock.sendall(b"no number\r\n")
+        assert seconds_until_closed(sock) < 1
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_server_stops_well_with_a_body_owed_to_it(
+    long_model: Model, caplog: pytest.LogCaptureFixture
+) -> None:
+    with live_server(long_model, ServerSettings(api_keys=("sk-only-key",))) as live:
+        sock = answered_early(live, 1_000_000)
+        sock.sendall(b"x")
+        started = time.monotonic()
+    with sock:
+        assert seconds_until_closed(sock) < 1
+    assert time.monotonic() - started < 5
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_takes_nothing_loses_its_connection(hasty: Live, stream: bool) -> None:
+    """Row 47: it need not read to be told so."""
+    body = json.dumps({"model": hasty.model, **LARGE, "stream": stream}).encode()
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.connect(("127.0.0.1", hasty.port))
+        sock.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        gone = select.poll()
+        gone.register(sock, select.POLLRDHUP)
+        assert gone.poll(20_000), "the connection is still there"
+    wait_until(lambda: not hasty.server.server_state.connections)
+
+
+def test_a_client_that_reads_slowly_gets_its_whole_answer(hasty: Live) -> None:
+    """Row 47: slower than the limit for taking nothing, and never that long without taking any."""
+    body = json.dumps({"model": hasty.model, **LARGE}).encode()
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        sock.connect(("127.0.0.1", hasty.port))
+        sock.settimeout(20)
+        sock.sendall(HEAD + b"Connection: close\r\n")
+        sock.sendall(b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        received, started = bytearray(sock.recv(65536)), time.monotonic()
+        while piece := sock.recv(2**19):
+            received += piece
+            if time.monotonic() - started < 4:
+                time.sleep(0.1)
+    head, _, answer = bytes(received).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200")
+    assert len(json.loads(answer)["choices"]) == 16
+
+
 def test_a_client_that_hardly_reads_loses_its_answer_and_nobody_elses(hasty: Live) -> None:
     """Row 47: what waits for it is bounded."""
     body = json.dumps(
@@ -118,6 +249,7 @@ def test_a_client_that_hardly_reads_loses_its_answer_and_nobody_elses(hasty: Liv
             "logprobs": 20,  # large pieces fill the system's own buffers sooner
         }
     ).encode()
+    aborted = hasty.engine.stats().finished.get("abort", 0)
     sock = socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     sock.connect(("127.0.0.1", hasty.port))
@@ -127,7 +259,7 @@ def test_a_client_that_hardly_reads_loses_its_answer_and_nobody_elses(hasty: Liv
         wait_until(lambda: hasty.engine.stats().running == 1)
         assert hasty.complete(max_tokens=5, ignore_eos=True).status == 200
         wait_until(lambda: idle(hasty), seconds=60)
-        assert hasty.engine.stats().finished["abort"] == 1
+        assert hasty.engine.stats().finished["abort"] == aborted + 1
     finally:
         sock.close()
     assert hasty.complete(max_tokens=5, ignore_eos=True).status == 200

@@ -6,11 +6,13 @@ import json
 import socket
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
-from halfweave.runtime.model import Model
+from halfweave.runtime.model import Model, load_model
 from halfweave.server.settings import ServerSettings
 from support.http_server import JSON, Live, live_server, raw_exchange
+from support.tiny import Tiny, save_tiny, save_tokenizer
 
 POSTS = ("/v1/completions", "/v1/chat/completions")
 LIMIT = 200_000
@@ -56,6 +58,110 @@ def test_a_hostile_body_is_a_short_and_quick_400(live: Live, path: str, body: by
     assert len(answer.body) < 4096
     assert b"\\ud8" not in answer.body, "half a character is not given back"
     assert live.complete(max_tokens=1).status == 200
+
+
+HALF = "a\ud83d"
+ANYTHING = {"type": "object", "properties": {}}
+HALVES: dict[str, tuple[str, dict[str, Any]]] = {
+    "a prompt": ("/v1/completions", {"prompt": HALF}),
+    "a prompt of two": ("/v1/completions", {"prompt": ["a", HALF]}),
+    "a stop string": ("/v1/completions", {"prompt": "a", "stop": HALF}),
+    "a prompt to tokenize": ("/tokenize", {"prompt": HALF}),
+    "a message": ("/v1/chat/completions", {"messages": [{"role": "user", "content": HALF}]}),
+    "a part": (
+        "/v1/chat/completions",
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": HALF}]}]},
+    ),
+    "a tool's description": (
+        "/v1/chat/completions",
+        {"tools": [{"type": "function", "function": {"name": "f", "description": HALF}}]},
+    ),
+    "a key of a tool's parameters": (
+        "/v1/chat/completions",
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": {HALF: 1}}}]},
+    ),
+    "a template's variable": ("/v1/chat/completions", {"chat_template_kwargs": {"v": HALF}}),
+}
+
+
+@pytest.mark.parametrize(("path", "fields"), HALVES.values(), ids=HALVES.keys())
+def test_half_a_surrogate_pair_is_a_400_wherever_it_is(
+    live: Live, path: str, fields: dict[str, Any]
+) -> None:
+    """Row 31."""
+    turns = {"messages": [{"role": "user", "content": "x"}]} if "chat" in path else {}
+    answer = live.post(path, {"model": live.model, **turns, **fields})
+    assert answer.status == 400
+    assert answer.error["type"] == "invalid_request_error"
+    assert "surrogate" in answer.error["message"]
+
+
+def test_a_whole_surrogate_pair_is_a_character(live: Live) -> None:
+    escaped, plain = (
+        live.send("POST", "/tokenize", json.dumps(document, ensure_ascii=ascii).encode(), JSON)
+        for document in [{"model": live.model, "prompt": "a\U0001f600 \\ud83d"}]
+        for ascii in (True, False)
+    )
+    assert escaped.status == 200
+    assert escaped.json == plain.json
+
+
+def called_with(arguments: str) -> dict[str, Any]:
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    turns = [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": "y"},
+    ]
+    return {"messages": turns, "max_tokens": 1}
+
+
+def test_half_a_pair_that_a_model_escaped_in_its_arguments_is_read_as_it_is(live: Live) -> None:
+    arguments = json.dumps({"city": HALF})
+    assert live.chat(**called_with(arguments)).status == 200
+
+
+# Written by the template itself; the words are those by which it is known to do so.
+KNOWING_TEMPLATE = (
+    "{#<tool_call><tool_response>#}{{ tools | tojson }}{% for m in messages %}{{ m.content }}"
+    "{% for c in m.tool_calls %}{{ c.function.arguments | tojson }}{% endfor %}{% endfor %}"
+)
+
+
+@pytest.fixture(scope="module")
+def knowing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    directory = save_tiny(tmp_path_factory.mktemp("knowing") / "knowing", Tiny(positions=4096))
+    save_tokenizer(directory, chat_template=KNOWING_TEMPLATE)
+    with live_server(load_model(directory)) as running:
+        yield running
+
+
+@pytest.fixture(params=["by the server", "by the template"])
+def writing_tools(request: pytest.FixtureRequest) -> Live:
+    """Servers that differ in who writes tools and calls into the prompt."""
+    name = "live" if request.param == "by the server" else "knowing"
+    found: Live = request.getfixturevalue(name)
+    return found
+
+
+@pytest.mark.parametrize("depth", [200, 480, 600, 900, 950, 970, 990, 2000])
+def test_what_is_nested_deeply_is_answered_or_a_400(writing_tools: Live, depth: int) -> None:
+    """Row 31."""
+    live = writing_tools
+    deep = "[" * depth + "]" * depth
+    turns = [{"role": "user", "content": "x"}]
+    tool = {"name": "f", "parameters": {**ANYTHING, "default": "DEEP"}}
+    tools = [{"type": "function", "function": tool}]
+    pair = [{"type": "function", "function": {**tool, "description": "\U0001f600"}}]
+    for fields in (
+        {"messages": turns, "tools": tools, "max_tokens": 1},
+        {"messages": turns, "tools": pair, "max_tokens": 1},
+        called_with(f'{{"a": {deep}}}'),
+    ):
+        document = json.dumps({"model": live.model, **fields}).replace('"DEEP"', deep)
+        answer = live.send("POST", "/v1/chat/completions", document.encode(), JSON)
+        assert answer.status in (200, 400)
+        assert answer.status == 200 or answer.error["type"] == "invalid_request_error"
 
 
 def test_a_key_named_twice_is_refused_whatever_it_says(live: Live) -> None:

@@ -50,6 +50,21 @@ def test_prompts_that_do_not_all_fit_the_queue_leave_none_in_it(slow: Live) -> N
     running.close()
 
 
+def test_more_answers_than_can_ever_be_taken_on_are_no_429(slow: Live) -> None:
+    """Row 48: coming back later is of no use."""
+    for answer in (
+        slow.complete(prompt=["a", "b"], n=2, max_tokens=1),
+        slow.complete(prompt="a", n=4, max_tokens=1, stream=True),
+        slow.chat(n=4, max_tokens=1),
+    ):
+        assert answer.status == 400
+        assert answer.error["type"] == "invalid_request_error"
+        assert "4 answers" in answer.error["message"]
+        assert "room for 3" in answer.error["message"]
+        assert "retry-after" not in answer.headers
+    assert slow.complete(n=3, max_tokens=1).status == 200
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_ends_its_running_request(slow: Live, stream: bool) -> None:
     """Row 46."""
