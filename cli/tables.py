@@ -214,11 +214,11 @@ def _reason(reasons: Collection[str]) -> str:
     return " and ".join(sorted({reason.partition(":")[0] for reason in reasons}))
 
 
-TILES_HEADER = ("linears", "format", "tokens", "tile", "warps", "splits", "roof us")
+TILES_HEADER = ("products", "format", "tokens", "tile", "warps", "splits", "roof us")
 
 
 def tiles(choices: Sequence[GpuChoice]) -> list[Row]:
-    """One row for each kind of linear and number of tokens: how a GPU would cut it."""
+    """One row for each kind of product and number of tokens: how a GPU would cut it."""
     return [
         (
             f"{each.count} x {each.shape[0]}x{each.shape[1]}",
