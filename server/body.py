@@ -102,13 +102,11 @@ class JsonRequest(Request):
                 text, object_pairs_hook=_checked_object, parse_constant=_no_constant
             )
             if _SURROGATE.search(text):
-                check_whole(document)
+                _refuse_halves(document)
         except RecursionError:
             raise ApiError(400, "the request body is nested too deeply") from None
         except UnicodeDecodeError:
             raise ApiError(400, "the request body is not UTF-8") from None
-        except UnicodeEncodeError:
-            raise ApiError(400, "a text in the request body has half of a surrogate pair") from None
         except ValueError as error:
             raise ApiError(400, f"the request body is not JSON: {error}") from None
         return document
@@ -124,6 +122,18 @@ class JsonRoute(APIRoute):
             return await handle(JsonRequest(request.scope, request.receive))
 
         return handle_json
+
+
+def _refuse_halves(document: Any) -> None:
+    """Refuse a body with half of a surrogate pair, by the field that has it."""
+    fields = document.items() if isinstance(document, dict) else [("", document)]
+    for name, value in fields:
+        try:
+            check_whole(name)
+            check_whole(value)
+        except UnicodeEncodeError:
+            shown = name.encode("utf-8", "ignore").decode() or None
+            raise ApiError(400, "a text has half of a surrogate pair", param=shown) from None
 
 
 def check_whole(document: Any) -> None:
