@@ -32,11 +32,11 @@ class Console:
     """One verb's way out. `json_mode` keeps stdout for the one document."""
 
     def __init__(self, json_mode: bool) -> None:
-        self._json_mode = json_mode
+        self.json_mode = json_mode
 
     @property
     def _people(self) -> TextIO:
-        return sys.stderr if self._json_mode else sys.stdout
+        return sys.stderr if self.json_mode else sys.stdout
 
     @property
     def interactive(self) -> bool:
@@ -81,7 +81,7 @@ class Console:
 
     def document(self, value: Mapping[str, Any]) -> None:
         """Print the machine-readable result, in one line, if it was asked for."""
-        if self._json_mode:
+        if self.json_mode:
             print(json.dumps(plain(value), ensure_ascii=False, default=str), flush=True)
 
     def last_line(self, value: Mapping[str, Any]) -> None:

@@ -64,17 +64,17 @@ class Speaker:
         self._engine.close()
 
 
-def talk(speaker: Speaker, console: Console, to_stderr: bool = False) -> list[dict[str, str]]:
+def talk(speaker: Speaker, console: Console) -> list[dict[str, str]]:
     """Read a line, answer it, until the input ends. What was said before is part of the prompt.
 
-    Gives back all that was said. With `to_stderr` nothing for people goes to stdout.
+    Gives back all that was said.
 
     Raises:
         RequestError: the model has no chat template, or the talk has outgrown the context.
     """
     messages: list[dict[str, str]] = []
     console.tell(f"{speaker.model.name}: Ctrl-C ends an answer, Ctrl-D the talk")
-    while (question := _read(console, to_stderr)) is not None:
+    while (question := _read(console)) is not None:
         if not question.strip():
             continue
         messages.append({"role": "user", "content": question})
@@ -97,10 +97,10 @@ def talk(speaker: Speaker, console: Console, to_stderr: bool = False) -> list[di
     return messages
 
 
-def _read(console: Console, to_stderr: bool) -> str | None:
+def _read(console: Console) -> str | None:
     """One line of input; None at its end, or when the wait for it is interrupted."""
     prompt = "> " if console.interactive else ""
-    if to_stderr:  # where `input` writes its prompt depends on how it reads
+    if console.json_mode:  # where `input` writes its prompt depends on how it reads
         if sys.stdin.isatty() and sys.stderr.isatty():
             console.write("> ")
         prompt = ""

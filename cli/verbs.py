@@ -330,7 +330,7 @@ def chat(model: ModelDir, sampling: Sampling, loading: Loading, output: Output) 
 
     console = Console(output.json)
     with Speaker(load(model, loading), sampling) as speaker:
-        messages = talk(speaker, console, to_stderr=output.json)
+        messages = talk(speaker, console)
     console.document({"verb": "chat", "messages": messages})
 
 

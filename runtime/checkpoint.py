@@ -161,10 +161,7 @@ def _refuse_links_out(directory: Path) -> None:
     for entry in sorted(directory.iterdir()):
         try:
             target = entry.resolve()
-        except (
-            OSError,
-            RuntimeError,
-        ) as error:  # a loop, which Python before 3.13 calls the latter
+        except (OSError, RuntimeError) as error:  # of a loop, before Python 3.13, the latter
             raise RefusedError(f"{entry} is a link that leads nowhere") from error
         if home not in target.parents and target.parent != blobs:
             raise RefusedError(f"{entry} is a link that leads out of the directory")

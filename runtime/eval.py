@@ -114,8 +114,12 @@ def evaluate(
 def _require_finite(sums: _Sums, window: int, model: Model, against: Model | None) -> None:
     if not math.isfinite(sums.nll):
         raise HalfweaveError(f"{model.name}: scores of window {window} are not finite")
-    if against is not None and not math.isfinite(sums.against_nll + sums.kl):
+    if against is None:
+        return
+    if not math.isfinite(sums.against_nll):
         raise HalfweaveError(f"{against.name}: scores of window {window} are not finite")
+    if not math.isfinite(sums.kl):
+        raise HalfweaveError(f"{model.name}: its KL of window {window} is not finite")
 
 
 def count_windows(model: Model, text: str, window: int, max_windows: int | None = None) -> int:

@@ -108,8 +108,7 @@ class _Writer:
         match event:
             case PromptScored(scored):
                 text = self._prompt_text(index)
-                prompt_ids = self.call.asks[index].prompt_ids
-                scores = self._scores(index).prompt(prompt_ids, scored, text)
+                scores = self._scores(index).prompt(scored, text)
                 return [self._chunk(_choice(index, text, scores))]
             case TextDelta(text=text, logprobs=scored) if text or scored:
                 return [self._chunk(_choice(index, text, self._written(index, scored)))]
@@ -139,8 +138,7 @@ class _Writer:
         prompt = self._prompt_text(at) if self.body.echo else ""
         pieces = []
         if self.body.echo and self.body.logprobs is not None:
-            ids, scored = self.call.asks[at].prompt_ids, output.prompt_logprobs
-            pieces.append(self._scores(at).prompt(ids, scored, prompt))
+            pieces.append(self._scores(at).prompt(output.prompt_logprobs, prompt))
         if self.body.logprobs is not None:
             pieces.append(self._scores(at).written(output.logprobs))
         scores = joined(pieces) if pieces else None

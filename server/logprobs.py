@@ -50,17 +50,15 @@ class LegacyLogprobs:
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool, prompt_ids: Sequence[int]) -> None:
         """`skip_special` as in the text of the choice, which goes on from the prompt."""
-        self._tokenizer = tokenizer
+        self._tokenizer, self._prompt_ids = tokenizer, prompt_ids
         self._text, self._offset = tokenizer.stream(skip_special, prompt_ids), 0
 
-    def prompt(
-        self, prompt_ids: Sequence[int], scored: Sequence[TokenLogprob], text: str
-    ) -> CompletionLogprobs:
-        """Of an echoed prompt, whose first token was predicted by nothing; `text` is its own."""
+    def prompt(self, scored: Sequence[TokenLogprob], text: str) -> CompletionLogprobs:
+        """Of the echoed prompt, whose first token was predicted by nothing; `text` is its own."""
         # What is around the text, such as a token that begins it, is not in it.
-        bare = text != self._tokenizer.decode(prompt_ids, special=True)
+        bare = text != self._tokenizer.decode(self._prompt_ids, special=True)
         written, self._text = self._text, self._tokenizer.stream(skip_special=bare)
-        piece = self._piece(prompt_ids, [None, *scored])
+        piece = self._piece(self._prompt_ids, [None, *scored])
         self._text, self._offset = written, len(text)
         return piece
 

@@ -14,6 +14,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .body import check_whole
+
 CALL_TRIGGER = "<tool_call>"
 CALL_END = "}\n</tool_call>"
 _KNOWN_BY = ("tools", "tool_calls", "arguments", CALL_TRIGGER, "<tool_response>")
@@ -113,7 +115,7 @@ def _object(call: Mapping[str, Any]) -> Any:
     arguments = call["function"]["arguments"]
     try:
         found = json.loads(arguments)
-        json.dumps(found, ensure_ascii=False).encode()
+        check_whole(found)
     except (ValueError, RecursionError):
         return arguments
     return found

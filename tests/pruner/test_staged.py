@@ -24,11 +24,9 @@ from halfweave.pruner.recovery import Recovery, recover
 from halfweave.pruner.source import Source, Trained, token_ids
 from halfweave.pruner.staged import Split
 from halfweave.runtime.checkpoint import Checkpoint
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.pruning import TEXT, recipe
 
-SETTINGS: property = vars(Recovery)["settings"]
 # The tiny model has two blocks, so two parts.
 PARTS = Recovery(calib=str(TEXT), tokens=4096, bits=4, group=32, precision="float32")
 ERRORS = ("relative_error", "held_out_error", "baseline_error")
@@ -164,16 +162,10 @@ def test_a_training_goes_on_with_the_moments_and_windows_of_the_one_before(
     assert any(moment.any() for moment in found.values())
 
 
-def names_in(file: Path) -> set[str]:
-    with safe_open(file, "pt") as opened:
-        return set(opened.keys())
-
-
 def test_a_training_of_codes_goes_on_from_a_saved_state_to_the_same_bytes(
     tiny_model: Path, floats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    often = property(lambda asked: replace(SETTINGS.__get__(asked), save_minutes=0.0))
-    monkeypatch.setattr(Recovery, "settings", often)
+    monkeypatch.setattr("halfweave.pruner.recover.run.Run._due", lambda _: True)  # save each step
     monkeypatch.setattr("halfweave.pruner.staged._CODES_RATE", 3.0)  # so that codes move
     chosen = replace(PARTS, tokens=1024 * 26)  # 3 steps behind the first part
     told: list[DistillProgress] = []
@@ -208,14 +200,10 @@ def test_moments_go_on_where_a_trained_weight_was_stored_as_zero(
     prune(tiny_model, tmp_path / "half", recipe(pattern="50%"))
     first, name = tmp_path / "first", "model.layers.0.mlp.down_proj"
     trained(tmp_path / "half", tiny_model, first, Link(goes_on=True))
-
-    def lose_one(weight: torch.Tensor) -> None:
-        row, column = weight.nonzero()[0]
-        weight[row, column] = 0
-
-    file = next(path for path in first.glob("*.safetensors") if f"{name}.weight" in names_in(path))
+    file = Checkpoint.open(first).file_of(f"{name}.weight")
     tensors = load_file(file)
-    lose_one(tensors[f"{name}.weight"])
+    row, column = tensors[f"{name}.weight"].nonzero()[0]
+    tensors[f"{name}.weight"][row, column] = 0
     save_file(tensors, file, {"format": "pt"})
     manifest = read_json(first / "halfweave.json")
     manifest["files"][file.name]["sha256"] = sha256_file(file)
