@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from halfweave.files import write_json
+
 DIGEST_CHARS = 12
 
 
@@ -36,9 +38,7 @@ class Entry:
 
     def write(self, figures: Mapping[str, Any]) -> None:
         """Keep the figures; a kill leaves either none or all of them."""
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"key": self.key, "figures": figures}, indent=1) + "\n")
-        temporary.replace(self.path)
+        write_json(self.path, {"key": self.key, "figures": figures})
 
 
 def entry(folder: Path, name: str, kind: str, key: Mapping[str, Any]) -> Entry:

@@ -27,13 +27,17 @@ class Speaker:
         self._engine = Engine(model)
         self._ids = map(str, itertools.count())
 
-    def say(self, prompt: Sequence[int], write: Callable[[str], None]) -> Completion:
+    def say(
+        self, prompt: Sequence[int], write: Callable[[str], None], goes_on: bool = False
+    ) -> Completion:
         """Answer a prompt, writing the text as it comes. An interrupt aborts the request.
+
+        `goes_on` says that the text goes on from the prompt's, as a chat's does not.
 
         Raises:
             RequestError: the prompt does not fit the context.
         """
-        request = GenerationRequest(next(self._ids), tuple(prompt), self._params)
+        request = GenerationRequest(next(self._ids), tuple(prompt), self._params, goes_on=goes_on)
         text: list[str] = []
         tokens: list[int] = []
         events = self._engine.stream(request)

@@ -204,7 +204,10 @@ def recover(
         plan = plan_recover(model, parent, out, recovery, working.device)
         amount = f"{recovery.tokens} tokens" if recovery.tokens else duration(60 * plan.minutes)
         console.say(f"plan: {amount} of training on {plan.windows} windows of {plan.length} tokens")
-        console.say(f"  in {plan.precision}, at most {size(plan.peak_memory_bytes)} of memory here")
+        console.say(
+            f"  in {plan.precision}, at most {size(plan.peak_memory_bytes)} of memory and "
+            f"{size(plan.disk_bytes)} of the disk here"
+        )
         console.document({"verb": "recover", "dry_run": True, "recovery": recovery, "plan": plan})
         return
     try:
@@ -315,7 +318,8 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     with Speaker(load(model, loading), sampling, tuple(stop or ())) as speaker:
         try:
-            answer = speaker.say(speaker.model.tokenizer.encode(text), console.write)
+            ids = speaker.model.tokenizer.encode(text)
+            answer = speaker.say(ids, console.write, goes_on=True)
         except KeyboardInterrupt:
             console.say("")  # the text stopped in the middle of a line
             raise

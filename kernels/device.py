@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Iterator
 from functools import cache
@@ -48,15 +49,28 @@ def available_memory_bytes(device: torch.device | None = None, root: Path = ROOT
     return min([*whole, *_left_by_groups(root)], default=None)
 
 
+def whole_memory_bytes(root: Path = ROOT) -> int:
+    """The computer's memory, or the least that a control group limits it to."""
+    computer = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([computer, *(limit for limit, _, _ in _group_limits(root))])
+
+
 def _left_by_groups(root: Path) -> Iterator[int]:
     """What each control group leaves of its memory, if it has a limit; cached files make room."""
-    for group, old in groups("memory", root):
-        names = ("limit_in_bytes", "usage_in_bytes") if old else ("max", "current")
-        limit, used = (read(group / f"memory.{name}") for name in names)
-        if limit.isdigit() and used.isdigit():
+    for limit, group, old in _group_limits(root):
+        used = read(group / f"memory.{'usage_in_bytes' if old else 'current'}")
+        if used.isdigit():
             stat = dict(line.split()[:2] for line in read(group / "memory.stat").splitlines())
             cached = int(stat.get("total_inactive_file" if old else "inactive_file", 0))
-            yield max(0, int(limit) - int(used) + cached)
+            yield max(0, limit - int(used) + cached)
+
+
+def _group_limits(root: Path) -> Iterator[tuple[int, Path, bool]]:
+    """Limits of memory in bytes, each with its control group and whether that is of version 1."""
+    for group, old in groups("memory", root):
+        limit = read(group / f"memory.{'limit_in_bytes' if old else 'max'}")
+        if limit.isdigit():
+            yield int(limit), group, old
 
 
 @cache

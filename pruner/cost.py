@@ -18,6 +18,7 @@ from ..kernels.formats import Dense, Int4, Sparse24
 from .budget.search import MOST_MEASUREMENTS
 from .budget.sizes import SOLVED, stored_bytes
 from .budget.windows import SENSED_TOKENS, checked_windows, judged_windows
+from .disk import handed_on_bytes, training_bytes
 from .guard import held_out_windows
 from .methods.base import Target
 from .pack import why_not
@@ -318,11 +319,10 @@ def estimate_scratch(source: Source, linears: Sequence[Linear], recipe: Recipe, 
         prod(linear.shape) // (2 if linear.target and linear.target.pattern.is_24 else 1)
         for linear in linears
     )
-    # Latents and two moments, fp32, and the state before while the next one is being written.
-    scratch += output + int(2 * 3 * 4 * kept)
+    scratch += output + training_bytes(kept)
     if recipe.is_rounded_on_the_way:  # pruned and trained as floats first; both lie beside it
         floats = Sparse24.kind if Pattern.parse(recipe.pattern).is_24 else Dense.kind
-        scratch += 2 * output + int(2 * 4 * kept)  # and moments that go on
+        scratch += 2 * output + handed_on_bytes(kept)
         for linear in linears:
             kind = floats if linear.target else Dense.kind
             scratch += 2 * stored_bytes(source, linear.name, kind, recipe.group)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -13,6 +12,7 @@ from ..kernels.device import available_memory_bytes, parse_device
 from ..kernels.formats import Dense, expected_tensors, needs_group
 from .budget.head import check_head
 from .cost import estimate_memory, estimate_scratch, estimate_seconds
+from .disk import check_disk
 from .methods.base import Target
 from .pack import stored_format, why_not
 from .recipe import CHOICES, Pattern, Recipe
@@ -122,13 +122,7 @@ def check_capacity(plan: Plan, out: Path, held: int) -> None:
             "use fewer or shorter calibration windows (--calib-windows, --calib-length), no "
             "--recover distill, and for matrices as wide as this machine --method sparsegpt",
         )
-    free = shutil.disk_usage(out).free
-    needed = plan.output_bytes + plan.scratch_bytes
-    if needed > free + held:
-        used = f", {held} used in it already" if held else ""
-        raise CapacityError(
-            f"the run needs {needed} bytes, {free} are free on the disk of {out}{used}"
-        )
+    check_disk(plan.output_bytes + plan.scratch_bytes, out, held)
 
 
 def _check_length(source: Source, recipe: Recipe) -> None:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, RefusedError
 from ..files import find_directory, read_json, sha256_file
-from ..kernels.formats import Sparse24
+from ..kernels.formats import Sparse24, Sparse24Int4
 from ..kernels.schema import JOURNAL_FILE, MANIFEST_FILE
 from ..runtime.checkpoint import Checkpoint
 from .calibrate import BUILTIN, CalibrationText, load_text
 from .device import explained_memory
+from .disk import check_disk, handed_on_bytes, training_bytes
 from .journal import Journal, locked
 from .oneshot import Progress, Sample, draw_sample
-from .outdir import STEPS_DIRECTORY, prepare_directory, settle, tidy
+from .outdir import STEPS_DIRECTORY, held_bytes, prepare_directory, settle, tidy
 from .recipe import IMPORTED, Recipe
 from .recover.distill import TrainingPlan, check, check_pair, distill
 from .recover.settings import Distillation, DistillProgress, DistillResult
@@ -65,16 +67,23 @@ class Recovery:
         )
 
 
+@dataclass(frozen=True)
+class RecoveryPlan(TrainingPlan):
+    """And what the run takes of the disk at most: its output, and what lies beside it meanwhile."""
+
+    disk_bytes: int
+
+
 def plan_recover(
     pruned: str | Path,
     parent: str | Path,
     out: str | Path,
     recovery: Recovery | None = None,
     device: str = "cpu",
-) -> TrainingPlan:
+) -> RecoveryPlan:
     """What `recover` will do and take, without writing anything; raises as it does.
 
-    Whether `out` is taken is for the run to say.
+    Whether `out` is taken, and has room, is for the run to say.
     """
     recovery = recovery or Recovery()
     source, student = Source.open(parent, device), find_directory(pruned)
@@ -83,8 +92,10 @@ def plan_recover(
     if recovery.bits == 4:
         check_steps(source, recovery.settings)
         draw_sample(source, text, recipe)
-    check_pair(source, Checkpoint.open(student), Path(out))
-    return check(source, text.text, recovery.settings)
+    checkpoint = Checkpoint.open(student)
+    check_pair(source, checkpoint, Path(out))
+    plan = check(source, text.text, recovery.settings)
+    return RecoveryPlan(**vars(plan), disk_bytes=_disk_bytes(source, checkpoint, recovery))
 
 
 def recover(
@@ -124,7 +135,7 @@ def recover(
     directory = prepare_directory(source.path, Path(out), resume, overwrite)
     with locked(directory), explained_memory():
         # All that can refuse the run comes before the one call that may remove a finished model.
-        check_pair(source, Checkpoint.open(student), directory)
+        _check(source, Checkpoint.open(student), directory, recovery)
         sample = draw_sample(source, text, recipe) if recovery.bits == 4 else None
         key = _key(source, student, text, recovery)
         settle(directory, overwrite)
@@ -147,6 +158,24 @@ def recover(
         tidy(directory)
         journal.remove()
     return result
+
+
+def _check(source: Source, student: Checkpoint, out: Path, recovery: Recovery) -> None:
+    check_pair(source, student, out)
+    check_disk(_disk_bytes(source, student, recovery), out, held_bytes(out))
+
+
+def _disk_bytes(source: Source, student: Checkpoint, recovery: Recovery) -> int:
+    """At most, of all that the run itself writes."""
+    kept = 0
+    for name in (n for index in range(source.block_count) for n in source.linear_names(index)):
+        entry = student.linears.get(name)
+        is_24 = entry is not None and entry.format in (Sparse24.kind, Sparse24Int4.kind)
+        kept += prod(source.linear_shape(name)) // (2 if is_24 else 1)
+    if recovery.bits == 16:
+        return student.weight_bytes + training_bytes(kept)
+    # Beside the output, the training before and what was rounded of it: no larger than the floats.
+    return 3 * student.weight_bytes + training_bytes(kept) + handed_on_bytes(kept)
 
 
 def _key(

@@ -10,12 +10,17 @@ from dataclasses import dataclass
 
 import torch
 
-from ..kernels.device import cpu_model
+from ..kernels.cpu.cores import granted_cores
+from ..kernels.device import cpu_model, whole_memory_bytes
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """One machine as it was at one moment. `load` is the one-minute load average."""
+    """What of a machine this process may use, at one moment.
+
+    `cores` and `memory_bytes` are what affinity and control groups leave of it; `load` is the
+    one-minute load average.
+    """
 
     cpu: str
     cores: int
@@ -41,9 +46,9 @@ def this_machine() -> Hardware:
     """Look at the machine and at torch's settings now."""
     return Hardware(
         cpu=cpu_model(),
-        cores=_usable_cores(),
+        cores=granted_cores(),
         threads=torch.get_num_threads(),
-        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        memory_bytes=whole_memory_bytes(),
         load=os.getloadavg()[0],
         gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     )
@@ -68,10 +73,3 @@ def peak_memory_bytes() -> int:
     """The most memory this process has ever held."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _usable_cores() -> int:
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on macOS
-        return os.cpu_count() or 1

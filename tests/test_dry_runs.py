@@ -24,7 +24,11 @@ def test_a_dry_recovery_says_for_how_long_on_what(
     flags = ("--parent", tiny_model, "--calib", license_, "--dry-run")
     ran = halfweave("recover", pruned, tmp_path / "new", *flags, "--minutes", 2)
     assert re.search(r"^plan: 2m00s of training on \d+ windows of 256 tokens$", ran.out, re.M)
-    assert re.search(r"^  in \w+, at most \d+\.\d MiB of memory here$", ran.out, re.M)
+    assert re.search(
+        r"^  in \w+, at most [\d.]+ MiB of memory and [\d.]+ [KM]iB of the disk here$",
+        ran.out,
+        re.M,
+    )
     plan = halfweave("recover", pruned, tmp_path / "new", *flags, "--tokens", 5120, "--json")
     assert (plan.document["plan"]["tokens"], plan.document["dry_run"]) == (5120, True)
     assert written(tmp_path) == before

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
-from halfweave.kernels.device import available_memory_bytes
+from halfweave.kernels.device import available_memory_bytes, whole_memory_bytes
 
 GIB = 2**30
+COMPUTER = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 MEMINFO = {"proc/meminfo": f"MemTotal: {16 * 2**20} kB\nMemAvailable: {8 * 2**20} kB"}
 GROUP = "sys/fs/cgroup/"
 OWN = {"proc/self/cgroup": "0::/a/b"}
@@ -32,29 +34,34 @@ OLD = {
 
 
 @pytest.mark.parametrize(
-    ("files", "left"),
+    ("files", "left", "whole"),
     [
-        ({}, 8 * GIB),
-        ({**OWN, **limit("a/b/", "max", GIB)}, 8 * GIB),
-        ({**OWN, **limit("a/b/", str(4 * GIB), 3 * GIB, GIB)}, 2 * GIB),
-        ({**OWN, **limit("a/", str(4 * GIB), 3 * GIB)}, GIB),  # of a group above
-        ({**OWN, **limit("", str(2 * GIB), 3 * GIB)}, 0),  # the path is the host's
-        ({**OWN, **limit("a/b/", str(99 * GIB), GIB)}, 8 * GIB),
-        (OLD, 2 * GIB),
+        ({}, 8 * GIB, COMPUTER),
+        ({**OWN, **limit("a/b/", "max", GIB)}, 8 * GIB, COMPUTER),
+        ({**OWN, **limit("a/b/", str(4 * GIB), 3 * GIB, GIB)}, 2 * GIB, 4 * GIB),
+        ({**OWN, **limit("a/", str(4 * GIB), 3 * GIB)}, GIB, 4 * GIB),  # of a group above
+        ({**OWN, **limit("", str(2 * GIB), 3 * GIB)}, 0, 2 * GIB),  # the path is the host's
+        ({**OWN, **limit("a/b/", str(99 * GIB), GIB)}, 8 * GIB, COMPUTER),
+        (OLD, 2 * GIB, 4 * GIB),
     ],
 )
-def test_the_least_of_what_limits_counts(tmp_path: Path, files: dict[str, str], left: int) -> None:
+def test_the_least_of_what_limits_counts(
+    tmp_path: Path, files: dict[str, str], left: int, whole: int
+) -> None:
     for name, text in {**MEMINFO, **files}.items():
         file = tmp_path / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text + "\n")
     assert available_memory_bytes(root=tmp_path) == left
+    assert whole_memory_bytes(tmp_path) == whole
 
 
 def test_a_system_that_says_nothing_is_not_guessed(tmp_path: Path) -> None:
     assert available_memory_bytes(root=tmp_path) is None
+    assert whole_memory_bytes(tmp_path) == COMPUTER
 
 
 def test_this_machine_has_some() -> None:
     left = available_memory_bytes()
-    assert left is not None and left > 0
+    whole = whole_memory_bytes()
+    assert left is not None and 0 < left < whole

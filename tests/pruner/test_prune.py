@@ -314,7 +314,7 @@ def test_row_12_and_16_a_run_that_cannot_fit_is_refused_with_both_numbers(
         prune(tiny_model, tmp_path / "a", recipe())
     monkeypatch.undo()
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(plan_module.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(CapacityError, match=r"needs \d+ bytes, 1000 are free"):
         prune(tiny_model, tmp_path / "b", recipe())
 
@@ -355,11 +355,11 @@ def test_the_room_that_overwriting_makes_counts_as_free(
     plan = plan_prune(tiny_model, chosen)
     least = plan.output_bytes + plan.scratch_bytes - ours
     usage = shutil.disk_usage(tmp_path)._replace(free=least - 1)
-    monkeypatch.setattr(plan_module.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(CapacityError, match=rf"{least - 1} are free .* {ours} used in it already"):
         prune(tiny_model, out, chosen, overwrite=True)
     assert everything(out) == before
-    monkeypatch.setattr(plan_module.shutil, "disk_usage", lambda _: usage._replace(free=least))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=least))
     prune(tiny_model, out, chosen, overwrite=True)
     assert (out / "notes.txt").exists()
 

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from halfweave.errors import CapacityError, CheckpointError, RefusedError
-from halfweave.pruner import plan as plan_module
 from halfweave.pruner.journal import Journal, locked
 from halfweave.pruner.oneshot import Progress
 from halfweave.pruner.outdir import STEPS_DIRECTORY
@@ -224,7 +223,7 @@ def test_a_resumed_run_needs_room_only_for_what_is_left(
         usage = shutil.disk_usage(tmp_path)
         for free in (least - 1, least):
             found = usage._replace(free=free)
-            monkeypatch.setattr(plan_module.shutil, "disk_usage", lambda _, found=found: found)
+            monkeypatch.setattr(shutil, "disk_usage", lambda _, found=found: found)
             if free < least:
                 with pytest.raises(CapacityError, match="are free on the disk"):
                     prune(tiny_model, out, chosen, resume=True)

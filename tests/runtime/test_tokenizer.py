@@ -17,6 +17,7 @@ from halfweave.runtime.tokenizer import Tokenizer
 from halfweave.server.logprobs import LegacyLogprobs
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.command import Command
 from support.tiny import (
     EOS,
     FAMILIES,
@@ -199,7 +200,9 @@ def test_half_a_character_before_does_not_swallow_the_other_half(tokenizer: Toke
     assert shown == tokenizer.decode(rest)
 
 
-def test_a_completion_goes_on_from_its_prompt_and_a_chat_does_not(tmp_path: Path) -> None:
+def test_a_completion_goes_on_from_its_prompt_and_a_chat_does_not(
+    halfweave: Command, tmp_path: Path
+) -> None:
     model = save_tiny(tmp_path / "model")
     save_words(model, VOCABULARY)
     template = "{% for m in messages %}{{ m.content }}{% endfor %}"
@@ -210,3 +213,6 @@ def test_a_completion_goes_on_from_its_prompt_and_a_chat_does_not(tmp_path: Path
         answered = llm.chat([{"role": "user", "content": "w3 w5"}], params)
     assert went_on.token_ids == answered.token_ids
     assert went_on.text == " " + answered.text
+    flags = ("--max-tokens", 3, "--temperature", 0)
+    ran = halfweave("generate", model, "-p", "w3 w5", *flags)
+    assert ran.out == went_on.text + "\n"
