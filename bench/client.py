@@ -12,6 +12,7 @@ import json
 import ssl
 import time
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -53,8 +54,9 @@ class Target:
             raise UsageError(f"{self.url!r} is no address such as http://127.0.0.1:8000")
         if "@" in where.netloc:
             raise UsageError("an address has no user and no password in it", "--api-key KEY")
-        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable()):
-            raise UsageError("the API key has characters that no header can hold")
+        key = self.api_key or ""
+        if not (key.isascii() and key.isprintable()) or key != key.strip():
+            raise UsageError("the API key has characters, or blanks at an end, that no header has")
 
     def __repr__(self) -> str:
         return f"Target({self.url}, {self.model})"
@@ -141,7 +143,7 @@ class _Exchange:
         where = urlsplit(self._target.url)
         secure = where.scheme == "https"
         port = where.port or (443 if secure else 80)
-        context = ssl.create_default_context() if secure else None
+        context = _trusting() if secure else None
         reader, writer = await asyncio.open_connection(where.hostname, port, ssl=context)
         try:
             connection = h11.Connection(h11.CLIENT)
@@ -216,6 +218,12 @@ class _Exchange:
         found = self.ended("completed")
         wrong = _what_is_wrong(found.answer)
         return found if wrong is None else self.ended("failed", wrong)
+
+
+@cache
+def _trusting() -> ssl.SSLContext:
+    """The system's certificates; reading them takes long enough to make other requests late."""
+    return ssl.create_default_context()
 
 
 def _what_is_wrong(answer: Answer) -> str | None:

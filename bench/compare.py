@@ -18,7 +18,7 @@ from typing import Any
 
 from ..errors import RefusedError, UsageError
 from .across import LEAST_PARTS, shift_across
-from .metrics import Metric, metrics
+from .metrics import Metric, load, metrics
 from .quiet import BUSY, KEPT
 from .significance import ALPHA, Shift, holm, least_p, shift, variance_inflation
 
@@ -80,7 +80,8 @@ def compare(
         UsageError: they have nothing in common, or are not as described.
     """
     try:
-        differences, busy = _differences(first, second), _busy_notes(first, second)
+        differences = _differences(first, second)
+        notes = [*differences, *_busy_notes(first, second), *_lost_notes(first, second)]
         ours, theirs = metrics(first), {metric.name: metric for metric in metrics(second)}
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise UsageError(f"a measurement is not as it was written: {error!r}"[:300]) from error
@@ -99,7 +100,7 @@ def compare(
     relative = any(metric.relative and metric.decides for metric, _ in pairs)
     changes = _changes(pairs, floor, relative)
     deciding = [change for change in changes if change.decides]
-    notes = [*differences, *busy, *_power_notes(deciding)]
+    notes += _power_notes(deciding)
     if left := len(ours) + len(theirs) - 2 * len(pairs):
         notes.append(f"{left} quantities are in one of the two only")
     return Comparison(_overall(deciding), relative, floor, tuple(changes), tuple(notes))
@@ -210,6 +211,21 @@ def _busy_notes(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str
         for note in document.get("notes") or ()
         if str(note).startswith(BUSY)
     ]
+
+
+def _lost_notes(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    """Loads of which not all requests were answered: times are of the others, who had the room."""
+    notes = []
+    for name, document in (("A", first), ("B", second)):
+        for point in document.get("points") or ():
+            outcomes = [sample["outcome"] for sample in point["samples"]]
+            answered = outcomes.count("completed")
+            if answered < len(outcomes):
+                notes.append(
+                    f"{name}: {_short(point['model'])}, {load(point)}: {answered} of "
+                    f"{len(outcomes)} requests were answered, and only these have times"
+                )
+    return notes
 
 
 def _power_notes(changes: list[Change]) -> list[str]:

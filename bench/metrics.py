@@ -148,16 +148,17 @@ _WAITS = {
 
 def _serve(document: Mapping[str, Any]) -> Iterator[Metric]:
     """A repetition's value is the median over its requests: these wait for each other."""
-    waits = {(point["model"], _load(point)): point["samples"] for point in document["points"]}
+    waits = {(point["model"], load(point)): point["samples"] for point in document["points"]}
     baseline = (_baseline(document.get("models", ())) or {}).get("name")
-    for (model, load), samples in waits.items():
+    for (model, loaded), samples in waits.items():
         for field_name, quantity in _WAITS.items():
-            theirs = () if model == baseline else waits.get((baseline, load), ())
+            theirs = () if model == baseline else waits.get((baseline, loaded), ())
             turns, beside = _medians(samples, field_name), _medians(theirs, field_name)
-            yield from quantity.told(f"{model}, {load}", turns, beside, "dense")
+            yield from quantity.told(f"{model}, {loaded}", turns, beside, "dense")
 
 
-def _load(point: Mapping[str, Any]) -> str:
+def load(point: Mapping[str, Any]) -> str:
+    """What a server was loaded with, in words."""
     if point["mode"] == "open":
         return f"{point['rate']:g} req/s"
     return f"{point['concurrency']} clients"

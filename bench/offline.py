@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError
+from ..errors import HalfweaveError, UsageError
 from ..files import sha256_file
 from ..kernels.dispatch import choose
 from ..kernels.formats import Dense
@@ -38,7 +38,7 @@ class ModelBench:
 
     `bytes_per_token` are the weights that a step reads; `mbu` is the share of the measured read
     bandwidth at which that happened while one request was decoded. `load_s` and `peak_rss_bytes`
-    are of a process of its own, measured once.
+    are of a process of its own, measured once, None where that failed.
     """
 
     name: str
@@ -58,8 +58,8 @@ class ModelBench:
     batches: tuple[BatchBench, ...]
     bytes_per_token: int | None
     mbu: float | None
-    load_s: float
-    peak_rss_bytes: int
+    load_s: float | None
+    peak_rss_bytes: int | None
     samples: tuple[Sample, ...]
 
 
@@ -116,10 +116,7 @@ def bench_offline(
     quality = in_passing_thread(lambda: _quality(models, text, plan, tell))
     read = ReadBandwidth(settings)
     samples, batches = take_turns(models, prompt, plan, tell, read)
-    feet = {
-        name: measure_footprint(path, settings, machine.threads, prompt, plan.new_tokens)
-        for name, path in ordered.items()
-    }
+    feet, failed = _footprints(ordered, settings, machine.threads, prompt, plan.new_tokens)
     first = next(iter(models))
     rows = tuple(
         _row(
@@ -144,8 +141,27 @@ def bench_offline(
         peak_memory_bytes=peak_memory_bytes(),
         read_gb_per_s=None if read.best is None else read.best / 1e9,
         read_samples_gb_per_s=tuple(each / 1e9 for each in read.samples),
-        notes=_notes(models, rows, evaluated, plan),
+        notes=(*_notes(models, rows, evaluated, plan), *failed),
     )
+
+
+def _footprints(
+    paths: Mapping[str, str | Path],
+    settings: LoadSettings,
+    threads: int,
+    prompt: tuple[int, ...],
+    new_tokens: int,
+) -> tuple[dict[str, Footprint | None], list[str]]:
+    """Of each model, and what to say of those that there was no room for beside all the others."""
+    found: dict[str, Footprint | None] = {}
+    notes = []
+    for name, path in paths.items():
+        try:
+            found[name] = measure_footprint(path, settings, threads, prompt, new_tokens)
+        except HalfweaveError as error:  # all else is measured by now
+            found[name] = None
+            notes.append(f"{name}: its loading and memory by itself were not measured: {error}")
+    return found, notes
 
 
 def is_dense(checkpoint: Checkpoint) -> bool:
@@ -240,7 +256,7 @@ class _Measured:
     quality: EvalResult
     samples: Sequence[Sample]
     batches: Mapping[int, Sequence[BatchSample]]
-    footprint: Footprint
+    footprint: Footprint | None
     read: float | None
 
 
@@ -271,16 +287,21 @@ def _row(model: Model, found: _Measured, plan: BenchPlan, is_baseline: bool) -> 
         ),
         bytes_per_token=bytes_per_token,
         mbu=None if seconds is None else decode.median * seconds,
-        load_s=found.footprint.load_s,
-        peak_rss_bytes=found.footprint.peak_rss_bytes,
+        load_s=None if found.footprint is None else found.footprint.load_s,
+        peak_rss_bytes=None if found.footprint is None else found.footprint.peak_rss_bytes,
         samples=tuple(samples),
     )
 
 
 def _kernels(model: Model) -> dict[str, str]:
     kinds = sorted({e.format for e in model.checkpoint.linears.values()}) or [Dense.kind]
-    chosen = {kind: choose(kind, "cpu", model.exact) for kind in kinds}
-    return {kind: f"{kernel.name}: {kernel.why}" for kind, kernel in chosen.items()}
+    chosen = {kind: choose(kind, model.decoder.device.type, model.exact) for kind in kinds}
+    grown = model.decoder.expanded_bytes
+    more = f"; {grown / 2**20:.1f} MiB more for weights that are held dense, as measured here"
+    return {
+        kind: f"{kernel.name}: {kernel.why}{more if grown and kind != Dense.kind else ''}"
+        for kind, kernel in chosen.items()
+    }
 
 
 def _notes(

@@ -48,6 +48,12 @@ class ServePlan:
                 raise UsageError("a load is a rate or a concurrency")
             if not 0 < (load.rate or load.concurrency or 0) < float("inf"):
                 raise UsageError("a rate or concurrency must be above 0")
+            if (load.concurrency or 0) > self.requests:
+                raise UsageError(
+                    f"{load.concurrency} clients would share {self.requests} requests, "
+                    "and some of them have none",
+                    f"--requests {load.concurrency}, or more",
+                )
 
 
 def loads(rates: Sequence[float], concurrencies: Sequence[int]) -> tuple[Load, ...]:

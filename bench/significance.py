@@ -151,13 +151,18 @@ def _ways(ranks: NDArray[np.int64], count: int) -> NDArray[np.float64]:
 
 
 def _outside(first: int, second: int) -> int:
-    """How many of the sorted differences lie outside of the interval at either end."""
+    """How many of the sorted differences lie outside of the interval at either end.
+
+    Where `below` sums are too small to be chance, it goes from the `below`-th difference to the
+    `below`-th from the end, counted from 1 (Moses; Hollander and Wolfe, Nonparametric Statistical
+    Methods, 4.3), and leaves 1 out where the test says that there is a difference.
+    """
     if first + second > _MOST_COUNTED:
         reach = -NormalDist().inv_cdf(ALPHA / 2)
         deviation = _deviation(np.arange(1, first + second + 1), first)
-        return max(0, math.floor(first * second / 2 - reach * deviation))
+        return max(0, math.floor(first * second / 2 - reach * deviation - 0.5))
     ways = _ways(2 * np.arange(1, first + second + 1), first)[::2]
     least = first * (first + 1) // 2
     tail = np.cumsum(ways[least:]) / ways.sum()
     below = int((tail <= ALPHA / 2).sum())
-    return min(below, (first * second - 1) // 2)
+    return max(0, min(below - 1, (first * second - 1) // 2))

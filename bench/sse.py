@@ -106,5 +106,6 @@ def _has_text(choice: Any) -> bool:
         return False
     delta = choice.get("delta")
     brought = delta if isinstance(delta, dict) else {}
-    told = (choice.get("text"), brought.get("content"), brought.get("reasoning_content"))
+    thought = brought.get("reasoning_content") or brought.get("reasoning")
+    told = (choice.get("text"), brought.get("content"), thought)
     return any(told) or bool(brought.get("tool_calls"))

@@ -60,7 +60,7 @@ def measured(asked: argparse.Namespace) -> dict[str, Any]:
         speeds = throughputs(running, BATCHES, asked.tokens, asked.rounds)
     with server(asked.model, ["--max-num-seqs", "8", "--max-waiting", "8"]) as running:
         full = asyncio.run(full_queue_ms(running, 16, 200))
-    result, tally = soak(asked.model, asked.seconds, asked.clients, ["--max-waiting", "32"])
+    result, errors = soak(asked.model, asked.seconds, asked.clients, ["--max-waiting", "32"])
     return {
         "date": date.today().isoformat(),
         "hardware": machine.line,
@@ -70,7 +70,7 @@ def measured(asked: argparse.Namespace) -> dict[str, Any]:
         "command": f"python benchmarks/serving.py --model OUT --seconds {asked.seconds:g} "
         f"--clients {asked.clients} --tokens {asked.tokens} --rounds {asked.rounds}",
         "soak": to_json(result),
-        "soak_errors": tally.errors[:20],
+        "soak_errors": errors[:20],
         "throughput": [asdict(each) for each in speeds],
         "queue_full_ms_p50": percentile([each / 1000 for each in full], 0.5),
         "queue_full_ms_p99": percentile([each / 1000 for each in full], 0.99),

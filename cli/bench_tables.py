@@ -65,8 +65,8 @@ def offline(result: BenchResult) -> tuple[Row, list[Row]]:
         *(each for batch in result.plan.batches if batch > 1 for each in together(batch)),
         row("weights a token", [_or_dash(m.bytes_per_token, size) for m in models]),
         row("MBU, batch 1", [_or_dash(m.mbu, _percent) for m in models]),
-        row("load, s", [f"{m.load_s:.1f}" for m in models]),
-        row("peak memory", [size(m.peak_rss_bytes) for m in models]),
+        row("load, s", [_or_dash(m.load_s, lambda s: f"{s:.1f}") for m in models]),
+        row("peak memory", [_or_dash(m.peak_rss_bytes, size) for m in models]),
         row("kernel", [_kernel_names(m) for m in models]),
     ]
 

@@ -8,7 +8,7 @@ since the last token of a text is predicted and never read.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -256,21 +256,22 @@ class HalfweaveLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
 
     def _answers(
         self, asked: Sequence[tuple[list[int], SamplingParams]], kind: str
-    ) -> list[list[Event]]:
-        """All events of each request; they run side by side."""
+    ) -> Iterator[list[Event]]:
+        """All events of each request, in their order; they run side by side.
+
+        None are kept here: a set of tasks may have millions of tokens.
+        """
         requests = [
             GenerationRequest(uuid.uuid4().hex, tuple(ids), params) for ids, params in asked
         ]
         streams = [self._engine.stream(request) for request in requests]
-        answers = []
         for done, stream in enumerate(streams, start=1):
             events = list(stream)
             if isinstance(events[-1], Failed):
                 raise events[-1].error
-            answers.append(events)
+            yield events
             if self._progress is not None:
                 self._progress(done, len(streams), kind)
-        return answers
 
 
 def _is_likeliest(token: TokenLogprob) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from ..bench.document import SCHEMA_VERSION
 from ..errors import CheckpointError, RefusedError
@@ -28,9 +28,11 @@ COMMANDS = {
 }
 
 Text = Annotated[str, Field(max_length=4096)]
-Positive = Annotated[FiniteFloat, Field(ge=0)]
+_MOST = 1e18  # of any figure: what is measured has fewer, and sums and axes have to hold it
+Positive = Annotated[FiniteFloat, Field(ge=0, le=_MOST)]
+Count = Annotated[int, Field(ge=0, le=int(_MOST))]
 # JSON has no infinity, and so null stands for a figure that is none.
-Figure = FiniteFloat | None
+Figure = Annotated[FiniteFloat, Field(ge=-_MOST, le=_MOST)] | None
 
 
 class _Part(BaseModel):
@@ -65,16 +67,16 @@ class Identity(_Part):
     path: Text | None = None
     name: Text
     digest: Text | None = None
-    weight_bytes: NonNegativeInt | None = None
+    weight_bytes: Count | None = None
 
 
 class Machine(_Part):
     """What a measurement ran on; the fields of runtime's Hardware."""
 
     cpu: Text = "unknown processor"
-    cores: NonNegativeInt = 0
-    threads: NonNegativeInt = 0
-    memory_bytes: NonNegativeInt = 0
+    cores: Count = 0
+    threads: Count = 0
+    memory_bytes: Count = 0
     load: Positive = 0.0
     gpu: Text | None = None
 
@@ -104,9 +106,9 @@ class Quality(_Part):
     """The fields of runtime's EvalResult."""
 
     text_sha256: Text
-    tokens: NonNegativeInt
-    windows: NonNegativeInt
-    window: NonNegativeInt
+    tokens: Count
+    windows: Count
+    window: Count
     ppl: Positive | None
     kl: Figure = None
     agreement: Positive | None = None
@@ -145,10 +147,10 @@ class KernelRow(_Part):
     """One product: `count` linears [N, K] by M tokens; `others` did the same in the same run."""
 
     format: Text
-    N: NonNegativeInt
-    K: NonNegativeInt
-    M: NonNegativeInt
-    count: NonNegativeInt = 1
+    N: Count
+    K: Count
+    M: Count
+    count: Count = 1
     kernel: Text = ""
     us: Spread
     gb_per_s: Positive
@@ -187,7 +189,7 @@ class KernelDocument(BaseDocument):
 class BatchSpeed(_Part):
     """Speed of so many sequences side by side."""
 
-    batch: NonNegativeInt
+    batch: Count
     prefill_tokens_per_s: Spread | Positive | None = None
     decode_tokens_per_s: Spread | Positive | None = None
     samples: list[Any] = []
@@ -198,10 +200,11 @@ class ModelSpeed(_Part):
 
     name: Text
     path: Text
+    digest: Text | None = None
     is_baseline: bool = False
     kernels: dict[str, Text] = {}
-    disk_bytes: NonNegativeInt = 0
-    weight_bytes: NonNegativeInt
+    disk_bytes: Count = 0
+    weight_bytes: Count
     ppl: Positive | None
     kl: Figure = None
     agreement: Positive | None = None
@@ -212,7 +215,7 @@ class ModelSpeed(_Part):
     samples: list[Any] = []
     batches: list[BatchSpeed] = []
     load_s: Positive | None = None
-    peak_rss_bytes: NonNegativeInt | None = None
+    peak_rss_bytes: Count | None = None
     bytes_per_token: Positive | None = None
     mbu: Positive | None = None
 
@@ -222,7 +225,7 @@ class MeasuredText(_Part):
 
     origin: Text = "a text"
     sha256: Text = ""
-    tokens: NonNegativeInt = 0
+    tokens: Count = 0
 
 
 class OfflineDocument(BaseDocument):
@@ -239,10 +242,12 @@ class LoadPoint(_Part):
     mode: Literal["open", "closed"]
     model: Text = ""
     rate: Positive | None = None
-    concurrency: NonNegativeInt | None = None
-    requests: NonNegativeInt
-    completed: NonNegativeInt
-    failed: NonNegativeInt = 0
+    concurrency: Count | None = None
+    requests: Count
+    completed: Count
+    failed: Count = 0
+    refused: Count = 0
+    timed_out: Count = 0
     duration_s: Positive = 0.0
     ttft_ms: Percentiles | None = None
     itl_ms: Percentiles | None = None

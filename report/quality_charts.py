@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -22,8 +22,13 @@ _MOST_CELL_NUMBERS = 12  # layers up to which cells hold their numbers
 
 @dataclass(frozen=True)
 class Point:
-    """One model of the comparison. `speed` is decoded tokens a second, of `n` repetitions."""
+    """One model of the comparison. `speed` is decoded tokens a second, of `n` repetitions.
 
+    Those of one `key` are the same model; `is_parent` says that it is what others are measured by.
+    """
+
+    key: str
+    is_parent: bool
     label: str
     name: str
     weight_bytes: int
@@ -36,13 +41,11 @@ class Point:
 
 def pareto_chart(main: Found, others: Sequence[Found]) -> Chart:
     """Quality against size against speed, all on one text."""
-    points, notes = _points(main, others)
+    points, notes, source = _points(main, others)
     drawn = [point for point in points if math.isfinite(point.ppl)]
-    if not drawn:
+    if source is None or not drawn:
         absent = main.missing.get("offline", "not measured")
         return Chart("pareto", _PARETO, absent=absent, command=command("offline", main))
-    source = main.offline or main.eval
-    assert source is not None  # else there were no points
     caption = (
         "Further left is smaller, further right faster; below, the share of tokens on which a "
         "model and its dense parent find the same next one likeliest. Bars span the least and the "
@@ -52,10 +55,10 @@ def pareto_chart(main: Found, others: Sequence[Found]) -> Chart:
     with_agreement = any(point.agreement is not None for point in drawn)
     rows = 2 if with_agreement else 1
     figure, axes = axes_grid(rows, 2, (5.2, 4.0))
-    _quality_row(axes[:2], drawn, "perplexity (lower is better)", lambda p: p.ppl)
+    _quality_row(axes[:2], drawn, "perplexity (lower is better)", lambda p: p.ppl, up=False)
     if with_agreement:
         label = "same next token, % (higher is better)"
-        _quality_row(axes[2:], drawn, label, _agreed)
+        _quality_row(axes[2:], drawn, label, _agreed, up=True)
         for cell in axes[2:]:
             cell.set_ylim(0, 112)
             cell.set_yticks(range(0, 101, 20))
@@ -67,7 +70,7 @@ def pareto_chart(main: Found, others: Sequence[Found]) -> Chart:
 def _agreed(point: Point) -> float | None:
     """In percent; the dense parent agrees with itself."""
     if point.agreement is None:
-        return 100.0 if point.label == "dense" else None
+        return 100.0 if point.is_parent else None
     return 100 * point.agreement
 
 
@@ -82,28 +85,49 @@ def _text_of(document: OfflineDocument | EvalDocument) -> str:
     return f"Quality: {short(document.text)}, n = {document.result.tokens} tokens."
 
 
-def _points(main: Found, others: Sequence[Found]) -> tuple[list[Point], list[str]]:
-    """Models that were measured on one and the same text, and what was left out."""
+def _points(
+    main: Found, others: Sequence[Found]
+) -> tuple[list[Point], list[str], OfflineDocument | EvalDocument | None]:
+    """Models that were measured on one and the same text, what was left out, and a document.
+
+    That is the one that all others are like in what they were measured on; None without points.
+    """
     everything = [main, *others]
-    runs = [(found, found.offline) for found in everything if found.offline is not None]
-    points: list[Point] = []
     notes: list[str] = []
-    if runs:
-        first = runs[0][1]
-        for found, run in runs:
+    first: OfflineDocument | EvalDocument | None
+    if any(found.offline is not None for found in everything):
+        points, first = _of_runs(everything, notes)
+    else:
+        points, first = _of_evals(everything, notes)
+    return _told_apart(points), notes, first
+
+
+def _of_runs(
+    everything: Sequence[Found], notes: list[str]
+) -> tuple[list[Point], OfflineDocument | None]:
+    points: list[Point] = []
+    first: OfflineDocument | None = None
+    for found in everything:
+        run = found.offline
+        if run is None:
+            if found.eval is not None:
+                notes.append(f"Speed of {short(found.name)} was not measured; it is left out.")
+            continue
+        if first is not None:
             if _protocol(run) != _protocol(first):
                 notes.append(f"{short(found.name)} was measured on another text and is left out.")
                 continue
-            if run is not first:
-                notes.append(f"Speeds of {short(found.name)} are from another run.")
-            points += [_of_speed(model) for model in run.models]
-    else:
-        points = _of_evals(everything, notes)
-    return _told_apart(points), notes
+            notes.append(f"Speeds of {short(found.name)} are from another run.")
+        first = first or run
+        points += [_of_speed(model) for model in run.models]
+    return points, first
 
 
-def _protocol(run: OfflineDocument) -> tuple[str, object]:
-    return run.text.sha256, run.plan.get("window")
+def _protocol(document: OfflineDocument | EvalDocument) -> tuple[object, ...]:
+    """What perplexities have to have in common to be compared."""
+    if isinstance(document, OfflineDocument):
+        return document.text.sha256, document.text.tokens, document.plan.get("window")
+    return document.result.text_sha256, document.result.tokens, document.result.window
 
 
 def _of_speed(model: ModelSpeed) -> Point:
@@ -111,6 +135,8 @@ def _of_speed(model: ModelSpeed) -> Point:
     label = "dense" if model.is_baseline else " and ".join(kinds) or "dense"
     ppl = math.inf if model.ppl is None else model.ppl
     return Point(
+        _key(model),
+        model.is_baseline,
         label,
         model.name,
         model.weight_bytes,
@@ -122,48 +148,68 @@ def _of_speed(model: ModelSpeed) -> Point:
     )
 
 
-def _of_evals(everything: Sequence[Found], notes: list[str]) -> list[Point]:
+def _key(model: ModelSpeed | Identity) -> str:
+    """The digest of a dense model is of its config alone, which another one may have as well."""
+    return f"{model.digest or model.path} {model.name} {model.weight_bytes}"
+
+
+def _of_evals(
+    everything: Sequence[Found], notes: list[str]
+) -> tuple[list[Point], EvalDocument | None]:
     """Without speeds: what `eval` measured, as far as it was the same text."""
     points: list[Point] = []
-    first: tuple[str, int] | None = None
+    first: EvalDocument | None = None
     for found in everything:
         if found.eval is None:
             continue
-        quality = found.eval.result
-        protocol = (quality.text_sha256, quality.window)
-        if first not in (None, protocol):
+        first = first or found.eval
+        if _protocol(found.eval) != _protocol(first):
             notes.append(f"{short(found.name)} was measured on another text and is left out.")
             continue
-        first = protocol
+        quality = found.eval.result
         if found.eval.against is not None and quality.against_ppl is not None:
             points += _dense(found.eval.against, quality.against_ppl)
         label = " and ".join(format_name(kind) for kind in found.formats)
         ppl = math.inf if quality.ppl is None else quality.ppl
-        points.append(
-            Point(label, found.name, found.weight_bytes, ppl, quality.agreement, None, None, 0)
+        point = Point(
+            _key(found.eval.model),
+            False,
+            label,
+            found.name,
+            found.weight_bytes,
+            ppl,
+            quality.agreement,
+            None,
+            None,
+            0,
         )
+        points.append(point)
     if points:
         notes.append("Speed was not measured.")
-    return points
+    return points, first
 
 
 def _dense(parent: Identity, ppl: float) -> list[Point]:
-    if parent.weight_bytes is None:
+    size = parent.weight_bytes
+    if size is None:
         return []
-    return [Point("dense", parent.name, parent.weight_bytes, ppl, None, None, None, 0)]
+    return [Point(_key(parent), True, "dense", parent.name, size, ppl, None, None, None, 0)]
 
 
 def _told_apart(points: Sequence[Point]) -> list[Point]:
-    """Each model once; those of one format by their names."""
-    unique = list({(point.name, point.weight_bytes): point for point in reversed(points)}.values())
+    """Each model once; those of one format by their names, and if need be by numbers."""
+    unique = list({point.key: point for point in reversed(points)}.values())
     unique.reverse()
     labels = [point.label for point in unique]
-    return [
-        point
-        if labels.count(point.label) == 1
-        else Point(f"{point.label}, {short(point.name)}", *tuple(vars(point).values())[1:])
-        for point in unique
+    named = [
+        label if labels.count(label) == 1 else f"{label}, {short(point.name)}"
+        for label, point in zip(labels, unique, strict=True)
     ]
+    numbered = [
+        label if named.count(label) == 1 else f"{label} ({named[: at + 1].count(label)})"
+        for at, label in enumerate(named)
+    ]
+    return [replace(point, label=label) for point, label in zip(unique, numbered, strict=True)]
 
 
 def _quality_row(
@@ -171,16 +217,17 @@ def _quality_row(
     points: Sequence[Point],
     title: str,
     value: Callable[[Point], float | None],
+    up: bool,
 ) -> None:
-    """The same quality twice: against size, and against speed."""
+    """The same quality twice: against size, and against speed. `up` says that more is better."""
     by_size, by_speed = cells
     shown = [point for point in points if value(point) is not None]
-    _scatter(by_size, shown, lambda p: (p.weight_bytes / MIB, None), value)
+    _scatter(by_size, shown, lambda p: (p.weight_bytes / MIB, None), value, up)
     by_size.set_xlabel("weight files, MiB")
     by_size.set_ylabel(title)
     fast = [point for point in shown if point.speed is not None]
     if fast:
-        _scatter(by_speed, fast, lambda p: (p.speed.median if p.speed else 0.0, p.speed), value)
+        _scatter(by_speed, fast, lambda p: (p.speed.median if p.speed else 0.0, p.speed), value, up)
     else:
         by_speed.text(0.5, 0.5, "speed: not measured", ha="center", transform=by_speed.transAxes)
     by_speed.set_xlabel("decoded tokens/s, one request")
@@ -192,6 +239,7 @@ def _scatter(
     points: Sequence[Point],
     across: Callable[[Point], tuple[float, Spread | None]],
     value: Callable[[Point], float | None],
+    up: bool,
 ) -> None:
     looks = styles([point.label for point in points])
     places = [(across(point)[0], value(point) or 0.0) for point in points]
@@ -209,8 +257,7 @@ def _scatter(
         )
     from_zero(axes, room=1.25)
     faster = any(across(point)[1] is not None for point in points)
-    better_up = (places[0][1] == 100.0) if places else False
-    front = _front(places, more_is_better=faster, up=better_up)
+    front = _front(places, more_is_better=faster, up=up)
     if len(front) > 1:
         axes.plot(*zip(*front, strict=True), color=MUTED, linestyle="--", linewidth=1, zorder=1)
     names = [

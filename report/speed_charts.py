@@ -23,7 +23,7 @@ from .theme import (
     styles,
 )
 
-_ONE = "One token: bytes read a second, by shape"
+_ONE = "Fewest tokens at once: bytes read a second, by shape"
 _ROOFLINE = "Products of more tokens, by shape"
 _LATENCY = "Latency against load"
 _MOST_SHAPES = 6
@@ -57,7 +57,7 @@ def _one_token(document: KernelDocument) -> Chart:
     at, ticks, words = 0.0, [], []
     for shape in shapes:
         group = [row for row in rows if row.shape == shape]
-        ticks.append((at + (len(group) - 1) / 2, _shape_title(group[0])))
+        ticks.append((at + (len(group) - 1) / 2, _shape_title(group)))
         for row in group:
             look = looks[kinds[row.format]]
             bandwidth = _bandwidth(row)
@@ -73,7 +73,7 @@ def _one_token(document: KernelDocument) -> Chart:
     axes.tick_params(axis="y", length=0)
     axes.grid(False, axis="y")
     axes.invert_yaxis()
-    axes.set_xlabel("GB/s of weights and inputs, as stored")
+    axes.set_xlabel("GB/s of weights, as stored")
     ideal = document.read_gb_per_s
     if ideal is not None:
         axes.axvline(ideal, color=INK, linestyle="--", linewidth=1.4)
@@ -163,18 +163,25 @@ _DENSE = ("torch-float32", "torch-bfloat16", "native-dense", "torch-dense")
 def _lines(rows: Sequence[KernelRow], shape: Shape) -> dict[str, list[tuple[KernelRow, Spread]]]:
     """Times of a shape by M: of the model's formats, and of what they were measured beside.
 
-    Of the dense kernels the fastest is the one to beat.
+    Of the dense kernels the fastest is the one to beat, and of what stands beside several formats
+    at the same M the fastest too.
     """
-    found: dict[str, list[tuple[KernelRow, Spread]]] = {}
+    found: dict[str, dict[int, tuple[KernelRow, Spread]]] = {}
+
+    def take(label: str, row: KernelRow, us: Spread) -> None:
+        line = found.setdefault(label, {})
+        if row.M not in line or us.median < line[row.M][1].median:
+            line[row.M] = (row, us)
+
     for row in sorted((row for row in rows if row.shape == shape), key=lambda row: row.tokens):
-        found.setdefault(format_name(row.format), []).append((row, row.us))
+        take(format_name(row.format), row, row.us)
         dense = [other.us for name, other in row.others.items() if name in _DENSE]
         beside = {"dense": min(dense, key=lambda us: us.median, default=None)}
         beside["int4"] = row.others["int4"].us if "int4" in row.others else None
         for label, us in beside.items():
             if us is not None and row.format != label:
-                found.setdefault(label, []).append((row, us))
-    return found
+                take(label, row, us)
+    return {label: list(line.values()) for label, line in found.items()}
 
 
 def _roof(row: KernelRow, least: KernelRow, gb_per_s: float) -> float:
@@ -186,15 +193,17 @@ def _roof(row: KernelRow, least: KernelRow, gb_per_s: float) -> float:
 def _finish_shape(
     axes: Any, shape: Shape, rows: Sequence[KernelRow], tokens: Sequence[int], most: float
 ) -> None:
-    axes.set_title(_shape_title(next(r for r in rows if r.shape == shape)), fontsize=10.5)
+    of_shape = [row for row in rows if row.shape == shape]
+    axes.set_title(_shape_title([r for r in of_shape if r.M == of_shape[0].M]), fontsize=10.5)
     axes.set_xticks(range(len(tokens)), list(map(str, tokens)), fontsize=9.5)
     axes.set_xlabel("M, tokens at once")
     axes.set_ylabel("GFLOP/s")
     axes.set_ylim(0, 1.15 * max(most, 1e-9))
 
 
-def _shape_title(row: KernelRow) -> str:
-    return f"{row.N} x {row.K}, {_counted(row.count, 'linear')}"
+def _shape_title(rows: Sequence[KernelRow]) -> str:
+    """Of all formats of a shape, at one number of tokens."""
+    return f"{rows[0].N} x {rows[0].K}, {_counted(sum(row.count for row in rows), 'linear')}"
 
 
 def _counted(count: int | None, what: str) -> str:
@@ -203,7 +212,9 @@ def _counted(count: int | None, what: str) -> str:
 
 def _shapes(rows: Sequence[KernelRow]) -> list[Shape]:
     """Those that take most of a model first."""
-    weights = {row.shape: row.N * row.K * row.count for row in rows}
+    weights: dict[Shape, int] = {}
+    for row in rows:
+        weights[row.shape] = weights.get(row.shape, 0) + row.N * row.K * row.count
     return sorted(weights, key=lambda shape: -weights[shape])
 
 
@@ -294,12 +305,16 @@ def latency_chart(main: Found) -> Chart:
     for axes, labels in names:
         end_labels(axes, labels)
     finished = [point.completed for point in document.points]
-    failed = sum(point.failed for point in document.points)
+    lost = {
+        "failed": sum(point.failed for point in document.points),
+        "refused": sum(point.refused for point in document.points),
+        "timed out": sum(point.timed_out for point in document.points),
+    }
     caption = (
         "TTFT: from the request to its first token, queueing included. TPOT: (whole time - TTFT) / "
         "(tokens - 1). Lines are percentiles over requests; the shaded band spans the median and "
         f"the 99th. n = {min(finished)} to {max(finished)} finished requests a point, "
-        f"{failed} failed. {measured_on(document)}"
+        f"{', '.join(f'{count} {what}' for what, count in lost.items())}. {measured_on(document)}"
     )
     told = f"{len(document.points)} loads."
     picture = finish(figure, "latency", _LATENCY, told)
@@ -381,6 +396,8 @@ def _load_table(points: Sequence[LoadPoint]) -> Table:
         "load",
         "finished",
         "failed",
+        "refused",
+        "timed out",
         "TTFT p50/p90/p99, ms",
         "TPOT p50/p90/p99, ms",
         "ITL p50/p90/p99, ms",
@@ -398,7 +415,7 @@ def _load_table(points: Sequence[LoadPoint]) -> Table:
                 if point.mode == "open" and point.rate is not None
                 else _counted(point.concurrency, "client"),
                 f"{point.completed} of {point.requests}",
-                str(point.failed),
+                *map(str, (point.failed, point.refused, point.timed_out)),
                 *map(_percentiles, (point.ttft_ms, point.tpot_ms, point.itl_ms, point.e2e_ms)),
                 number(point.output_tokens_per_s),
                 number(point.requests_per_s, 2),

@@ -56,8 +56,10 @@ def mixed(dice: random.Random) -> Ask:
     return Ask(prompt, tokens, hang_up)
 
 
-def soak(model: Path, seconds: float, clients: int, flags: list[str]) -> tuple[SoakResult, Tally]:
-    """Serve `model` and load it for so long; the second value has every raw figure."""
+def soak(
+    model: Path, seconds: float, clients: int, flags: list[str]
+) -> tuple[SoakResult, list[str]]:
+    """Serve `model` and load it for so long; the second value has every error in its own words."""
     with server(model, flags) as running:
         begun = time.monotonic()
         warm_end, end = begun + _WARM_UP * seconds, begun + seconds
@@ -69,7 +71,8 @@ def soak(model: Path, seconds: float, clients: int, flags: list[str]) -> tuple[S
         after = running.footprint()
         took = time.monotonic() - begun
         leaked = int(running.figure("kv_pages_used"))
-        return _result(took, clients, early, late, before, after, leaked), late
+        found = _result(took, clients, early, late, before, after, leaked)
+        return found, early.errors + late.errors
 
 
 def wait_until_idle(running: ServerProcess, seconds: float = 60.0) -> None:

@@ -230,6 +230,19 @@ def test_rounds_are_paired_by_their_number() -> None:
     assert ratio.shift.ratio == pytest.approx(1.0, abs=0.05)
 
 
+def test_requests_that_were_lost_are_told_of() -> None:
+    dice = np.random.default_rng(6)
+    first = serve(dice)
+    for point in first["points"]:
+        point["samples"] = [each for each in point["samples"] if each["outcome"] == "completed"]
+    assert not any("answered" in note for note in compare(first, first).notes)
+    second = copy.deepcopy(first)
+    for sample in second["points"][1]["samples"][:31]:  # but one of the first round
+        sample.update(outcome="refused", ttft_ms=None, tpot_ms=None, e2e_ms=None)
+    (note,) = [note for note in compare(first, second).notes if "answered" in note]
+    assert note.startswith("B: sparse, 1 req/s: 193 of 224 requests were answered")
+
+
 def test_some_products_that_came_to_lie_elsewhere_are_no_change_of_all() -> None:
     """Repetitions within a run agree on it, so they alone would be sure."""
     dice = np.random.default_rng(7)

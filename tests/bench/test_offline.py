@@ -3,6 +3,7 @@
 import copy
 import json
 import statistics
+import subprocess
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from halfweave.bench.progress import silent
 from halfweave.bench.stats import Spread, distribution, percentiles
 from halfweave.bench.token_bytes import token_bytes
 from halfweave.bench.turns import ReadBandwidth, Sample, take_turns
+from halfweave.cli import bench_tables
 from halfweave.errors import UsageError
 from halfweave.files import sha256_file
 from halfweave.runtime.eval import evaluate
@@ -123,6 +125,27 @@ def test_the_result_has_hardware_versions_and_raw_samples(result: BenchResult) -
     assert document["text"]["tokens"] == 2 * 63
     assert len(document["models"][0]["samples"][0]["gaps_ms"]) == 8
     assert document["peak_memory_bytes"] > 2**20
+
+
+def test_a_model_without_room_for_itself_alone_is_measured_all_the_same(
+    tiny_model: Path, packed_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = subprocess.run
+
+    def killed(*arguments: Any, **options: Any) -> Any:
+        """As by a system that has no memory left."""
+        if str(packed_model) in options["input"]:
+            return subprocess.CompletedProcess(arguments, -9, "", "")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr("halfweave.bench.footprint.subprocess.run", killed)
+    found = bench_offline({"tiny": tiny_model, "packed": packed_model}, TEXT, plan=PLAN)
+    tiny, packed = found.models
+    assert tiny.peak_rss_bytes is not None and packed.peak_rss_bytes is None
+    assert packed.load_s is None and packed.decode_tokens_per_s.median > 0
+    assert any(note.startswith("packed: its loading and memory") for note in found.notes)
+    (load,) = (row for row in bench_tables.offline(found)[1] if row[0] == "load, s")
+    assert load[2] == "-"
 
 
 def test_the_kernels_are_named_and_weights_that_are_expanded_said_to_be_no_faster(
@@ -263,7 +286,8 @@ def test_bytes_of_a_token_and_the_share_of_bandwidth(
 
 def test_load_time_and_memory_are_those_of_a_process_of_its_own(result: BenchResult) -> None:
     for model in result.models:
-        assert 0 < model.load_s < 60
+        assert model.load_s is not None and 0 < model.load_s < 60
+        assert model.peak_rss_bytes is not None
         assert 50 * 2**20 < model.peak_rss_bytes < 4 * 2**30
 
 

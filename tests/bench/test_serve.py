@@ -371,6 +371,8 @@ def test_a_plan_that_measures_nothing_is_refused() -> None:
     for load in (Load(), Load(1.0, 1), Load(rate=0.0), Load(rate=float("inf"))):
         with pytest.raises(UsageError):
             ServePlan((load,))
+    with pytest.raises(UsageError, match="8 clients would share 7 requests"):
+        ServePlan((Load(rate=1.0), Load(concurrency=8)), requests=7)
     assert loads([], []) == (Load(concurrency=8),)
     assert loads([1.0], [2]) == (Load(rate=1.0), Load(concurrency=2))
 
@@ -378,3 +380,7 @@ def test_a_plan_that_measures_nothing_is_refused() -> None:
 def test_a_key_is_sent_and_never_shown() -> None:
     target = Target("http://127.0.0.1:9", "m", api_key="secret-key")
     assert "secret-key" not in repr(target)
+    for wrong in ("secret-key ", " secret-key", "secret\nkey"):
+        with pytest.raises(UsageError) as refused:
+            Target("http://127.0.0.1:9", "m", api_key=wrong)
+        assert "secret" not in refused.value.message

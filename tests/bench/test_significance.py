@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from halfweave.bench.across import shift_across, student_p
-from halfweave.bench.significance import holm, least_p, rank_p, shift, variance_inflation
+from halfweave.bench.significance import ALPHA, holm, least_p, rank_p, shift, variance_inflation
 
 
 def test_p_is_the_share_of_all_ways_to_deal_out_the_ranks() -> None:
@@ -56,6 +56,21 @@ def test_the_shift_is_the_median_ratio_and_lies_in_its_interval() -> None:
         inside += each.low <= 1.2 <= each.high
         assert each.low <= each.ratio <= each.high
     assert inside >= 184  # 95 % of 200, less three times the spread of that
+
+
+@pytest.mark.parametrize("counts", [(5, 5), (7, 7), (11, 6)])
+def test_the_interval_leaves_1_out_where_the_test_finds_a_difference(
+    counts: tuple[int, int],
+) -> None:
+    dice = np.random.default_rng(1)
+    found = [
+        shift(list(dice.lognormal(0, 0.1, counts[0])), list(dice.lognormal(far, 0.1, counts[1])))
+        for far in (0.0, 0.1)
+        for _ in range(150)
+    ]
+    apart = [not each.low <= 1 <= each.high for each in found]
+    assert apart == [each.p <= ALPHA for each in found]
+    assert 0 < sum(apart) < len(found)
 
 
 def test_turns_that_hang_together_say_less_than_their_number() -> None:

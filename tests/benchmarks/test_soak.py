@@ -34,8 +34,8 @@ def test_a_minute_of_load_leaves_no_error_and_no_trace(model: Path) -> None:
     """Rows 46, 48 and 54; pages so few that requests have to start over."""
     scarce = ["--max-model-len", "4000", "--kv-mib", "1"]
     flags = ["--max-waiting", "16", "--max-num-seqs", "16", *scarce]
-    result, late = soak(model, SECONDS, 64, flags)
-    assert late.errors == []
+    result, errors = soak(model, SECONDS, 64, flags)
+    assert errors == []
     assert result.errors_other_than_429 == 0
     assert result.finished > 100
     assert result.aborted > 0 < result.refused_429

@@ -40,6 +40,8 @@ WRONG: list[tuple[str, Callable[[dict[str, Any]], Any], type[HalfweaveError], st
     ("kernel", lambda d: d["rows"][0].update(N=[]), CheckpointError, "rows.0.N: "),
     ("offline", lambda d: d.update(models=7), CheckpointError, "models: "),
     ("serve", lambda d: d["points"][0].update(mode="x"), CheckpointError, "points.0.mode: "),
+    ("offline", lambda d: d["models"][0].update(weight_bytes=10**400), CheckpointError, "weight_b"),
+    ("offline", lambda d: d["models"][0].update(ppl=1e300), CheckpointError, "models.0.ppl: "),
     ("serve", lambda d: d["model"].update(name="x" * 5000), CheckpointError, "model.name: "),
 ]
 
