@@ -62,7 +62,7 @@ def shortened(lines: list[str], keep: int = 4) -> Iterator[str]:
     """Of every long run of progress lines only its two ends."""
     run: list[str] = []
     for line in [*lines, ""]:
-        if line.startswith(("layer ", "step ", "token ")):
+        if line.startswith(("linear ", "step ", "token ")):
             run.append(line)
             continue
         if len(run) > 2 * keep:

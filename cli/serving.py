@@ -55,11 +55,15 @@ def api_keys(serving: Serving) -> tuple[str, ...]:
     keys = [*serving.api_key]
     if serving.api_key_file is not None:
         keys += _keys_of(serving.api_key_file)
-    elif from_environment := os.environ.get(KEY_VARIABLE):
+    elif (from_environment := os.environ.get(KEY_VARIABLE)) is not None:
         keys.append(from_environment)
     for key in keys:
-        if len(key) < _LEAST_KEY_CHARS or not key.isprintable() or key != key.strip():
-            raise UsageError(f"an API key has at least {_LEAST_KEY_CHARS} visible characters")
+        legal = key.isascii() and key.isprintable() and key == key.strip()
+        if len(key) < _LEAST_KEY_CHARS or not legal:
+            raise UsageError(
+                f"an API key has at least {_LEAST_KEY_CHARS} visible characters of ASCII, which "
+                "headers can hold"
+            )
     return tuple(keys)
 
 

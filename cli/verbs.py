@@ -112,7 +112,7 @@ def prune(
         console.document({"verb": "prune", "dry_run": True, "recipe": recipe, "plan": plan})
         return
     try:
-        with console.progress("layer") as bar:
+        with console.progress("linear") as bar:
             result = prune_model(
                 model,
                 out,
@@ -156,7 +156,7 @@ def _tell_progress(console: Console, bar: Progress, step: PruneEvent) -> None:
     from ..pruner.oneshot import Progress as PruneProgress
 
     if isinstance(step, PruneProgress):
-        bar.phase("layer")
+        bar.phase("linear")
         bar.line(step.done, step.total, _pruned(step), step.seconds, step.eta_seconds)
     elif isinstance(step, BudgetProgress):
         console.tell(f"budget: {step.step} {step.done} {step.note}".rstrip())

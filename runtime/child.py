@@ -59,6 +59,9 @@ class Child:
             answer = child.stdout.readline() if child.stdout else ""
         except BrokenPipeError:
             answer = ""
+        except BaseException:  # its answer would be taken for that to the next question
+            self._end()
+            raise
         if not answer.endswith("\n"):
             self._end()
             raise ChildEnded(child.returncode == -signal.SIGPROF)

@@ -69,8 +69,11 @@ class Engine:
         model: Model,
         settings: EngineSettings | None = None,
         turn: AbstractContextManager[object] | None = None,
+        promised: int = 0,
     ) -> None:
         """Start the engine's thread. Engines that share a `turn`, a lock, compute in turns.
+
+        `promised` are bytes of memory that other engines have planned (`memory_plan`).
 
         Raises:
             UsageError: the settings do not fit the model.
@@ -80,7 +83,7 @@ class Engine:
         self.max_model_len = self.settings.context_of(model)
         pages = self.settings.pages_of(model)
         self.memory_plan = _memory_plan(model, self.settings, pages)
-        self.memory_plan.check()
+        self.memory_plan.check(promised)
         self._share = self.settings.share_prefixes
         pool = PagePool(pages, self._share)
         self._scheduler = Scheduler(pool, self.settings.max_running, self.settings.tokens_per_step)
@@ -150,6 +153,11 @@ class Engine:
         """Counters and queue lengths at this moment."""
         with self._wake:
             return self._count.view(self._scheduler, len(self._arrived), not self._dead)
+
+    def count_anew(self) -> None:
+        """Forget what was counted so far: requests that no client sent."""
+        with self._wake:
+            self._count = Counts()
 
     def close(self, drain_s: float = 0.0) -> None:
         """Admit nothing more, let requests finish for up to `drain_s` seconds, abort the rest."""
@@ -287,7 +295,8 @@ class Engine:
         with self._wake:
             self._scheduler.remove(sequence)
             del self._in_flight[sequence.request.id]
-            self._count.add(event)
+            begun = sequence.started_at is not None
+            self._count.add(event, begun and sequence.request.params.prompt_logprobs is None)
         sequence.tell(event)
 
     def _check_idle(self) -> None:

@@ -57,13 +57,24 @@ class MemoryPlan:
             available_memory_bytes(device),
         )
 
-    def check(self) -> None:
-        """Raise CapacityError if it cannot fit, so that no request has to find out."""
-        wanted = self.kv_bytes + self.workspace_bytes
-        if self.available_bytes is not None and wanted > self.available_bytes:
+    @property
+    def promised_bytes(self) -> int:
+        """What is planned and taken bit by bit, as requests come."""
+        return self.kv_bytes + self.workspace_bytes
+
+    def check(self, promised: int = 0) -> None:
+        """Raise CapacityError if it cannot fit, so that no request has to find out.
+
+        `promised` are bytes of what is free that others have planned.
+        """
+        if self.available_bytes is None:
+            return
+        free = max(0, self.available_bytes - promised)
+        if self.promised_bytes > free:
+            besides = f" beside {_mib(promised)} MiB for other models" if promised else ""
             raise CapacityError(
                 f"keys and values of {self.kv_tokens} tokens and a step's states take "
-                f"{_mib(wanted)} MiB, and {_mib(self.available_bytes)} MiB are free",
+                f"{_mib(self.promised_bytes)} MiB, and {_mib(free)} MiB are free{besides}",
                 "less memory for keys and values (--kv-mib), a shorter context (--max-model-len), "
                 "or keys and values of 8 bits (--kv-bits 8)",
             )
@@ -76,7 +87,7 @@ class MemoryPlan:
             f" and {_mib(grown)} MiB more for dense copies, measured as faster" if grown else ""
         )
         return (
-            f"memory: weights {_mib(self.weight_bytes)} MiB{expanded}, keys and values "
+            f"weights {_mib(self.weight_bytes)} MiB{expanded}, keys and values "
             f"{_mib(self.kv_bytes)} MiB for {self.kv_tokens} tokens, a step's states up to "
             f"{_mib(self.workspace_bytes)} MiB" + (f"; {_mib(free)} MiB are free" if free else "")
         )

@@ -75,7 +75,7 @@ class Scheduler:
         if found is None:
             sequence.leave(self.pool)
             return False
-        sequence.pages += found
+        sequence.begun(found)
         self.waiting.pop(0)
         self.running.append(sequence)
         return True

@@ -90,9 +90,13 @@ class Sequence:
         else:
             self.pages, self.digests = [], [root_digest(salt)]
         self.computed = len(self.pages) * PAGE_POSITIONS
+
+    def begun(self, pages: list[int]) -> None:
+        """It runs from now on; `pages` are for what is left of it."""
         if self.started_at is None:
             self.started_at = time.monotonic()
             self.cached = self.computed
+        self.pages += pages
 
     def leave(self, pool: PagePool) -> None:
         """Give all pages back; whatever was computed will have to be found or computed again."""

@@ -20,7 +20,8 @@ class EngineStats:
         finished: requests by how they ended: stop, length, abort, or error.
         prompt_tokens: of requests that ended.
         completion_tokens: written so far.
-        prefix_queries, prefix_hits: tokens of prompts begun, and those that were known already.
+        prefix_queries, prefix_hits: tokens of prompts that were looked for among those that are
+            known, and those that were found.
         preemptions: sequences that had to start over for want of pages.
         not_numbers: requests that failed because the model computed no numbers.
         pages_used, pages: of keys and values.
@@ -59,8 +60,8 @@ class Counts:
     prefix_hits: int = 0
     not_numbers: int = 0
 
-    def add(self, end: Finished | Failed) -> None:
-        """A request came to its end."""
+    def add(self, end: Finished | Failed, looked_for: bool) -> None:
+        """A request came to its end; `looked_for` says that its beginning was, among known ones."""
         if isinstance(end, Failed):
             self.finished["error"] += 1
             self.not_numbers += isinstance(end.error, NotNumbersError)
@@ -68,7 +69,7 @@ class Counts:
         usage = end.usage
         self.finished[end.reason] += 1
         self.prompt_tokens += usage.prompt_tokens
-        self.prefix_queries += usage.prompt_tokens
+        self.prefix_queries += usage.prompt_tokens if looked_for else 0
         self.prefix_hits += usage.cached_tokens
 
     def view(self, scheduler: Scheduler, arrived: int, alive: bool) -> EngineStats:

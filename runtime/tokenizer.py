@@ -198,6 +198,11 @@ class Tokenizer:
         return self._encode(text, add_special_tokens=False, split_special_tokens=plain)
 
     def _encode(self, text: str, **options: bool) -> list[int]:
+        if not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise RequestError("the text is not UTF-8") from error
         with self._lock:  # the options are attributes of the one shared tokenizer
             ids: list[int] = self._inner(text, verbose=False, **options)["input_ids"]
         return ids

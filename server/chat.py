@@ -74,9 +74,15 @@ async def _admit(service: Service, served: Served, body: ChatBody, request: Requ
     service.check_open()
     salt, record = salt_of(body, caller_of(request.scope)), record_of(request.scope)
     try:
-        return await EngineCall.admit(
-            service, served, record, "chatcmpl", lambda: _asks(served, body, salt)
+        admission = EngineCall.admit(
+            service,
+            served,
+            record,
+            "chatcmpl",
+            lambda: _asks(served, body, salt),
+            compiles=body.tools is not None or body.response_format is not None,
         )
+        return await unless_disconnected(request, admission)
     except RequestError as error:
         # The engine knows prompts; this client wrote messages.
         param = "messages" if error.param == "prompt" else error.param
@@ -108,6 +114,7 @@ def _asks(served: Served, body: ChatBody, salt: bytes) -> list[Ask]:
             body.priority or 0,
             salt,
             None if grammar is None else grammar.constraint(),
+            goes_on=bool(body.continue_final_message),
         )
         for number in range(body.choices)
     ]
@@ -176,13 +183,14 @@ class _Writer:
         assert output.end is not None
         content: str | None = output.text
         calls: list[ParsedCall] = []
+        whole = False
         if self.offers_tools:
-            content, calls = parse_calls(output.text)
+            content, calls, whole = parse_calls(output.text)
         message = AssistantMessage(role="assistant", content=content, refusal=None)
         if calls:
             message.content = content or None
             message.tool_calls = [_written(call) for call in calls]
-        called = bool(calls) and output.end.reason == "stop"
+        called = bool(calls) and whole and output.end.reason == "stop"
         return ChatChoice(
             index=index,
             message=message,
@@ -200,7 +208,7 @@ class _Writer:
 
     def _reason(self, index: int, end: Finished) -> FinishReason:
         parser = self.parsers.get(index)
-        called = parser is not None and bool(parser.calls) and end.reason == "stop"
+        called = parser is not None and parser.has_whole_calls and end.reason == "stop"
         return "tool_calls" if called else finish_reason(end)
 
     def _scores(self, scored: Sequence[TokenLogprob]) -> ChatLogprobs | None:

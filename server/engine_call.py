@@ -98,6 +98,7 @@ class EngineCall:
         self._mailbox = service.mailbox
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._open: set[int] = set()
+        self._closed = False
         self._began = time.monotonic()
         self._newest: dict[int, float] = {}
 
@@ -109,18 +110,25 @@ class EngineCall:
         record: Record,
         prefix: str,
         prepare: Callable[[], Sequence[Ask]],
+        compiles: bool = False,
     ) -> EngineCall:
         """Submit all answers that `prepare` gives, off the event loop; all are admitted, or none.
 
-        `prefix` begins the call's id. What is noted goes into the record.
+        `prefix` begins the call's id. What is noted goes into the record. `compiles` says that
+        `prepare` may take seconds, to see what an answer must look like; few do that at a time,
+        and never in the way of those that do not.
 
         Raises:
             RequestError, CapacityError, EngineDeadError: see Engine.submit; or from `prepare`.
+            CapacityError: too many wait to be compiled.
         """
         call = cls(service, served, prefix, record)
         record.model = served.name
         try:
-            await run_in_threadpool(call._submit, prepare)
+            if compiles:
+                await service.compiling.run(call._submit, prepare)
+            else:
+                await run_in_threadpool(call._submit, prepare)
         except BaseException:
             call.close()
             raise
@@ -168,7 +176,8 @@ class EngineCall:
         return outputs
 
     def close(self) -> None:
-        """Abort whatever has not ended. Idempotent."""
+        """Abort whatever has not ended, or is submitted yet. Idempotent."""
+        self._closed = True
         for index in sorted(self._open):
             self._record.finish["abort"] += 1
             self._served.engine.abort(self._request_id(index))
@@ -176,6 +185,8 @@ class EngineCall:
 
     def _submit(self, prepare: Callable[[], Sequence[Ask]]) -> None:
         asks = prepare()
+        if self._closed:  # whoever asked did not wait for it
+            return
         requests = [
             (ask.request(self._request_id(index)), partial(self._emit, index))
             for index, ask in enumerate(asks)
@@ -187,6 +198,8 @@ class EngineCall:
             self._open.clear()
             raise
         self.asks = asks
+        if self._closed:
+            self._mailbox.put(self.close)
 
     def _request_id(self, index: int) -> str:
         return f"{self.id}-{index}"

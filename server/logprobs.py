@@ -10,6 +10,8 @@ from ..runtime.request import TokenLogprob
 from ..runtime.token_text import token_bytes, token_text
 from ..runtime.tokenizer import Tokenizer
 
+_MOST_BEFORE = 4  # tokens that a tokenizer puts before a text
+
 
 class CompletionLogprobs(BaseModel):
     """Of completions: four lists of one entry a token; the first of a prompt has no figures."""
@@ -55,24 +57,34 @@ class LegacyLogprobs:
 
     def prompt(self, scored: Sequence[TokenLogprob], text: str) -> CompletionLogprobs:
         """Of the echoed prompt, whose first token was predicted by nothing; `text` is its own."""
-        # What is around the text, such as a token that begins it, is not in it.
-        bare = text != self._tokenizer.decode(self._prompt_ids, special=True)
-        written, self._text = self._text, self._tokenizer.stream(skip_special=bare)
-        piece = self._piece(self._prompt_ids, [None, *scored])
+        before = self._before(text)
+        written, self._text = self._text, self._tokenizer.stream(skip_special=before is None)
+        piece = self._piece(self._prompt_ids, [None, *scored], before or 0)
         self._text, self._offset = written, len(text)
         return piece
+
+    def _before(self, text: str) -> int | None:
+        """How many tokens were put before the prompt's own; None where that cannot be told."""
+        ids = self._prompt_ids
+        for count in range(_MOST_BEFORE + 1):
+            if self._tokenizer.decode(ids[count:], special=True).startswith(text):
+                return count
+            if count == len(ids) or not self._tokenizer.is_control(ids[count]):
+                break
+        return None
 
     def written(self, scored: Sequence[TokenLogprob]) -> CompletionLogprobs:
         """Of tokens that were written."""
         return self._piece([each.token_id for each in scored], scored)
 
     def _piece(
-        self, ids: Sequence[int], scored: Sequence[TokenLogprob | None]
+        self, ids: Sequence[int], scored: Sequence[TokenLogprob | None], silent: int = 0
     ) -> CompletionLogprobs:
+        """The first `silent` ones have no text."""
         offsets = []
-        for token in ids:
+        for at, token in enumerate(ids):
             offsets.append(self._offset)
-            self._offset += len(self._text.push(token))
+            self._offset += len(self._text.push(token)) if at >= silent else 0
         return CompletionLogprobs(
             tokens=[token_text(self._tokenizer, token) for token in ids],
             token_logprobs=[None if each is None else each.logprob for each in scored],

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import logging
 import math
 import socket
@@ -15,7 +16,6 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 from types import FrameType
 
 import uvicorn
@@ -27,6 +27,7 @@ from ..runtime.engine_settings import EngineSettings
 from ..runtime.model import LoadSettings, load_model
 from ..runtime.params import SamplingParams
 from ..runtime.request import Failed, GenerationRequest
+from ..runtime.turns import Turns
 from .app import create_app
 from .http_protocol import bounded_http
 from .service import Activity, Served
@@ -93,14 +94,19 @@ def serve_all(
     Raises:
         HalfweaveError: whatever loading a model raises; or it computes nothing of use.
     """
-    turn, served = Lock(), []
+    turn, promised = Turns(), 0
+    served: list[Served] = []
     for offer in offers:
         model = load_model(offer.path, **vars(loading))
-        engine = Engine(model, running, turn)
+        engine = Engine(model, running, turn, promised)
         if engines is not None:
             engines.push(engine)
+        plan, name = engine.memory_plan, offer.name or model.name
+        _log.info("%s", json.dumps({"model": name, "memory": plan.line}))
+        promised += plan.promised_bytes
         warm_up(engine)
-        served.append(Served(offer.name or model.name, engine))
+        engine.count_anew()
+        served.append(Served(name, engine))
     # What was loaded stays. Looking through all of it again and again would stop every thread for
     # half a second each time.
     gc.collect()

@@ -11,10 +11,14 @@ from ..errors import UsageError
 from ..runtime.engine import Engine
 from ..runtime.grammar import GrammarCompiler
 from ..runtime.model import Model
+from .bounded import Bounded
 from .errors import ApiError, unavailable
 from .mailbox import Mailbox
 from .metrics import Meters
 from .settings import ServerSettings
+
+# Forms of answers that are compiled at a time, each for some seconds at most, and that may wait.
+_COMPILING, _MOST_COMPILING = 2, 64
 
 
 @dataclass
@@ -63,6 +67,7 @@ class Service:
         self.settings, self.activity = settings, activity
         self.meters = Meters({each.name: each.engine for each in served})
         self._mailbox: Mailbox | None = None
+        self._compiling: Bounded | None = None
 
     @property
     def mailbox(self) -> Mailbox:
@@ -70,6 +75,13 @@ class Service:
         if self._mailbox is None:
             self._mailbox = Mailbox()
         return self._mailbox
+
+    @property
+    def compiling(self) -> Bounded:
+        """Where forms of answers are compiled, for all models."""
+        if self._compiling is None:
+            self._compiling = Bounded(_COMPILING, _MOST_COMPILING, "their form to be compiled")
+        return self._compiling
 
     @property
     def alive(self) -> bool:

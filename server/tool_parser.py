@@ -49,6 +49,12 @@ class ToolCallParser:
         """The calls so far."""
         return [ToolCall(id_, name, "".join(pieces)) for id_, name, pieces in self._opened]
 
+    @property
+    def has_whole_calls(self) -> bool:
+        """Whether there are calls, and the last one was not cut off, by a stop string say."""
+        calls = self.calls
+        return bool(calls) and (not self._inside or _is_json(calls[-1].arguments))
+
     def push(self, text: str) -> list[str | CallDelta]:
         """What has become certain with this text, in its order; may be empty."""
         self._held += text
@@ -106,11 +112,12 @@ class ToolCallParser:
         return CallDelta(len(self._opened) - 1, arguments)
 
 
-def parse_calls(text: str) -> tuple[str, list[ToolCall]]:
-    """The content of a whole answer, and the calls in it."""
+def parse_calls(text: str) -> tuple[str, list[ToolCall], bool]:
+    """The content of a whole answer, the calls in it, and whether the last one is whole."""
     parser = ToolCallParser()
     pieces = [*parser.push(text), *parser.finish()]
-    return "".join(piece for piece in pieces if isinstance(piece, str)), parser.calls
+    content = "".join(piece for piece in pieces if isinstance(piece, str))
+    return content, parser.calls, parser.has_whole_calls
 
 
 def _is_json(text: str) -> bool:

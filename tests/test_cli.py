@@ -194,9 +194,21 @@ def test_debug_shows_the_traceback_and_keeps_the_exit_code(
     assert quiet.code == loud.code == 2
 
 
-def test_a_bug_is_called_one_in_two_lines(halfweave: Command, tiny_model: Path) -> None:
-    """A tokenizer's own exception stands for any that nobody foresaw."""
-    assert_error(halfweave("generate", tiny_model, "-p", "\ud800"), 1, "unexpected", "--debug")
+def test_a_bug_is_called_one_in_two_lines(
+    halfweave: Command, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("nobody foresaw this")
+
+    monkeypatch.setattr("halfweave.cli.verbs.load", fail)
+    assert_error(halfweave("generate", tiny_model, "-p", "x"), 1, "unexpected", "--debug")
+
+
+def test_text_that_is_not_utf8_is_refused(halfweave: Command, tiny_model: Path) -> None:
+    """Python reads such bytes as halves of surrogate pairs."""
+    for flags in (("-p", "caf\udce9"), ("-p", "-")):
+        ran = halfweave("generate", tiny_model, *flags, stdin="caf\udce9")
+        assert_error(ran, 2, "the text is not UTF-8")
 
 
 def test_sampling_flags_out_of_range_exit_2(halfweave: Command, tiny_model: Path) -> None:

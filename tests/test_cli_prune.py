@@ -22,7 +22,7 @@ def test_prune_shows_a_plan_a_line_a_layer_a_table_and_the_next_command(
     ran = halfweave("prune", tiny_model, out, *QUICK)
     plan, *rest = ran.err.splitlines()
     assert plan.startswith("plan: 14 linears in 2 blocks to sparse24")
-    layer = re.compile(r"layer \d+/14 model\.layers\.\d\.\S+ err \d\.\d{3} \d+\.\d s eta \d+s")
+    layer = re.compile(r"linear \d+/14 model\.layers\.\d\.\S+ err \d\.\d{3} \d+\.\d s eta \d+s")
     assert len([line for line in rest if layer.fullmatch(line)]) == 14
     assert re.search(r"^down_proj +2 +0\.\d{4} +0\.\d{4} +sparse24", ran.out, re.M)
     assert ran.out.splitlines()[-1] == f"next: halfweave eval {out} --against {tiny_model}"
@@ -82,7 +82,7 @@ def test_row_13_ctrl_c_exits_130_and_resume_goes_on(halfweave: Command, tmp_path
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stderr is not None
         for line in process.stderr:
-            if line.startswith("layer 10/"):
+            if line.startswith("linear 10/"):
                 process.send_signal(signal.SIGINT)
                 break
         rest = process.stderr.read()
@@ -158,7 +158,7 @@ def test_recover_shows_its_steps_what_it_did_and_the_next_command(
     ran = halfweave("recover", pruned, out, *flags, "--bits", 4, "--group", 32)
     assert ran.code == 0, ran.err
     assert re.search(r"^token 3072/3072 recovered, KL \d\.\d{3} \d+\.\d s eta 0s", ran.err, re.M)
-    assert re.search(r"^layer 14/14 model\.layers\.1\.mlp\.down_proj err ", ran.err, re.M)
+    assert re.search(r"^linear 14/14 model\.layers\.1\.mlp\.down_proj err ", ran.err, re.M)
     assert re.search(r": 5120 tokens in \d+\.\d min, KL from the dense model on held-out", ran.out)
     rounding = r"^  rounding blocks to codes took it from \d\.\d{3} to \d\.\d{3}$"
     assert len(re.findall(rounding, ran.out, re.M)) == 2

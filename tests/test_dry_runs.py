@@ -144,7 +144,7 @@ def test_a_terminal_shows_a_bar_with_the_time_that_is_left(
     assert "\x1b[" in seen
     lines = plain(seen)
     assert any(re.search(r"14/14 .*\d+:\d\d:\d\d.*down_proj err", line) for line in lines)
-    assert not any(line.startswith("layer 1/14") for line in lines)
+    assert not any(line.startswith("linear 1/14") for line in lines)
     assert any(line.startswith("next: halfweave eval") for line in lines)
 
 

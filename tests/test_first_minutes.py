@@ -74,7 +74,7 @@ def test_prune_shows_a_plan_a_line_a_layer_and_the_next_command(
 ) -> None:
     out, err, seconds = pruned
     assert err[0].startswith("plan: 14 linears in 2 blocks to sparse24")
-    layers = [line for line in err if re.match(r"layer \d+/14 .* err 0\.\d+ .* eta \d+s", line)]
+    layers = [line for line in err if re.match(r"linear \d+/14 .* err 0\.\d+ .* eta \d+s", line)]
     assert len(layers) == 14
     assert any(re.match(r"down_proj +2 +0\.\d+ +0\.\d+ +sparse24", line) for line in out)
     assert out[-1] == "next: halfweave eval out --against tiny"

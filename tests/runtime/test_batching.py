@@ -302,6 +302,35 @@ def test_who_waits_too_long_is_told_so(model: Model) -> None:
         first.close()
 
 
+def test_who_waits_for_pages_waits_in_the_queue(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = model.decoder.run
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(0.005)
+        return real(*arguments)
+
+    monkeypatch.setattr(model.decoder, "run", slow)
+    room = EngineSettings(max_model_len=160, kv_bytes=10 * model.decoder.page_bytes)
+    prompt = tuple(range(5, 101))
+    first = GenerationRequest("first", prompt, replace(GREEDY, max_tokens=60))
+    second = GenerationRequest("second", (*prompt, *range(7, 47)), GREEDY)
+    with Engine(model, replace(room, queue_timeout_s=0.1)) as engine:
+        running, waiting = engine.stream(first), engine.stream(second)
+        last = list(waiting)[-1]
+        assert isinstance(last, Failed) and isinstance(last.error, CapacityError)
+        running.close()
+    with Engine(model, room) as engine:
+        running, waiting = engine.stream(first), engine.stream(second)
+        ends = [list(each)[-1] for each in (running, waiting)]
+        assert all(isinstance(each, Finished) for each in ends)
+        usage, timings = ends[1].usage, ends[1].timings  # type: ignore[union-attr]
+        assert usage.cached_tokens == 96 // PAGE_POSITIONS * PAGE_POSITIONS
+        assert timings.queue_ms > 250 > timings.prefill_ms
+        assert engine.stats().prefix_hits == usage.cached_tokens
+
+
 def test_of_several_requests_all_are_admitted_or_none(model: Model) -> None:
     with Engine(model, EngineSettings(max_running=1, max_waiting=2)) as engine:
         some = [(GenerationRequest(f"{n}", (5,), GREEDY), lambda event: None) for n in range(4)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import resource
+import signal
 import threading
 import weakref
 from collections.abc import Callable
@@ -33,6 +34,28 @@ def with_template(tiny_model: Path, tmp_path: Path) -> Callable[[str | None], To
         return Tokenizer.open(tmp_path)
 
     return make
+
+
+def test_an_interrupt_leaves_no_answer_for_the_next_question(
+    with_template: Callable[[str | None], Tokenizer],
+) -> None:
+    tokenizer = with_template("{{ messages[0].content }}")
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    # The process that renders is starting, which takes longer.
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGUSR1))
+    timer.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            tokenizer.apply_chat_template(HELLO)
+    finally:
+        timer.join()
+        signal.signal(signal.SIGUSR1, before)
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "Bye"}])
+    assert tokenizer.decode(ids) == "Bye"
 
 
 @pytest.mark.parametrize("generation", [True, False])

@@ -27,9 +27,10 @@ from support.tiny import (
     save_tiny,
     save_tokenizer,
 )
+from support.words import save_words
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from tokenizers import processors
+from transformers import AutoTokenizer
 
 Copy = Callable[[Path], Path]
 
@@ -168,18 +169,6 @@ def test_a_tokenizer_config_of_50_mb_is_refused(tiny_model: Path, copy_of: Copy)
         Tokenizer.open(copy)
 
 
-def save_words(directory: Path, count: int) -> None:
-    """A tokenizer of whole words that takes the first space off what it decodes, as Llama 2's."""
-    words = {f"▁w{number}": number for number in range(count - 1)}
-    backend = Backend(models.WordLevel({**words, "</s>": count - 1}, unk_token="</s>"))
-    backend.pre_tokenizer = pre_tokenizers.Metaspace()
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
-    fast.save_pretrained(directory)
-
-
 def test_what_goes_on_keeps_its_first_space(tmp_path: Path) -> None:
     save_words(tmp_path, 9)
     words = Tokenizer.open(tmp_path)
@@ -191,6 +180,27 @@ def test_what_goes_on_keeps_its_first_space(tmp_path: Path) -> None:
     written = offsets.written([TokenLogprob(token, -1.0, ()) for token in ids[1:]])
     assert written.text_offset == [0, 3]
     assert words.stream(after=[8]).push(ids[0]) == "w3"  # a control token begins a text
+
+
+def test_offsets_of_a_prompt_that_spells_control_tokens_behind_one_that_is_added(
+    tmp_path: Path,
+) -> None:
+    save_tokenizer(tmp_path)
+    backend = Backend.from_file(str(tmp_path / "tokenizer.json"))
+    end = ("<|endoftext|>", backend.token_to_id("<|endoftext|>"))
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{end[0]} $A", special_tokens=[end]
+    )
+    backend.save(str(tmp_path / "tokenizer.json"))
+    adding = Tokenizer.open(tmp_path)
+    text = "<|im_start|>user\nThe fox<|im_end|>\n"
+    ids = adding.encode(text)
+    assert ids[0] == end[1]
+    scored = [TokenLogprob(token, -1.0, ()) for token in ids[1:]]
+    found = LegacyLogprobs(adding, True, ids).prompt(scored, text)
+    assert found.text_offset[:2] == [0, 0]
+    for token, offset in zip(found.tokens[1:], found.text_offset[1:], strict=True):
+        assert text[offset:].startswith(token)
 
 
 def test_half_a_character_before_does_not_swallow_the_other_half(tokenizer: Tokenizer) -> None:

@@ -134,9 +134,14 @@ def test_keys_of_flags_file_and_environment(
     assert api_keys(Serving()) == ()
     monkeypatch.setenv(KEY_VARIABLE, OTHER)
     assert api_keys(Serving()) == (OTHER,)
+    monkeypatch.setenv(KEY_VARIABLE, "")  # a secret that is missing is no wish for no keys
+    with pytest.raises(UsageError):
+        api_keys(Serving())
 
 
-@pytest.mark.parametrize("key", ["", "short", "with\nbreak-in-it", " leading-space"])
+@pytest.mark.parametrize(
+    "key", ["", "short", "with\nbreak-in-it", " leading-space", "schl\u00fcssel-1"]
+)
 def test_what_can_be_no_key_is_refused(key: str) -> None:
     with pytest.raises(UsageError):
         api_keys(Serving(api_key=[key]))

@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 from halfweave.runtime.model import Model, load_model
 from support.http_server import Live, live_server, run
-from support.tiny import save_tokenizer
+from support.tiny import VOCABULARY, save_tiny, save_tokenizer
+from support.words import save_words
 
 TURNS: list[Any] = [
     {"role": "system", "content": "Speak in riddles."},
     {"role": "user", "content": "What is kept?"},
 ]
+
+
+def test_a_message_that_is_continued_keeps_the_first_space(tmp_path: Path) -> None:
+    path = save_tiny(tmp_path / "model")
+    save_words(path, VOCABULARY)
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    (path / "chat_template.jinja").write_text(template)
+    asked = {"logit_bias": {"7": 100}, "max_tokens": 2, "add_generation_prompt": False}
+    with live_server(load_model(path)) as words:
+        answers = [
+            words.chat(
+                messages=[{"role": "assistant", "content": "w3 w5"}],
+                continue_final_message=continued,
+                **asked,
+            ).json
+            for continued in (True, False)
+        ]
+    texts = [answer["choices"][0]["message"]["content"] for answer in answers]
+    assert texts == [" w7 w7", "w7 w7"]
 
 
 def test_a_reply_is_the_continuation_of_the_rendered_template(

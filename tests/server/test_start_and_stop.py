@@ -11,17 +11,18 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from http.client import HTTPConnection
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import pytest
-from halfweave.errors import EngineDeadError, HalfweaveError, UsageError
-from halfweave.runtime.model import Model
+from halfweave.errors import CapacityError, EngineDeadError, HalfweaveError, UsageError
+from halfweave.runtime.model import LoadSettings, Model
 from halfweave.runtime.scheduler import Work
 from halfweave.runtime.step import Stepper, StepResult
-from halfweave.server.serve import Offer, open_socket, serve, url_of
+from halfweave.server.serve import Offer, open_socket, serve, serve_all, url_of
 from halfweave.server.settings import ServerSettings
 from support.http_server import JSON, Answer, Live, live_server, read, wait_until
 
@@ -153,6 +154,23 @@ def test_a_server_whose_engine_died_stops(patient: Live) -> None:
     """Row 51."""
     patient.engine.close()
     wait_until(lambda: not _accepts(patient.port), seconds=10)
+
+
+def test_models_are_planned_together_told_of_and_counted_from_the_first_client(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with ExitStack() as engines, caplog.at_level("INFO", "halfweave"):
+        (served,) = serve_all([Offer(tiny_model)], LoadSettings(), None, engines)
+        stats, plan = served.engine.stats(), served.engine.memory_plan
+    assert (stats.completion_tokens, stats.prompt_tokens, stats.finished) == (0, 0, {})
+    assert {"model": served.name, "memory": plan.line} in [
+        json.loads(record.message) for record in caplog.records
+    ]
+    room = plan.promised_bytes * 3 // 2  # for one, not for two
+    monkeypatch.setattr("halfweave.runtime.memory.available_memory_bytes", lambda _: room)
+    offers = [Offer(tiny_model), Offer(tiny_model, "again")]
+    with ExitStack() as engines, pytest.raises(CapacityError, match="for other models"):
+        serve_all(offers, LoadSettings(), None, engines)
 
 
 def test_sigterm_lets_answers_finish_and_serve_return(long_model: Model) -> None:

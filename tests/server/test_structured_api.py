@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from halfweave.runtime.model import Model
 from jsonschema import validate
-from support.http_server import Live, idle, live_server, run, wait_until
+from support.http_server import JSON, Live, idle, live_server, read, run, wait_until
 
 ASK: Any = [{"role": "user", "content": "What is the weather in Paris?"}]
 PERSON: dict[str, Any] = {
@@ -148,6 +148,38 @@ def test_streamed_calls_are_put_together_by_the_client(live: Live) -> None:
     assert streamed.function.name == whole["function"]["name"]
     assert streamed.function.arguments == whole["function"]["arguments"]
     assert final.choices[0].finish_reason == "tool_calls"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_that_a_stop_string_cuts_is_not_to_be_carried_out(live: Live, stream: bool) -> None:
+    only = {"type": "object", "properties": {"city": {"enum": ["Paris"]}}, "required": ["city"]}
+    tool = {"type": "function", "function": {"name": "get_weather", "parameters": only}}
+    asked = {"tools": [tool], "tool_choice": "required", "max_tokens": 400, "stream": stream}
+    for stop, reason in ((["aris"], "stop"), ([], "tool_calls")):
+        answer = live.chat(**asked, stop=stop)
+        found = answer.events[-2] if stream else answer.json
+        assert found["choices"][0]["finish_reason"] == reason
+
+
+def test_forms_that_take_long_hold_up_nobody_else(live: Live) -> None:
+    """Row 54: each takes a second or more, and there are more of them than threads."""
+    slow = {f"^a{n}(b|c)*d{n}$": {"type": "string"} for n in range(1500)}
+    schema = {"type": "object", "patternProperties": slow}
+    document = {
+        "model": live.model,
+        "messages": ASK,
+        "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}},
+    }
+    body = json.dumps(document).encode()
+    many = [live.begin("POST", "/v1/chat/completions", body, JSON) for _ in range(80)]
+    try:
+        wait_until(lambda: live.activity.in_flight >= 60)
+        assert live.complete(max_tokens=2).status == 200
+        assert live.activity.in_flight >= 60  # they wait still
+        assert read(many[-1].getresponse()).status == 429
+    finally:
+        for each in many:
+            each.close()
 
 
 def test_a_tool_that_may_be_called_need_not_be(live: Live) -> None:

@@ -56,7 +56,7 @@ def test_calls_are_read_back_however_the_text_is_cut(
 
 
 def test_calls_have_ids_of_their_own() -> None:
-    _, calls = parse_calls(f"{CALL}\n{CALL}")
+    _, calls, _ = parse_calls(f"{CALL}\n{CALL}")
     assert len({call.id for call in calls}) == 2
     assert all(call.id.startswith("call_") and call.id.isascii() for call in calls)
 
@@ -76,7 +76,9 @@ def test_text_and_arguments_are_shown_as_soon_as_they_are_certain() -> None:
 @pytest.mark.parametrize("length", range(len(CALL)))
 def test_a_call_that_is_cut_off_is_given_as_far_as_it_got(length: int) -> None:
     text = f"Hm. {CALL[:length]}"
-    content, calls = parse_calls(text)
+    content, calls, whole = parse_calls(text)
+    # A client is told to carry out what it can read.
+    assert whole == (length >= len(call_begin("get_weather")) + len(PARIS))
     if length < len(call_begin("get_weather")):
         assert (content, calls) == (text, [])
     else:

@@ -296,7 +296,7 @@ def test_without_tools_messages_stay_as_they_are() -> None:
 def test_calls_and_results_become_text_that_is_read_back() -> None:
     messages, _ = conversation(TALK, [], "a template that knows nothing")
     assert [message["role"] for message in messages] == ["user", "assistant", "user", "user"]
-    content, calls = parse_calls(messages[1]["content"])
+    content, calls, _ = parse_calls(messages[1]["content"])
     assert content == ""
     assert [(call.name, json.loads(call.arguments)) for call in calls] == [
         ("get_weather", {"days": 1}),
@@ -384,7 +384,7 @@ def test_the_last_message_can_be_left_open(tokenizer: Tokenizer) -> None:
 
 def checked(text: str, tools: ToolSet) -> tuple[str, int]:
     """The content and the number of calls in an answer, each of which is one of the tools'."""
-    content, calls = parse_calls(text)
+    content, calls, _ = parse_calls(text)
     schemas = {tool.name: tool.described()["function"]["parameters"] for tool in tools.offered}
     for call in calls:
         Draft202012Validator(schemas[call.name]).validate(json.loads(call.arguments))
@@ -404,7 +404,7 @@ def test_a_required_call_is_made(
 
 def test_a_named_tool_is_called(tokenizer: Tokenizer, compiler: GrammarCompiler) -> None:
     tools = ToolSet((WEATHER, CLOCK), ToolChoice("required", ("clock",)))
-    _, calls = parse_calls(answer(tokenizer, compiler, tools, 0))
+    _, calls, _ = parse_calls(answer(tokenizer, compiler, tools, 0))
     assert {call.name for call in calls} == {"clock"}
     assert {call.arguments.replace("\n", "").replace(" ", "") for call in calls} == {"{}"}
 
@@ -425,7 +425,7 @@ def test_a_text_without_calls_may_say_anything(
     tokenizer: Tokenizer, compiler: GrammarCompiler
 ) -> None:
     text = answer(tokenizer, compiler, ToolSet((CLOCK,)), 1, "Two <tool> or <tool_cal")
-    assert parse_calls(text) == (text, [])
+    assert parse_calls(text) == (text, [], False)
 
 
 def test_tools_that_must_not_be_called_are_no_constraint(compiler: GrammarCompiler) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from halfweave.runtime.engine import Engine
 from halfweave.runtime.engine_settings import EngineSettings
 from halfweave.runtime.model import Model
+from halfweave.runtime.turns import Turns
 from halfweave.server.app import create_app
 from halfweave.server.serve import Server, open_socket
 from halfweave.server.service import Activity, Served
@@ -142,7 +143,7 @@ def live_server(
     beside: Model | None = None,
 ) -> Iterator[Live]:
     """Serve `model` on a free port until the block ends; and another one `beside` it."""
-    settings, activity, turn = settings or ServerSettings(), Activity(), threading.Lock()
+    settings, activity, turn = settings or ServerSettings(), Activity(), Turns()
     models = [model] if beside is None else [model, beside]
     served = [Served(each.name, Engine(each, running, turn)) for each in models]
     served[0] = Served(name or model.name, served[0].engine)
