@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # Pinned: an unpinned torch is a CUDA build of several GB. A GPU user installs torch first.
 TORCH  := torch==2.13.0
 
-.PHONY: setup test test-sanitize test-arm test-gpu-static test-triton-matrix gpu demo bench check lint typecheck format quality layer-error scale bench-peers serving soak clean
+.PHONY: setup test test-sanitize test-arm test-gpu-static test-triton-matrix gpu demo bench check lint typecheck format quality layer-error scale text bench-peers serving soak clean
 
 setup: $(VENV)/.ready
 
@@ -36,6 +36,8 @@ $(VENV)/.text-ready: $(VENV)/.ready
 work/SmolLM2-135M-Instruct: | $(VENV)/.model-ready
 	$(BIN)/halfweave import "$$($(BIN)/python -c 'import halfweave.pruner.gguf_file as file; \
 	    print(file.locate_smollm2())')" $@
+
+text: $(VENV)/.text-ready
 
 quality: work/SmolLM2-135M-Instruct $(VENV)/.text-ready
 	$(BIN)/python benchmarks/quality.py --model $< --text work/text --work work/quality

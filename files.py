@@ -61,6 +61,22 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         sync_directory(path.parent)
 
 
+def make_directory(directory: Path) -> None:
+    """Make a directory and those above it, where they are missing.
+
+    Raises:
+        UsageError: it cannot be made, or is something else.
+        CapacityError: the disk is full.
+    """
+    try:
+        with disk_full_as_error(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"{directory} cannot be made: {error.strerror}", "choose another directory"
+        ) from error
+
+
 def sync_directory(directory: Path) -> None:
     """Flush a directory's entries, so that a rename in it survives a power cut."""
     fd = os.open(directory, os.O_RDONLY)

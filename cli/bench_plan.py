@@ -139,7 +139,7 @@ def _kernel(asked: Asked) -> _Told:
     lines = [
         f"{len(products)} products of {tokens} tokens, {plan.repetitions} times each",
         *(f"{each.format} {each.N}x{each.K}" for each in products),
-        "beside dense ones of the same shape; the bar tells how long it takes",
+        "beside dense ones of the same shape; progress will tell how long it takes",
     ]
     told = [{"format": each.format, "N": each.N, "K": each.K} for each in products]
     return lines, {"products": told, "tokens": plan.tokens, "repetitions": plan.repetitions}

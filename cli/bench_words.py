@@ -49,6 +49,9 @@ def understood(words: Sequence[str], speed: Speed, traffic: Traffic, loading: Lo
     limits = tuple(word for word in words if word.split(":")[0] in _LIMITS)
     others = [word for word in words if word not in limits]
     mode = others.pop() if others and others[-1] in MODES else "offline"
+    if len(others) == 2 and others[0] in MODES:
+        right = f"halfweave bench {others[1]} {others[0]}"
+        raise UsageError(f"the model comes before {others[0]!r}", right)
     if len(others) > 1:
         raise UsageError(f"{others[1]!r} is none of {', '.join(MODES)}", "halfweave bench --help")
     return Asked(

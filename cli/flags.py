@@ -73,9 +73,11 @@ class Pruning:
 
     pattern: Annotated[str | None, Flag(help="2:4, 4:8, N:M, 50% or dense. [2:4]")] = None
     method: Annotated[str | None, Flag(help="admm, sparsegpt, wanda, magnitude. [admm]")] = None
-    bits: Annotated[int | None, Flag(help="16 or 4 bits for a kept weight. [16]")] = None
-    group: Annotated[int | None, Flag(help="128, 64 or 32 weights a scale. [128]")] = None
-    calib: Annotated[str | None, Flag(help="Calibration text, or a file of one. [builtin]")] = None
+    bits: Annotated[int | None, Flag(help="Of a weight: 16, 4, or, with dense, 8. [16]")] = None
+    group: Annotated[
+        int | None, Flag(help="Weights a scale, with 4 bits: 128, 64 or 32. [128]")
+    ] = None
+    calib: Annotated[str | None, Flag(help="UTF-8 text file to calibrate on. [builtin]")] = None
     calib_windows: Annotated[int | None, Flag(help="Calibration windows. [64]")] = None
     calib_length: Annotated[int | None, Flag(help="Tokens of a window. [512]")] = None
     seed: Annotated[int | None, Flag(help="Draws the windows. [0]")] = None
@@ -106,10 +108,10 @@ class Pruning:
     ] = None
     block_epochs: Annotated[int | None, Flag(help="Epochs of each block's tuning. [4]")] = None
     max_ppl_ratio: Annotated[
-        float | None, Flag(help="Budget: perplexity over the dense model's, such as 1.15. [0.0]")
+        float | None, Flag(help="Budget: perplexity over the dense model's, such as 1.15. [unset]")
     ] = None
     target_bytes: Annotated[
-        float | None, Flag(help="Budget: share of the dense weight files, such as 0.4. [0.0]")
+        float | None, Flag(help="Budget: share of the dense weight files, such as 0.4. [unset]")
     ] = None
     strict: Annotated[
         bool | None, Flag("--strict", help="Fail if a layer cannot take the pattern.")
@@ -145,7 +147,7 @@ class Working:
 class Recovering:
     """How a pruned checkpoint is trained; the fields of `Recovery`."""
 
-    calib: Annotated[str, Flag(help="Text to train on, or a file of one.")] = "builtin"
+    calib: Annotated[str, Flag(help="UTF-8 text file to train on.")] = "builtin"
     minutes: Annotated[float, Flag(help="Time to train for.")] = 30.0
     tokens: Annotated[int, Flag(help="Instead of a time: so many tokens.")] = 0
     bits: Annotated[int, Flag(help="4 rounds a 2:4 model of 16 bits in the end.")] = 16

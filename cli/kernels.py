@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..kernels.cuda.build import Row
     from ..kernels.cuda.variants import Variant
 
-kernels_app = Typer(name="kernels", help="Work on the kernels themselves.", no_args_is_help=True)
+kernels_app = Typer(name="kernels", help="Work on the kernels themselves.")
 
 _HEADER = ("tile", "warps", "format", "sm", "regs", "spill", "shared", "mma.sp", "instr", "fit")
 _BATCHES = (1, 8, 32)

@@ -85,6 +85,8 @@ def plan(plan: Plan, recipe: Recipe) -> list[str]:
         f", {plan.calibration_tokens} calibration tokens",
         f"  about {duration(plan.seconds)} and {size(plan.peak_memory_bytes)} of memory here",
     ]
+    if plan.unserved is not None:
+        lines.append(f"  note: only other tools will run it: {plan.unserved}")
     lines += [f"  kept dense: {linear.name}: {linear.reason}" for linear in plan.kept_dense]
     return lines
 

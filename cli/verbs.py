@@ -98,14 +98,16 @@ def prune(
     """Prune a dense model directory into a new one."""
     from ..pruner.coverage import coverage
     from ..pruner.outdir import check_directory
-    from ..pruner.pipeline import plan_prune
+    from ..pruner.pipeline import plan_prune, rehearse
     from ..pruner.pipeline import prune as prune_model
 
     console = Console(output.json)
     recipe = _recipe(pruning, run.recipe)
     if run.dry_run:
         check_directory(Path(model), Path(out), run.resume, run.overwrite)
-    plan = plan_prune(model, recipe, working.device)
+        plan = rehearse(model, out, recipe, device=working.device, ray=run.ray)
+    else:
+        plan = plan_prune(model, recipe, working.device)
     for line in tables.plan(plan, recipe):
         (console.say if run.dry_run else console.tell)(line)
     if run.dry_run:

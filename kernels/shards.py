@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,7 @@ class ShardedTensors:
                 tensors[name] = info
         if placed is not None:
             _check_index(index, placed, tensors)
+        _refuse_others(directory, files)
         return cls(directory, files, tensors)
 
     def renamed(self, rename: Callable[[str], str]) -> ShardedTensors:
@@ -218,6 +219,14 @@ def _read_index(index: Path) -> dict[str, str]:
     if not all(isinstance(file, str) for file in placed.values()):
         raise CheckpointError(f"{index}: weight_map must map tensor names to file names")
     return placed
+
+
+def _refuse_others(directory: Path, files: Sequence[Path]) -> None:
+    """A shard that no index lists is left over from another model, or was slipped in."""
+    listed = {file.name for file in files}
+    for file in sorted(directory.glob("model*.safetensors")):
+        if file.name not in listed:
+            raise CheckpointError(f"{file} belongs to no index of this model", "move it away")
 
 
 def _check_index(index: Path, placed: Mapping[str, str], found: Mapping[str, TensorInfo]) -> None:

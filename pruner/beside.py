@@ -10,13 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import RefusedError
-from ..files import sync_directory, write_json
+from ..files import make_directory, sync_directory, write_json
 from ..kernels.shards import INDEX_FILE
 from .source import SIDE_FILES
 
 
 def refuse_taken(out: Path) -> None:
-    """Raise RefusedError unless `out` is free, or an empty directory."""
+    """Raise RefusedError unless `out` is free, or an empty directory that can be replaced."""
+    if out.resolve() == Path.cwd():
+        raise RefusedError(f"{out} is the working directory", "name another one")
     if out.is_dir() and not any(out.iterdir()):
         return
     if out.exists() or out.is_symlink():
@@ -26,7 +28,8 @@ def refuse_taken(out: Path) -> None:
 @contextmanager
 def built_beside(out: Path) -> Iterator[Path]:
     """A directory to fill, which becomes `out` when the block succeeds and vanishes otherwise."""
-    out.parent.mkdir(parents=True, exist_ok=True)
+    out = out.resolve()  # what a link leads to can be replaced, the link cannot
+    make_directory(out.parent)
     prefix, suffix = f".{out.name}.", ".incomplete"
     build = Path(tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=out.parent))
     try:

@@ -76,7 +76,8 @@ def sample_windows(
         raise UsageError(
             f"the calibration text has {len(ids)} tokens, one window{beside} needs "
             f"{(held_out + 1) * length}",
-            f"give a longer text, or --calib-length {len(ids) // (held_out + 1)} at most",
+            f"give a longer text, --calib-length {len(ids) // (held_out + 1)} at most, "
+            "or fewer --calib-windows",
         )
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randperm(places, generator=generator) * length

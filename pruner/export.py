@@ -90,7 +90,11 @@ def export(
 
 def _float_dtype(checkpoint: Checkpoint, dtype: str) -> str:
     stored = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
-    wanted = str(stored or "bfloat16") if dtype == "auto" else dtype
+    if stored is None:  # as older configs
+        floats = {checkpoint.tensors.dtype(name) for name in checkpoint.names()}
+        known = [name for name, each in _DTYPES.items() if each in floats]
+        stored = known[0] if known else "bfloat16"
+    wanted = str(stored) if dtype == "auto" else dtype
     if wanted not in _DTYPES:
         raise UsageError(f"dtype {wanted!r} is none of {', '.join(_DTYPES)}")
     return wanted
@@ -161,7 +165,7 @@ class _Writer:
         scheme = Scheme.of(weight) if self.form == COMPRESSED else None
         if scheme is None:
             self.dense.append(name)
-            floats = weight.unpack(self.dtype)
+            floats = self._cast(name, weight.unpack(torch.float32))
             return {"weight": floats.T if self.transposed else floats}
         self.schemes[name] = scheme
         return pack_quantized.tensors_of(weight, self.dtype)
@@ -171,7 +175,16 @@ class _Writer:
         module = name.removesuffix(".weight")
         if tensor.dim() == 2 and module != name and "embed" not in module:
             self.dense.append(module)
-        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+        return self._cast(name, tensor) if tensor.is_floating_point() else tensor
+
+    def _cast(self, name: str, floats: Tensor) -> Tensor:
+        made = floats.to(self.dtype)
+        if bool(made.isinf().any()) and not bool(floats.isinf().any()):
+            raise UsageError(
+                f"{name} has numbers that {str(self.dtype).rpartition('.')[2]} cannot hold",
+                "--dtype bfloat16, or float32",
+            )
+        return made
 
 
 def _card(result: ExportResult, checkpoint: Checkpoint) -> str:

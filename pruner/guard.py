@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from .methods import METHODS
-from .methods.base import InputStatistics, Pruned, Target, mixed_error
+from .methods.base import InputStatistics, Lost, Pruned, Target, mixed_lost
 from .recipe import Recipe
+from .solvers.objective import IndefiniteError
 
 BASELINE = "sparsegpt"
 _GUARDED = "admm"
@@ -21,8 +23,36 @@ class Solved:
 
     pruned: Pruned
     method: str
-    held_out_error: float | None = None
-    baseline_error: float | None = None
+    held_out: Lost | None = None
+    baseline: Lost | None = None
+
+    @property
+    def held_out_error(self) -> float | None:
+        """Of what is kept."""
+        return None if self.held_out is None else Lost.relative([self.held_out])
+
+    @property
+    def baseline_error(self) -> float | None:
+        """SparseGPT's."""
+        return None if self.baseline is None else Lost.relative([self.baseline])
+
+
+def together(parts: Sequence[Solved]) -> Solved:
+    """What to say of rows that were solved in parts; the weights are those of the last."""
+    notes = dict.fromkeys(part.pruned.note for part in parts if part.pruned.note)
+    return Solved(
+        replace(parts[-1].pruned, note="; ".join(notes)),
+        " and ".join(sorted({part.method for part in parts})),
+        _sum([part.held_out for part in parts]),
+        _sum([part.baseline for part in parts]),
+    )
+
+
+def _sum(parts: Sequence[Lost | None]) -> Lost | None:
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts):
+        return None
+    return Lost(sum(part.lost for part in known), sum(part.whole for part in known))
 
 
 def held_out_windows(recipe: Recipe) -> int:
@@ -42,14 +72,20 @@ def solve_guarded(
     """Prune fp32 `weight` [N, K] on `fit`; on `check` the result is no worse than SparseGPT's.
 
     Without `check`, too few windows having been given to hold some out, nothing is compared; nor
-    is a baseline, nor a linear so wide that SparseGPT would use up its Hessian.
+    is a baseline, nor a linear so wide that SparseGPT would use up its Hessian. Where ours finds
+    no way, SparseGPT's is taken, which always has one.
     """
-    ours = METHODS[method](weight, fit, target)
+    try:
+        ours = METHODS[method](weight, fit, target)
+    except IndefiniteError as error:
+        theirs = METHODS[BASELINE](weight, fit, target)
+        note = "; ".join(filter(None, (error.message, theirs.note)))
+        return Solved(replace(theirs, note=note), BASELINE)
     if check is None or method != _GUARDED or fit.wide:
         return Solved(ours, method)
     theirs = METHODS[BASELINE](weight, fit, target)
-    error = mixed_error(weight, ours.weight, check, target.mix)
-    baseline = mixed_error(weight, theirs.weight, check, target.mix)
-    if error <= baseline:
-        return Solved(ours, method, error, baseline)
+    lost = mixed_lost(weight, ours.weight, check, target.mix)
+    baseline = mixed_lost(weight, theirs.weight, check, target.mix)
+    if lost.lost <= baseline.lost:
+        return Solved(ours, method, lost, baseline)
     return Solved(theirs, BASELINE, baseline, baseline)

@@ -20,6 +20,7 @@ from ..errors import CheckpointError, UnsupportedModel, UsageError
 from ..files import read_json, write_json, write_text
 from .beside import built_beside, refuse_taken
 from .gguf_file import GgufFile
+from .gguf_gaps import check_gaps, fill_gaps
 
 IMPORT_RECORD = "halfweave-import.json"
 _DTYPES = {
@@ -71,6 +72,7 @@ def plan_import(file: Path, out: Path, dtype: str = "bfloat16") -> ImportPlan:
     """Read the file's tensor table, and refuse what `import_gguf` would before its work."""
     _check(out, dtype)
     source = GgufFile.open(file)
+    check_gaps(source)
     count = source.parameters * _DTYPES[dtype].itemsize
     return ImportPlan(source, dtype, count, count)
 
@@ -89,12 +91,14 @@ def import_gguf(
     Raises:
         UsageError: the file or a needed package is missing, or the dtype is unknown.
         RefusedError: `out` exists and is not empty.
-        UnsupportedModel: transformers knows no way to read this architecture from GGUF.
+        UnsupportedModel: transformers knows no way to read this architecture from GGUF, or would
+            lose a part of the model on it.
         CheckpointError: this is no GGUF file, or it is damaged or cut short.
     """
     tell = progress or (lambda done, total, what: None)
     _check(out, dtype)
     source = GgufFile.open(file)
+    check_gaps(source)
     tell(1, 3, f"read {file.name}")
     with built_beside(out) as build:
         told = f"converted {sum(source.tensor_types.values())} tensors to {dtype}"
@@ -123,6 +127,7 @@ def _convert(source: GgufFile, build: Path, dtype: str, loaded: Callable[[], Non
         (Path(alone) / _SOURCE_NAME).symlink_to(source.path.resolve())
         tokenizer, model = _load(source, Path(alone), _DTYPES[dtype])
         _split_digits(tokenizer, source.pre_tokenizer)
+        fill_gaps(source, tokenizer, model)
     loaded()
     with _quiet_transformers():
         model.save_pretrained(build, max_shard_size="4GB")

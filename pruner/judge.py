@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from ..kernels.formats import PackedLinear
-from .methods.base import InputStatistics
+from .methods.base import InputStatistics, Lost
 from .rows import row_ranges
 
 
-@dataclass(frozen=True)
-class Lost:
-    """||(W - W') X||^2 and ||W X||^2 of some rows, per calibration token."""
-
-    lost: float
-    whole: float
-
-    @staticmethod
-    def relative(parts: Iterable[Lost]) -> float:
-        """What all rows lost, as a part of what was there; 0 when the layer saw no signal."""
-        each = list(parts)
-        whole = sum(part.whole for part in each)
-        return sum(part.lost for part in each) / whole if whole > 0 else 0.0
-
-
 def lost(original: Tensor, stored: PackedLinear, fit: InputStatistics) -> Lost:
-    """Of `original` [N, K] of any float dtype, and of what is stored for it.
+    """||(W - W') X||^2 of `original` W [N, K] of any float dtype, and of what is stored for it, W'.
 
     The tokens are all, or those that were sampled, where inputs are many: a product with their
     Hessian would take as long as the pruning.

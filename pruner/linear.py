@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from ..kernels.formats import PackedLinear, stacked
-from .guard import Solved, solve_guarded
+from .guard import Solved, solve_guarded, together
 from .journal import LinearRecord
-from .judge import Lost, lost
+from .judge import lost
 from .masks import is_n_of_m
 from .methods import admm
-from .methods.base import InputStatistics, Pruned, Target
+from .methods.base import InputStatistics, Lost, Pruned, Target
 from .pack import pack
 from .rows import row_ranges, rows_are_alone
 from .tasks import Tasks
@@ -89,7 +89,8 @@ class Solver:
         def take() -> None:
             found = [wait() for wait in waiting]
             error = Lost.relative(part.lost for part in found)
-            linear.take(found[-1].solved, stacked([part.packed for part in found]), error)
+            solved = together([part.solved for part in found])
+            linear.take(solved, stacked([part.packed for part in found]), error)
 
         return take
 
@@ -101,13 +102,12 @@ class Solver:
         ranges = [slice(0, len(rows))]
         if self._parts(target):
             ranges = list(row_ranges(*rows.shape))
-        packed = []
+        packed, answers = [], []
         for part in ranges:
-            solved = self._solved(rows[part].float(), seen, target)
-            packed.append(pack(solved.pruned, target, rows.dtype, name))
-        if not self.whole:
-            nothing = Pruned(rows.new_empty(0), rows.new_empty(0), note=solved.pruned.note)
-            solved = replace(solved, pruned=nothing)
+            found = self._solved(rows[part].float(), seen, target)
+            packed.append(pack(found.pruned, target, rows.dtype, name))
+            answers.append(found if self.whole else _without_weights(found))
+        solved = together(answers)
         stored = stacked(packed)
         return SolvedRows(stored, solved, lost(rows, stored, seen.fit))
 
@@ -127,6 +127,11 @@ class Solver:
                 rounded = admm.quantize(weight, weight != 0, seen.fit, target)
                 return Solved(replace(rounded, note=f"was {pattern.text} already"), "round")
         return solve_guarded(self.method, weight, seen.fit, seen.check, target)
+
+
+def _without_weights(solved: Solved) -> Solved:
+    nothing = solved.pruned.weight.new_empty(0)
+    return replace(solved, pruned=Pruned(nothing, nothing, note=solved.pruned.note))
 
 
 @dataclass(frozen=True)

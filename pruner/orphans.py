@@ -118,6 +118,10 @@ def layout_of(directory: Path, config: Mapping[str, Any]) -> str:
     quantize = directory / "quantize_config.json"
     if quantize.is_file():
         said.append(read_json(quantize).get("checkpoint_format"))
+    if block.get("transform_config"):
+        raise UnsupportedModel(
+            "quantization_config: its weights are turned by a transform, which is not undone here"
+        )
     known = [name for name in said if name in _READERS]
     if known:
         _check_scales(block)
@@ -249,7 +253,10 @@ class _Writer:
         aside = _ASIDE if self.layout == "pack-quantized" else ()
         for tensor in self.tensors.names():
             name, _, suffix = tensor.rpartition(".")
-            whole = name if suffix in (*suffixes, *aside) and name in linears else tensor
+            inside = suffix in (*suffixes, *aside)
+            if inside and suffix != "weight" and name not in linears:
+                raise UnsupportedModel(f"{tensor}: {name} is packed, and is no linear of a block")
+            whole = name if inside and name in linears else tensor
             if whole not in seen:
                 seen.add(whole)
                 files[self.tensors.file_of(tensor).name].append(whole)

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from ..errors import RefusedError, UsageError
-from ..files import sync_directory
+from ..files import make_directory, sync_directory
 from ..kernels.schema import (
     JOURNAL_FILE,
     MANIFEST_FILE,
@@ -27,7 +27,7 @@ _OUR_DIRECTORIES = (STEPS_DIRECTORY, MEASURED_DIRECTORY, REPORT_DIRECTORY)
 def prepare_directory(source: Path, out: Path, resume: bool, overwrite: bool) -> Path:
     """Make `out`, or check that it may be written to; raises as `check_directory`."""
     check_directory(source, out, resume, overwrite)
-    out.mkdir(parents=True, exist_ok=True)
+    make_directory(out)
     return out
 
 
@@ -35,7 +35,7 @@ def check_directory(source: Path, out: Path, resume: bool, overwrite: bool) -> N
     """See that a model of `source` may be written to `out`, which is left as it is.
 
     Raises:
-        UsageError: both `resume` and `overwrite`.
+        UsageError: both `resume` and `overwrite`; or it is to be below a file.
         RefusedError: it is the input, a file, or holds something that is not ours to replace.
     """
     if resume and overwrite:
@@ -47,6 +47,9 @@ def check_directory(source: Path, out: Path, resume: bool, overwrite: bool) -> N
         raise RefusedError(f"{out} is the input; the input is never modified")
     if out.exists() and not out.is_dir():
         raise RefusedError(f"{out} is a file")
+    above = next(parent for parent in out.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise UsageError(f"{out} cannot be made: {above} is a file", "choose another directory")
     entries = {entry.name for entry in out.iterdir()} if out.exists() else set()
     unfinished = JOURNAL_FILE in entries
     if entries and not unfinished and MANIFEST_FILE not in entries:

@@ -53,6 +53,27 @@ def plan_prune(model: str | Path, recipe: Recipe, device: str = "cpu") -> Plan:
     return _planned(Source.open(model, device), recipe)
 
 
+def rehearse(
+    model: str | Path,
+    out: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    device: str = "cpu",
+    ray: str | None = None,
+) -> Plan:
+    """The plan of a run, and all that can refuse it before its work but the room for it.
+
+    Writes nothing; raises as `prune` does.
+    """
+    recipe = recipe or Recipe()
+    source = Source.open(model, device)
+    plan = _planned(source, recipe)
+    text = load_text(recipe.calib)
+    with explained_memory(), _tasks(ray, source) as tasks:
+        _ready(replace(source, tasks=tasks), Path(out), recipe, plan, text, None)
+    return plan
+
+
 def prune(
     model: str | Path,
     out: str | Path,

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from ..errors import CapacityError, UsageError
+from ..errors import CapacityError, UnsupportedModel, UsageError
 from ..kernels.device import available_memory_bytes, parse_device
 from ..kernels.formats import Dense, expected_tensors, needs_group
+from ..runtime.families import decoder_spec
 from .budget.head import check_head
 from .cost import estimate_memory, estimate_scratch, estimate_seconds
 from .disk import check_disk
@@ -47,6 +48,7 @@ class Plan:
     peak_memory_bytes: int  # of `device`
     seconds: float
     device: str
+    unserved: str | None = None  # why the result cannot be evaluated or served here
 
     @property
     def kept_dense(self) -> tuple[PlannedLinear, ...]:
@@ -103,6 +105,7 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
         peak_memory_bytes=estimate_memory(source, linears, recipe),
         seconds=estimate_seconds(source, linears, recipe),
         device=str(source.device),
+        unserved=_unserved(source),
     )
 
 
@@ -123,6 +126,14 @@ def check_capacity(plan: Plan, out: Path, held: int) -> None:
             "--recover distill, and for matrices as wide as this machine --method sparsegpt",
         )
     check_disk(plan.output_bytes + plan.scratch_bytes, out, held)
+
+
+def _unserved(source: Source) -> str | None:
+    try:
+        decoder_spec(source.config)
+    except UnsupportedModel as error:
+        return error.message
+    return None
 
 
 def _check_length(source: Source, recipe: Recipe) -> None:

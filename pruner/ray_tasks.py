@@ -68,18 +68,35 @@ def on_ray(address: str) -> Iterator[OnRay]:
             f"--ray {LOCAL} starts one here",
         ) from error
     try:
-        workers = int(ray.cluster_resources().get("CPU", 0)) // threads
+        # A task computes on one machine, however many there are.
+        rooms = {
+            node["NodeID"]: int(node["Resources"].get("CPU", 0)) // threads for node in _alive()
+        }
+        workers = sum(rooms.values())
         if workers < 1:
             raise UsageError(
-                f"Ray has fewer than the {threads} CPUs that a task computes with",
+                f"no machine of Ray has the {threads} CPUs that a task computes with",
                 f"OMP_NUM_THREADS=1 halfweave prune ... --ray {address}",
             )
         remote = ray.remote(_run).options(num_cpus=threads, max_retries=_RETRIES)
         tasks = OnRay(workers, threads, remote)
-        _check_versions(tasks.submit(_versions)())
+        for node in (node for node, room in rooms.items() if room):
+            _check_versions(ray.get(remote.options(**_only_on(node)).remote(threads, _versions)))
         yield tasks
     finally:
         ray.shutdown()
+
+
+def _alive() -> list[Any]:
+    import ray
+
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def _only_on(node: str) -> dict[str, Any]:
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
 
 
 def _run(threads: int, function: Callable[..., T], *args: Any) -> T:

@@ -16,6 +16,13 @@ from .recover.windows import MOST_SEED
 
 METHODS = ("admm", "sparsegpt", "wanda", "magnitude")
 BITS = (16, 8, 4)
+_OF_DISTILLATION = (
+    "recover_minutes",
+    "recover_tokens",
+    "recover_precision",
+    "recover_rate",
+    "recover_ce",
+)
 IMPORTED = {"method": "imported"}  # in a recipe's place, where another tool chose the weights
 RECOVERIES = ("none", "blocks", "distill", "blocks+distill")
 # What a linear may become under a quality budget, by the format it is then stored in.
@@ -223,12 +230,19 @@ class Recipe:
         A budget among them, or its 0, replaces the other budget and what was chosen for it.
 
         Raises:
-            UsageError: an impossible value; or a pattern or bits, be they the defaults, beside a
-                budget or choices.
+            UsageError: an impossible value; a pattern or bits, be they the defaults, beside a
+                budget or choices; or a setting of distillation where there is none.
         """
         budgets = {"max_ppl_ratio": 0.0, "target_bytes": 0.0}
         before = {**budgets, "choices": {}} if changes.keys() & budgets.keys() else {}
         found = replace(self, **{**before, **changes})
+        idle = [name for name in changes if name in _OF_DISTILLATION and not found.distills]
+        if idle:
+            flag = f"--{idle[0].replace('_', '-')}"
+            raise UsageError(
+                f"{flag} says how the whole model is trained, and it is not",
+                f"add --recover distill, or leave {flag} out",
+            )
         if changes.keys() & {"pattern", "bits"}:
             found._require_one_format()
         return found

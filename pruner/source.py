@@ -16,7 +16,7 @@ from ..files import find_directory, read_json, sha256_file
 from ..kernels.device import parse_device
 from ..kernels.formats import FLOAT_DTYPES
 from ..kernels.shards import ShardedTensors
-from ..runtime.checkpoint import Checkpoint
+from ..runtime.checkpoint import Checkpoint, check_tied
 from ..runtime.families.names import asks_for_own_code, is_ignored, with_base_prefix
 from .families import family_of
 from .family import Family
@@ -76,6 +76,8 @@ class Source:
             )
         family = family_of(config)
         tensors = with_base_prefix(config, ShardedTensors.open(directory))
+        if family.tied:
+            check_tied(tensors, family.embedding, family.head)
         source = cls(directory, config, family, tensors, device=where)
         for index in range(source.block_count):
             for name in source.linear_names(index):
@@ -222,7 +224,9 @@ def token_ids(source: Source, text: str) -> list[int]:
         tokenizer = AutoTokenizer.from_pretrained(
             source.path, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged one raises Exception itself
         raise CheckpointError(f"{source.path}: no usable tokenizer: {error}") from error
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids

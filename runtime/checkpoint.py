@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, RefusedError
@@ -68,7 +69,6 @@ class Checkpoint:
             manifest.check_sizes(directory)  # says more of a file cut off than its reader can
         tensors = with_base_prefix(config, ShardedTensors.open(directory))
         stamps = {file: _stamp(file) for file in tensors.files}
-        _refuse_extra_shards(directory, tensors)
         if manifest is not None:
             _check_files(directory, manifest, tensors, verify)
         document = None if manifest is None else manifest.document
@@ -167,12 +167,20 @@ def _refuse_links_out(directory: Path) -> None:
             raise RefusedError(f"{entry} is a link that leads out of the directory")
 
 
-def _refuse_extra_shards(directory: Path, tensors: ShardedTensors) -> None:
-    """A shard that no index lists is left over from another model, or was slipped in."""
-    listed = {file.name for file in tensors.files}
-    for file in sorted(directory.glob("model*.safetensors")):
-        if file.name not in listed:
-            raise CheckpointError(f"{file} belongs to no index of this model", "move it away")
+def check_tied(tensors: ShardedTensors, embedding: str, head: str) -> None:
+    """See that a head which is the embedding is not stored as another one.
+
+    Raises:
+        CheckpointError: it is; tools disagree on which of the two counts.
+    """
+    if f"{head}.weight" not in tensors:
+        return
+    if not torch.equal(tensors.read(f"{embedding}.weight"), tensors.read(f"{head}.weight")):
+        raise CheckpointError(
+            f"{tensors.directory}: config.json says that {head} is {embedding}, and the files hold "
+            "two that differ",
+            'if the head is one of its own, set "tie_word_embeddings": false in config.json',
+        )
 
 
 def _stamp(file: Path) -> tuple[int, int, int]:

@@ -50,8 +50,10 @@ def gpu_choices(linears: Sequence[LinearReport], card: str) -> list[GpuChoice]:
     Raises:
         UsageError: the card is not known.
     """
-    if card not in CARDS:
+    known = {name.lower(): name for name in CARDS}
+    if card.lower() not in known:
         raise UsageError(f"card {card!r} is none of {', '.join(CARDS)}")
+    card = known[card.lower()]
     kinds = Counter(kind for kind in _products(linears) if kind[0] in _PACKED)
     return [
         _choice(kind, count, tokens, CARDS[card])

@@ -10,7 +10,7 @@ import torch
 from ..errors import CheckpointError, HalfweaveError, UnsupportedModel, UsageError
 from ..kernels.cpu.library import library
 from ..kernels.device import parse_device
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, check_tied
 from .decoder import Decoder
 from .families import decoder_spec
 from .fused import FusedBits, FusedDecoder, lacking
@@ -90,6 +90,8 @@ def load_model(
     where = parse_device(device)
     checkpoint = Checkpoint.open(path, verify)
     spec = decoder_spec(checkpoint.config)
+    if spec.tied:
+        check_tied(checkpoint.tensors, spec.names.embedding, spec.names.head)
     tokenizer = Tokenizer.open(checkpoint.path)
     _check_vocabulary(checkpoint.path, spec, tokenizer)
     bits = FusedBits(head_bits, kv_bits)

@@ -150,6 +150,15 @@ def test_a_run_that_trains_tells_how_long_and_what_came_of_it(
 # ---- recover
 
 
+def test_settings_of_a_training_that_nobody_asked_for_are_no_wish(
+    halfweave: Command, tiny_model: Path, tmp_path: Path
+) -> None:
+    """The model would not be trained, and whoever forgot --recover would believe that it was."""
+    ran = halfweave("prune", tiny_model, tmp_path / "out", *QUICK, "--recover-minutes", 5)
+    assert_error(ran, 2, "--recover-minutes says how", "add --recover distill")
+    assert not (tmp_path / "out").exists()
+
+
 def test_recover_shows_its_steps_what_it_did_and_the_next_command(
     halfweave: Command, tiny_model: Path, pruned: Path, tmp_path: Path
 ) -> None:

@@ -48,6 +48,15 @@ def test_a_dry_run_is_refused_where_the_run_would_be(
     assert_error(halfweave("prune", tiny_model, taken, *dry), 3, "holds other files")
     assert_error(halfweave("prune", tiny_model, pruned, *dry), 3, "a finished model", "--overwrite")
     assert halfweave("prune", tiny_model, pruned, "--overwrite", *dry).code == 0
+    (tmp_path / "file").write_text("mine")
+    for more in ((), ("--dry-run",)):
+        below = halfweave("prune", tiny_model, tmp_path / "file" / "out", *QUICK, *more)
+        assert_error(below, 2, "file is a file", "another directory")
+    text = halfweave("prune", tiny_model, tmp_path / "new", *dry, "--calib", tmp_path / "absent")
+    assert_error(text, 2, "cannot be read")
+    many = ("--calib-windows", 100000, "--calib-length", 256)
+    windows = halfweave("prune", tiny_model, tmp_path / "new", *dry, *many)
+    assert_error(windows, 2, "the calibration text has", "fewer --calib-windows")
     flags = ("--parent", tiny_model, "--minutes", 2, "--dry-run")
     assert_error(halfweave("recover", pruned, pruned, *flags), 3, "is the input")
     before = written(tmp_path)

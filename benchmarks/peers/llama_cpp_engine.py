@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 import time
+from typing import Any
 
 import llama_cpp
 from worker import Engine, serve
 
 MOST_POSITIONS, MOST_SEQUENCES = 1024, 16
+FLASH_OFF, FLASH_ON = 0, 1  # llama_flash_attn_type
+TRIED_DEPTH, TRIED_TOKENS, TRIALS = 512, 8, 3
 _quiet = llama_cpp.llama_log_callback(lambda level, message, data: None)
 
 
@@ -21,20 +25,53 @@ class LlamaCpp(Engine):
     def __init__(self, path: str, threads: int) -> None:
         llama_cpp.llama_log_set(_quiet, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
-        model = llama_cpp.llama_model_load_from_file(
+        self._model = llama_cpp.llama_model_load_from_file(
             path.encode(), llama_cpp.llama_model_default_params()
         )
+        if not self._model:
+            raise RuntimeError(f"llama.cpp does not load {path}")
+        self._threads = threads
+        self._batch = llama_cpp.llama_batch_init(512, 0, 1)
+        self._context = self._made(FLASH_ON)
+        self._memory = llama_cpp.llama_get_memory(self._context)
+        self._chosen = False
+
+    def answer(self, ask: dict[str, Any], salt: int) -> dict[str, Any]:
+        if not self._chosen:
+            self._choose_attention()
+        return super().answer(ask, salt)
+
+    def _choose_attention(self) -> None:
+        """With flash attention or without, whichever decodes faster: its best is compared."""
+        with_it = self._tried()
+        self._renew(FLASH_OFF)
+        without = self._tried()
+        if with_it < without:
+            self._renew(FLASH_ON)
+        print(f"flash attention: {with_it:.3f} s with it, {without:.3f} without", file=sys.stderr)
+        self._chosen = True
+
+    def _tried(self) -> float:
+        return min(self.decode(TRIED_DEPTH, TRIED_TOKENS, 1) for _ in range(TRIALS))
+
+    def _renew(self, flash: int) -> None:
+        """One context at a time, since what it takes of memory is told."""
+        llama_cpp.llama_free(self._context)
+        self._context = self._made(flash)
+        self._memory = llama_cpp.llama_get_memory(self._context)
+
+    def _made(self, flash: int) -> Any:
         settings = llama_cpp.llama_context_default_params()
         settings.n_ctx = MOST_POSITIONS * 4
         settings.n_batch = settings.n_ubatch = 512
         settings.n_seq_max = MOST_SEQUENCES
         settings.kv_unified = True
-        settings.n_threads = settings.n_threads_batch = threads
-        self._context = llama_cpp.llama_init_from_model(model, settings)
-        if not model or not self._context:
-            raise RuntimeError(f"llama.cpp does not load {path}")
-        self._memory = llama_cpp.llama_get_memory(self._context)
-        self._batch = llama_cpp.llama_batch_init(512, 0, 1)
+        settings.n_threads = settings.n_threads_batch = self._threads
+        settings.flash_attn_type = flash
+        context = llama_cpp.llama_init_from_model(self._model, settings)
+        if not context:
+            raise RuntimeError("llama.cpp makes no context")
+        return context
 
     def prefill(self, ids: list[int]) -> float:
         llama_cpp.llama_memory_clear(self._memory, True)

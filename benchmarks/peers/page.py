@@ -35,6 +35,9 @@ SmolLM2-135M-Instruct in every engine's format, {hardware}, kernels at level `{l
   dense model.
 - Heads: 8 bits in our 4-bit models, but for the line that says 4, and in llama.cpp's; bf16 in our
   bf16 ones.
+- llama.cpp is that of the package llama-cpp-python of the version told, built from source for this
+  processor: 4096 positions in one cache for 16 sequences, batches of 512, flash attention if it
+  decodes faster with it behind 512 tokens, all else as by default, called through its C API.
 - Batches: llama.cpp and halfweave only; the others' interfaces were not driven with batches.
 - RSS is the process's greatest, Python and its libraries included.
 {missing}{tables}{products}"""

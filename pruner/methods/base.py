@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -125,10 +125,25 @@ def relative_error(original: Tensor, pruned: Tensor, hessian: Tensor) -> float:
     return float(lost / whole) if float(whole) > 0 else 0.0
 
 
-def mixed_error(original: Tensor, pruned: Tensor, statistics: InputStatistics, mix: float) -> float:
+@dataclass(frozen=True)
+class Lost:
+    """What some rows lost, per calibration token, and ||W X||^2, which they had."""
+
+    lost: float
+    whole: float
+
+    @staticmethod
+    def relative(parts: Iterable[Lost]) -> float:
+        """What all rows lost, as a part of what was there; 0 when the layer saw no signal."""
+        each = list(parts)
+        whole = sum(part.whole for part in each)
+        return sum(part.lost for part in each) / whole if whole > 0 else 0.0
+
+
+def mixed_lost(original: Tensor, pruned: Tensor, statistics: InputStatistics, mix: float) -> Lost:
     """As `relative_error`, against what a method with this `mix` aims at.
 
-    That is ||W (X^ + mix (X - X^)) - W' X^||^2 / ||W X^||^2, X being the dense model's inputs and
+    That is ||W (X^ + mix (X - X^)) - W' X^||^2 of ||W X^||^2, X being the dense model's inputs and
     X^ the real ones; `statistics` must hold drift and shift where mix is not 0.
     """
     difference = pruned - original
@@ -137,4 +152,4 @@ def mixed_error(original: Tensor, pruned: Tensor, statistics: InputStatistics, m
         lost -= 2 * mix * ((original @ statistics.drift) * difference).sum()
         lost += mix**2 * ((original @ statistics.shift) * original).sum()
     whole = ((original @ statistics.hessian) * original).sum()
-    return float(lost / whole) if float(whole) > 0 else 0.0
+    return Lost(float(lost), float(whole))

@@ -63,6 +63,10 @@ class Curvature:
         return moved
 
 
+class IndefiniteError(HalfweaveError):
+    """A Hessian that cannot be made positive definite: the inputs are not usable."""
+
+
 def damp(hessian: Tensor, damping: float) -> Curvature:
     """`hessian` [K, K], damped until it is positive definite.
 
@@ -70,7 +74,7 @@ def damp(hessian: Tensor, damping: float) -> Curvature:
     and loud inputs are both held.
 
     Raises:
-        HalfweaveError: no damping of the ladder is enough; the inputs are not usable.
+        IndefiniteError: no damping of the ladder is enough.
     """
     diagonal = hessian.diagonal()
     floor = diagonal.mean().clamp_min(torch.finfo(torch.float32).tiny)
@@ -79,7 +83,7 @@ def damp(hessian: Tensor, damping: float) -> Curvature:
         damped = hessian + torch.diag(0.5 * raised * (floor + diagonal))
         if int(torch.linalg.cholesky_ex(damped.double())[1]) == 0:
             return Curvature(damped, raised)
-    raise HalfweaveError(
+    raise IndefiniteError(
         f"the Hessian of a linear with {len(hessian)} inputs is not positive definite, even with "
         f"damping {raised:g}",
         "calibrate on more or other text, or raise --damping",

@@ -40,7 +40,8 @@ def check_turned(spec: DecoderSpec) -> None:
 
 
 def _merged(config: Mapping[str, Any]) -> dict[str, Any]:
-    block = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    # Where a config has both, the older name is what somebody added: transformers takes it, too.
+    block = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(block, dict):
         raise CheckpointError("config.json: the rope parameters are not an object")
     older = {

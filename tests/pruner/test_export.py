@@ -13,7 +13,15 @@ from halfweave.pruner.pack_quantized import pack
 from halfweave.runtime.model import load_model
 from safetensors.torch import load_file
 from support.command import Command, assert_error
-from support.tiny import FAMILIES, Tiny, dense_model, pack_directory, save_tiny
+from support.tiny import (
+    FAMILIES,
+    Tiny,
+    dense_model,
+    edit_json,
+    pack_directory,
+    save_tiny,
+    set_weight,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 # Widths that whole groups of 32 fill.
@@ -106,6 +114,24 @@ def test_floats_have_no_codes_to_export(tmp_path: Path) -> None:
     with pytest.raises(RefusedError, match="no linear of this model has codes"):
         export(model, tmp_path / "out", "compressed-tensors")
     assert {entry.name for entry in tmp_path.iterdir()} == {"tiny", "packed", "packed-dense"}
+
+
+def test_floats_are_those_of_the_files_where_the_config_does_not_tell(tmp_path: Path) -> None:
+    model = packed(tmp_path, "int8")
+    edit_json(model / "config.json", lambda config: config.pop("dtype"))
+    set_weight(model, "model.norm.weight", lambda w: w.copy_(w + 1e-5))
+    stored = load_file(model / "model.safetensors")["model.norm.weight"]
+    assert export(model, tmp_path / "out").dtype == str(stored.dtype).rpartition(".")[2]
+    assert torch.equal(load_file(tmp_path / "out/model.safetensors")["model.norm.weight"], stored)
+
+
+def test_numbers_that_a_dtype_cannot_hold_are_no_infinities(tmp_path: Path) -> None:
+    model = packed(tmp_path, "sparse24")
+    set_weight(model, "model.norm.weight", lambda w: w.fill_(1e5))
+    with pytest.raises(UsageError, match=r"model.norm.weight .* float16 cannot hold"):
+        export(model, tmp_path / "out", dtype="float16")
+    assert not (tmp_path / "out").exists()
+    export(model, tmp_path / "out", dtype="bfloat16")
 
 
 def test_wrong_calls_and_damaged_models_leave_nothing(tmp_path: Path) -> None:

@@ -333,6 +333,21 @@ def test_what_is_nothing_of_the_kind_is_refused(tmp_path: Path) -> None:
     edit_json(source / "config.json", lambda config: config.update(quantization_config=block))
     with pytest.raises(UnsupportedModel, match="none of sparse-24-bitmask"):
         import_orphan(source, tmp_path / "out")
+    block = compressed("dense", sparsity_config=SPARSITY, transform_config={"config_groups": {}})
+    edit_json(source / "config.json", lambda config: config.update(quantization_config=block))
+    with pytest.raises(UnsupportedModel, match="turned by a transform"):
+        import_orphan(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_packed_head_is_refused(tmp_path: Path) -> None:
+    source = orphan(tmp_path, packed_ints, compressed("pack-quantized"))
+    tensors = load_file(source / "model.safetensors")
+    head = packed_ints(tensors["model.embed_tokens.weight"].float())
+    tensors |= {f"lm_head.{suffix}": part for suffix, part in head.items()}
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UnsupportedModel, match="lm_head is packed, and is no linear of a block"):
+        import_orphan(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -10,7 +10,7 @@ from halfweave.errors import HalfweaveError
 from halfweave.kernels.groups import expand_groups
 from halfweave.pruner.masks import is_n_of_m, keep_above_quantile
 from halfweave.pruner.methods import METHODS, InputStatistics, Target
-from halfweave.pruner.methods.base import mixed_error, relative_error
+from halfweave.pruner.methods.base import Lost, mixed_lost, relative_error
 from halfweave.pruner.recipe import Pattern
 from halfweave.pruner.solvers.alternate import find_support
 from halfweave.pruner.solvers.descent import descend, move_groups
@@ -89,7 +89,7 @@ def test_the_mixed_error_is_that_of_the_outputs() -> None:
     for mix in (0.0, 0.5, 1.0):
         wanted = (now + mix * moved) @ weight.T
         expected = (wanted - now @ other.T).square().sum() / (now @ weight.T).square().sum()
-        error = mixed_error(weight, other, statistics, mix)
+        error = Lost.relative([mixed_lost(weight, other, statistics, mix)])
         assert error == pytest.approx(float(expected), rel=1e-4)
 
 

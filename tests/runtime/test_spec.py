@@ -46,6 +46,8 @@ def test_both_spellings_of_rope_mean_the_same() -> None:
     oldest = {**CONFIG, "rope_scaling": {"type": "linear", "factor": 2.0}}
     linear = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
     newest = {**CONFIG, "rope_parameters": linear}
+    # As transformers: somebody has added the older block to a config of today.
+    assert decoder_spec({**oldest, "rope_parameters": LLAMA3_ROPE}) == decoder_spec(oldest)
     assert decoder_spec(oldest).positions == decoder_spec(newest).positions
 
 
