@@ -56,7 +56,7 @@ class Target:
             raise UsageError("an address has no user and no password in it", "--api-key KEY")
         key = self.api_key or ""
         if not (key.isascii() and key.isprintable()) or key != key.strip():
-            raise UsageError("the API key has characters, or blanks at an end, that no header has")
+            raise UsageError("the API key has a blank at an end, or what no header can hold")
 
     def __repr__(self) -> str:
         return f"Target({self.url}, {self.model})"

@@ -201,12 +201,14 @@ def _one_line(text: str) -> str:
 
 
 def plain(value: Any) -> Any:
-    """As JSON has it: dataclasses as objects, paths as text, infinity and NaN as null.
+    """As JSON has it: dataclasses as objects, but for fields that are not shown, paths as text,
+    infinity and NaN as null.
 
     Bytes of a name that are no UTF-8 are spelled out, since no file could hold them.
     """
     if is_dataclass(value):
-        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+        shown = (field.name for field in fields(value) if field.repr)
+        return {name: plain(getattr(value, name)) for name in shown}
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, str | PurePath):

@@ -73,9 +73,9 @@ class Pruning:
 
     pattern: Annotated[str | None, Flag(help="2:4, 4:8, N:M, 50% or dense. [2:4]")] = None
     method: Annotated[str | None, Flag(help="admm, sparsegpt, wanda, magnitude. [admm]")] = None
-    bits: Annotated[int | None, Flag(help="Of a weight: 16, 4, or, with dense, 8. [16]")] = None
+    bits: Annotated[int | None, Flag(help="Of a kept weight: 16, 4; 8 with dense. [16]")] = None
     group: Annotated[
-        int | None, Flag(help="Weights a scale, with 4 bits: 128, 64 or 32. [128]")
+        int | None, Flag(help="With 4 bits, weights that share a scale: 128, 64 or 32. [128]")
     ] = None
     calib: Annotated[str | None, Flag(help="UTF-8 text file to calibrate on. [builtin]")] = None
     calib_windows: Annotated[int | None, Flag(help="Calibration windows. [64]")] = None
@@ -108,10 +108,10 @@ class Pruning:
     ] = None
     block_epochs: Annotated[int | None, Flag(help="Epochs of each block's tuning. [4]")] = None
     max_ppl_ratio: Annotated[
-        float | None, Flag(help="Budget: perplexity over the dense model's, such as 1.15. [unset]")
+        float | None, Flag(help="Budget: perplexity over the dense model's, such as 1.15. [0.0]")
     ] = None
     target_bytes: Annotated[
-        float | None, Flag(help="Budget: share of the dense weight files, such as 0.4. [unset]")
+        float | None, Flag(help="Budget: share of the dense weight files, such as 0.4. [0.0]")
     ] = None
     strict: Annotated[
         bool | None, Flag("--strict", help="Fail if a layer cannot take the pattern.")

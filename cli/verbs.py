@@ -447,7 +447,7 @@ def export_model(
     model: ModelDir,
     out: OutDir,
     output: Output,
-    form: Annotated[str, Flag(help="dense, or compressed-tensors, which is int4.")] = "dense",
+    form: Annotated[str, Flag(help="dense, or compressed-tensors: int4 or int8.")] = "dense",
     dtype: Annotated[str, Flag(help="Of floats: auto, bfloat16, float16 or float32.")] = "auto",
 ) -> None:
     """Write a pruned model for other tools: dense with zeros, or compressed-tensors int4."""

@@ -224,9 +224,9 @@ def _read_index(index: Path) -> dict[str, str]:
 def _refuse_others(directory: Path, files: Sequence[Path]) -> None:
     """A shard that no index lists is left over from another model, or was slipped in."""
     listed = {file.name for file in files}
-    for file in sorted(directory.glob("model*.safetensors")):
+    for file in sorted((*directory.glob(SINGLE_FILE), *directory.glob("model-*.safetensors"))):
         if file.name not in listed:
-            raise CheckpointError(f"{file} belongs to no index of this model", "move it away")
+            raise CheckpointError(f"{file} is no part of this model", "move it away")
 
 
 def _check_index(index: Path, placed: Mapping[str, str], found: Mapping[str, TensorInfo]) -> None:

@@ -17,7 +17,7 @@ from .source import SIDE_FILES
 
 def refuse_taken(out: Path) -> None:
     """Raise RefusedError unless `out` is free, or an empty directory that can be replaced."""
-    if out.resolve() == Path.cwd():
+    if out.is_dir() and out.samefile(Path.cwd()):
         raise RefusedError(f"{out} is the working directory", "name another one")
     if out.is_dir() and not any(out.iterdir()):
         return

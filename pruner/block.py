@@ -14,10 +14,10 @@ from ..kernels.formats import Dense
 from .cost import is_staged, looks_back
 from .guard import Solved, held_out_windows
 from .journal import LinearRecord
-from .judge import Lost, lost
+from .judge import lost
 from .linear import Linear, Solver
 from .methods import admm
-from .methods.base import InputStatistics
+from .methods.base import InputStatistics, Lost
 from .pack import pack
 from .plan import Plan
 from .recipe import Recipe

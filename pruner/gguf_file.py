@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,28 +24,19 @@ class GgufFile:
     """The facts of a GGUF file that its importer needs. Make it with `open`.
 
     `facts` are all metadata of one value, by key; `rope_factors` those of the tensor `rope_freqs`.
+    What is not shown is not in documents either.
     """
 
     path: Path
     sha256: str
     architecture: str
-    facts: Mapping[str, Any]
+    license: str | None
+    pre_tokenizer: str | None
     tensor_types: dict[str, int]
-    tensor_names: frozenset[str]
-    rope_factors: tuple[float, ...]
     parameters: int
-
-    @property
-    def license(self) -> str | None:
-        """Its name, if the file tells."""
-        found: str | None = self.facts.get("general.license")
-        return found
-
-    @property
-    def pre_tokenizer(self) -> str | None:
-        """How a byte-level tokenizer splits a text, by the name that llama.cpp has for it."""
-        found: str | None = self.facts.get("tokenizer.ggml.pre")
-        return found
+    facts: Mapping[str, Any] = field(repr=False)
+    tensor_names: frozenset[str] = field(repr=False)
+    rope_factors: tuple[float, ...] = field(repr=False)
 
     def fact(self, name: str) -> Any:
         """What it tells of its architecture under that name; None where it does not."""
@@ -65,8 +56,7 @@ class GgufFile:
             CheckpointError: this is no GGUF file, or it is damaged or cut short.
         """
         _check_magic(path)
-        reader = _reader(path)
-        facts = _facts(reader)
+        reader, facts = _read(path)
         architecture = facts.get("general.architecture")
         if not isinstance(architecture, str):
             raise CheckpointError(f"{path} names no architecture: it is not a model")
@@ -74,6 +64,8 @@ class GgufFile:
             path=path,
             sha256=sha256_file(path),
             architecture=architecture,
+            license=facts.get("general.license"),
+            pre_tokenizer=facts.get("tokenizer.ggml.pre"),
             facts=facts,
             tensor_types=dict(Counter(t.tensor_type.name for t in reader.tensors)),
             tensor_names=frozenset(tensor.name for tensor in reader.tensors),
@@ -117,14 +109,16 @@ def _check_magic(path: Path) -> None:
         raise CheckpointError(f"{path} is not a GGUF file: it starts with {magic!r}")
 
 
-def _reader(path: Path) -> Any:
+def _read(path: Path) -> tuple[Any, dict[str, Any]]:
+    """The package's reader, and the metadata of one value each."""
     try:
         from gguf import GGUFReader
     except ImportError as error:
         raise UsageError("reading GGUF files needs the package gguf", _INSTALL) from error
     try:
         # A file cut short shows up as an index or a shape that its bytes cannot fill.
-        return GGUFReader(path)
+        reader = GGUFReader(path)
+        return reader, _facts(reader)
     except (ValueError, IndexError, KeyError, OverflowError, TypeError) as error:
         raise CheckpointError(
             f"{path} is damaged or cut short: {error}", "fetch the file again"
@@ -136,7 +130,7 @@ def _facts(reader: Any) -> dict[str, Any]:
     from gguf import GGUFValueType
 
     return {
-        key: field.contents()
-        for key, field in reader.fields.items()
-        if field.types and field.types[0] != GGUFValueType.ARRAY
+        key: entry.contents()
+        for key, entry in reader.fields.items()
+        if entry.types and entry.types[0] != GGUFValueType.ARRAY
     }

@@ -16,12 +16,15 @@ import torch
 from ..errors import UnsupportedModel
 from .gguf_file import GgufFile
 
-# How byte-level tokenizers split a text before merging. Others are split like GPT-2's, wrongly.
-_KNOWN_SPLITS = frozenset(
-    {"default", "gpt-2", "smollm", "llama3", "llama-v3", "llama-bpe", "tekken", "qwen2"}
-    | {"deepseek-r1-qwen"}
+# Ways to split a text before bytes are merged that the reader knows, or that are GPT-2's, which it
+# takes for all others. With the first ones llama.cpp begins a text with a token, and takes whole
+# words that are tokens before it merges.
+_WHOLE_WORDS = frozenset(
+    ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "tekken")
 )
-_LLAMA3_SPLITS = frozenset({"llama3", "llama-v3", "llama-bpe"})
+_KNOWN_SPLITS = _WHOLE_WORDS | frozenset(
+    ("default", "gpt-2", "smollm", "smaug-bpe", "qwen2", "deepseek-r1-qwen", "megrez", "kormo")
+)
 # The 27B models of Gemma 2 and 3, known by their blocks, divide scores by another number.
 _GEMMA_27B_BLOCKS = {"gemma2": 46, "gemma3": 62}
 _LLAMA3_ROPE = {
@@ -58,7 +61,7 @@ def fill_gaps(source: GgufFile, tokenizer: Any, model: Any) -> None:
     ends = [source.facts.get("tokenizer.ggml.eos_token_id"), end]
     if end is not None and end != ends[0]:
         model.generation_config.eos_token_id = [each for each in ends if each is not None]
-    if source.pre_tokenizer in _LLAMA3_SPLITS:
+    if source.pre_tokenizer in _WHOLE_WORDS:
         tokenizer.backend_tokenizer.model.ignore_merges = True
         if "tokenizer.ggml.add_bos_token" not in source.facts:
             tokenizer.add_bos_token = True
@@ -79,8 +82,10 @@ def rope_of(source: GgufFile) -> dict[str, Any] | None:
         return _llama3(source)
     if kind not in (None, "none", "linear"):
         raise _refused(source, f"its positions are stretched by {str(kind)!r}")
-    factor = factor if kind == "linear" else older
-    return {"rope_type": "linear", "factor": float(factor)} if factor not in (None, 1) else None
+    factor = older if factor is None else factor
+    if kind == "none" or factor in (None, 0, 1):
+        return None
+    return {"rope_type": "linear", "factor": float(factor)}
 
 
 def _llama3(source: GgufFile) -> dict[str, Any]:
@@ -99,13 +104,14 @@ def _llama3_factors(frequencies: torch.Tensor, rope: Mapping[str, Any]) -> torch
     turns = rope["original_max_position_embeddings"] * frequencies / (2 * pi)
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     smooth = ((turns - low) / (high - low)).clamp(0, 1)
-    return 1 / ((1 - smooth) / rope["factor"] + smooth)
+    factors: torch.Tensor = 1 / ((1 - smooth) / rope["factor"] + smooth)
+    return factors
 
 
 def _check_all_taken(source: GgufFile, model: Any) -> None:
     left = source.parameters - len(source.rope_factors) - int(model.num_parameters())
-    embedding = model.get_input_embeddings().weight
-    tied = model.get_output_embeddings().weight is embedding
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    tied = head is not None and head.weight is embedding
     if tied and left == embedding.numel() and "output.weight" in source.tensor_names:
         return  # the head is written out, and is the embedding
     if left > 0:
@@ -115,20 +121,21 @@ def _check_all_taken(source: GgufFile, model: Any) -> None:
 
 
 def _fill_config(source: GgufFile, config: Any) -> None:
-    rope, architecture = rope_of(source), source.architecture
-    values = config.rope_parameters
+    """Only what the file tells; a family without it has no such fields."""
+    rope = rope_of(source)
     if rope is not None:
         # Gemma 3 stretches the positions of the blocks that see everything, and no others.
+        values = config.rope_parameters
         values.get("full_attention", values).update(rope)
-    heads = config.num_attention_heads
-    dims = getattr(config, "head_dim", None) or config.hidden_size // heads
-    if architecture in _GEMMA_27B_BLOCKS:
-        largest = config.num_hidden_layers == _GEMMA_27B_BLOCKS[architecture]
-        config.query_pre_attn_scalar = config.hidden_size // heads if largest else dims
-    if architecture == "phi3":
+    if source.architecture in _GEMMA_27B_BLOCKS:
+        largest = config.num_hidden_layers == _GEMMA_27B_BLOCKS[source.architecture]
+        wide = config.hidden_size // config.num_attention_heads
+        config.query_pre_attn_scalar = wide if largest else config.head_dim
+    if source.architecture == "phi3":
         turned = source.fact("rope.dimension_count")
+        dims = config.hidden_size // config.num_attention_heads
         if turned is not None and turned != dims:
-            values["partial_rotary_factor"] = turned / dims
+            config.rope_parameters["partial_rotary_factor"] = turned / dims
         config.sliding_window = source.fact("attention.sliding_window") or None
 
 

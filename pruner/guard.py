@@ -39,10 +39,10 @@ class Solved:
 
 def together(parts: Sequence[Solved]) -> Solved:
     """What to say of rows that were solved in parts; the weights are those of the last."""
-    notes = dict.fromkeys(part.pruned.note for part in parts if part.pruned.note)
+    notes = dict.fromkeys(note for part in parts for note in part.pruned.note.split("; ") if note)
     return Solved(
         replace(parts[-1].pruned, note="; ".join(notes)),
-        " and ".join(sorted({part.method for part in parts})),
+        " and ".join(sorted({name for part in parts for name in part.method.split(" and ")})),
         _sum([part.held_out for part in parts]),
         _sum([part.baseline for part in parts]),
     )
@@ -73,11 +73,16 @@ def solve_guarded(
 
     Without `check`, too few windows having been given to hold some out, nothing is compared; nor
     is a baseline, nor a linear so wide that SparseGPT would use up its Hessian. Where ours finds
-    no way, SparseGPT's is taken, which always has one.
+    no way, SparseGPT's is taken, which always has one, but for such a wide linear.
+
+    Raises:
+        IndefiniteError: it is wide, and its Hessian of no use.
     """
     try:
         ours = METHODS[method](weight, fit, target)
     except IndefiniteError as error:
+        if fit.wide:  # others share the Hessian that SparseGPT would use up
+            raise
         theirs = METHODS[BASELINE](weight, fit, target)
         note = "; ".join(filter(None, (error.message, theirs.note)))
         return Solved(replace(theirs, note=note), BASELINE)

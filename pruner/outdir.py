@@ -47,9 +47,10 @@ def check_directory(source: Path, out: Path, resume: bool, overwrite: bool) -> N
         raise RefusedError(f"{out} is the input; the input is never modified")
     if out.exists() and not out.is_dir():
         raise RefusedError(f"{out} is a file")
-    above = next(parent for parent in out.absolute().parents if parent.exists())
-    if not above.is_dir():
-        raise UsageError(f"{out} cannot be made: {above} is a file", "choose another directory")
+    if not out.exists():
+        above = next(parent for parent in out.absolute().parents if parent.exists())
+        if not above.is_dir():
+            raise UsageError(f"{out} cannot be made: {above} is a file", "choose another directory")
     entries = {entry.name for entry in out.iterdir()} if out.exists() else set()
     unfinished = JOURNAL_FILE in entries
     if entries and not unfinished and MANIFEST_FILE not in entries:

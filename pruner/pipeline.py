@@ -63,7 +63,7 @@ def rehearse(
 ) -> Plan:
     """The plan of a run, and all that can refuse it before its work but the room for it.
 
-    Writes nothing; raises as `prune` does.
+    Leaves `out` as it is; raises as `prune` does. With `ray` "local" a Ray is started for it.
     """
     recipe = recipe or Recipe()
     source = Source.open(model, device)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from ..errors import CapacityError, UnsupportedModel, UsageError
+from ..errors import CapacityError, CheckpointError, UnsupportedModel, UsageError
 from ..kernels.device import available_memory_bytes, parse_device
 from ..kernels.formats import Dense, expected_tensors, needs_group
 from ..runtime.families import decoder_spec
@@ -131,7 +131,7 @@ def check_capacity(plan: Plan, out: Path, held: int) -> None:
 def _unserved(source: Source) -> str | None:
     try:
         decoder_spec(source.config)
-    except UnsupportedModel as error:
+    except (UnsupportedModel, CheckpointError) as error:
         return error.message
     return None
 

@@ -80,8 +80,13 @@ def on_ray(address: str) -> Iterator[OnRay]:
             )
         remote = ray.remote(_run).options(num_cpus=threads, max_retries=_RETRIES)
         tasks = OnRay(workers, threads, remote)
-        for node in (node for node, room in rooms.items() if room):
-            _check_versions(ray.get(remote.options(**_only_on(node)).remote(threads, _versions)))
+        asked = [
+            remote.options(**_only_on(node)).remote(threads, _versions)
+            for node, room in rooms.items()
+            if room
+        ]
+        for answer in asked:
+            _check_versions(_result(answer))
         yield tasks
     finally:
         ray.shutdown()

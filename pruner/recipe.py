@@ -233,15 +233,21 @@ class Recipe:
             UsageError: an impossible value; a pattern or bits, be they the defaults, beside a
                 budget or choices; or a setting of distillation where there is none.
         """
+        usual = {field.name: field.default for field in fields(self)}
         budgets = {"max_ppl_ratio": 0.0, "target_bytes": 0.0}
         before = {**budgets, "choices": {}} if changes.keys() & budgets.keys() else {}
         found = replace(self, **{**before, **changes})
-        idle = [name for name in changes if name in _OF_DISTILLATION and not found.distills]
+        idle = [
+            name
+            for name in _OF_DISTILLATION
+            if not found.distills and changes.get(name, usual[name]) != usual[name]
+        ]
         if idle:
-            flag = f"--{idle[0].replace('_', '-')}"
+            flag, recovery = f"--{idle[0].replace('_', '-')}", "distill"
+            recovery = "blocks+distill" if found.tunes_blocks else recovery
             raise UsageError(
-                f"{flag} says how the whole model is trained, and it is not",
-                f"add --recover distill, or leave {flag} out",
+                f"{flag} has no effect: this recipe does not train the whole model",
+                f"add --recover {recovery}, or leave {flag} out",
             )
         if changes.keys() & {"pattern", "bits"}:
             found._require_one_format()

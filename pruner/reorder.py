@@ -17,6 +17,7 @@ from ..kernels.formats import PackedLinear, with_rows
 from .family import FreeChannels
 from .masks import is_n_of_m
 from .methods.base import InputStatistics, Pruned, Target
+from .solvers.objective import IndefiniteError
 from .solvers.reorder import find_order, saliency
 
 
@@ -24,12 +25,16 @@ def order_for(weight: Tensor, fit: InputStatistics, target: Target) -> Tensor | 
     """The best order of a reader's inputs, int64 [K]; None where no order is better.
 
     That is where the pattern has no groups, or where fp32 `weight` [N, K] obeys it already: its
-    zeros stand in groups.
+    zeros stand in groups. Where the inputs are of no use, none is known to be.
     """
     pattern = target.pattern
     if not pattern.of or is_n_of_m(weight, pattern.kept, pattern.of):
         return None
-    return find_order(saliency(weight, fit.curvature(target.damping)), pattern)
+    try:
+        curvature = fit.curvature(target.damping)
+    except IndefiniteError:
+        return None
+    return find_order(saliency(weight, curvature), pattern)
 
 
 def reorder_weights(

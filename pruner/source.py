@@ -60,6 +60,8 @@ class Source:
     def open(cls, path: str | Path, device: str = "cpu") -> Source:
         """Open and check everything that can be checked without reading weights.
 
+        A head that should be the embedding is read, where the files have one.
+
         Raises:
             UsageError: the path is missing or a file, or there is no such device.
             RefusedError: unsafe weights, or a model that is quantized already.

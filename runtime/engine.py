@@ -73,7 +73,7 @@ class Engine:
     ) -> None:
         """Start the engine's thread. Engines that share a `turn`, a lock, compute in turns.
 
-        `promised` are bytes of memory that other engines have planned (`memory_plan`).
+        `promised` are bytes of memory that other engines will take (`promised_bytes`).
 
         Raises:
             UsageError: the settings do not fit the model.
@@ -153,6 +153,16 @@ class Engine:
         """Counters and queue lengths at this moment."""
         with self._wake:
             return self._count.view(self._scheduler, len(self._arrived), not self._dead)
+
+    @property
+    def promised_bytes(self) -> int:
+        """Of its memory plan, what it has not taken yet.
+
+        A CPU's keys and values become memory page by page; a GPU's are there from the start.
+        """
+        plan = self.memory_plan
+        on_cpu = self.model.decoder.device.type == "cpu"
+        return plan.wanted_bytes if on_cpu else plan.workspace_bytes
 
     def count_anew(self) -> None:
         """Forget what was counted so far: requests that no client sent."""

@@ -58,8 +58,8 @@ class MemoryPlan:
         )
 
     @property
-    def promised_bytes(self) -> int:
-        """What is planned and taken bit by bit, as requests come."""
+    def wanted_bytes(self) -> int:
+        """What is to be taken of what is available."""
         return self.kv_bytes + self.workspace_bytes
 
     def check(self, promised: int = 0) -> None:
@@ -70,11 +70,11 @@ class MemoryPlan:
         if self.available_bytes is None:
             return
         free = max(0, self.available_bytes - promised)
-        if self.promised_bytes > free:
+        if self.wanted_bytes > free:
             besides = f" beside {_mib(promised)} MiB for other models" if promised else ""
             raise CapacityError(
                 f"keys and values of {self.kv_tokens} tokens and a step's states take "
-                f"{_mib(self.promised_bytes)} MiB, and {_mib(free)} MiB are free{besides}",
+                f"{_mib(self.wanted_bytes)} MiB, and {_mib(free)} MiB are free{besides}",
                 "less memory for keys and values (--kv-mib), a shorter context (--max-model-len), "
                 "or keys and values of 8 bits (--kv-bits 8)",
             )

@@ -69,13 +69,13 @@ class Scheduler:
 
     def _begin(self, sequence: Sequence) -> bool:
         """Take the first of the queue in, if there are pages for it and one more for each other."""
-        sequence.begin(self.pool)
+        sequence.take_known(self.pool)
         more = pages_for(sequence.length) - len(sequence.pages)
         found = self.pool.take(more) if more + len(self.running) <= self.pool.available else None
         if found is None:
             sequence.leave(self.pool)
             return False
-        sequence.begun(found)
+        sequence.start(found)
         self.waiting.pop(0)
         self.running.append(sequence)
         return True

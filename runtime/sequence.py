@@ -79,7 +79,7 @@ class Sequence:
             _log.exception("the receiver of request %s raised", self.request.id)
             self.aborted = True
 
-    def begin(self, pool: PagePool) -> None:
+    def take_known(self, pool: PagePool) -> None:
         """Take the pages of a beginning that is known already.
 
         Log-probabilities of a prompt take its hidden states, so then nothing is left out.
@@ -91,7 +91,7 @@ class Sequence:
             self.pages, self.digests = [], [root_digest(salt)]
         self.computed = len(self.pages) * PAGE_POSITIONS
 
-    def begun(self, pages: list[int]) -> None:
+    def start(self, pages: list[int]) -> None:
         """It runs from now on; `pages` are for what is left of it."""
         if self.started_at is None:
             self.started_at = time.monotonic()

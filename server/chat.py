@@ -80,7 +80,7 @@ async def _admit(service: Service, served: Served, body: ChatBody, request: Requ
             record,
             "chatcmpl",
             lambda: _asks(served, body, salt),
-            compiles=body.tools is not None or body.response_format is not None,
+            compiles=body.has_form,
         )
         return await unless_disconnected(request, admission)
     except RequestError as error:

@@ -134,6 +134,12 @@ class ChatBody(GenerationBody):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
+    def has_form(self) -> bool:
+        """Whether an answer must look like something, so that a grammar is compiled."""
+        formatted = self.response_format is not None and self.response_format.type != "text"
+        return formatted or (self.tools is not None and self.tool_choice != "none")
+
+    @property
     def tool_set(self) -> ToolSet | None:
         """The tools that are offered, None where there are none.
 

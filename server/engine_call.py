@@ -198,8 +198,9 @@ class EngineCall:
             self._open.clear()
             raise
         self.asks = asks
-        if self._closed:
-            self._mailbox.put(self.close)
+        if self._closed:  # meanwhile, when the engine did not know of them yet
+            for index in range(len(asks)):
+                self._served.engine.abort(self._request_id(index))
 
     def _request_id(self, index: int) -> str:
         return f"{self.id}-{index}"

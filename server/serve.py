@@ -103,7 +103,7 @@ def serve_all(
             engines.push(engine)
         plan, name = engine.memory_plan, offer.name or model.name
         _log.info("%s", json.dumps({"model": name, "memory": plan.line}))
-        promised += plan.promised_bytes
+        promised += engine.promised_bytes
         warm_up(engine)
         engine.count_anew()
         served.append(Served(name, engine))

@@ -155,7 +155,7 @@ def test_settings_of_a_training_that_nobody_asked_for_are_no_wish(
 ) -> None:
     """The model would not be trained, and whoever forgot --recover would believe that it was."""
     ran = halfweave("prune", tiny_model, tmp_path / "out", *QUICK, "--recover-minutes", 5)
-    assert_error(ran, 2, "--recover-minutes says how", "add --recover distill")
+    assert_error(ran, 2, "--recover-minutes has no effect", "add --recover distill")
     assert not (tmp_path / "out").exists()
 
 

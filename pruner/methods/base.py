@@ -141,9 +141,9 @@ class Lost:
 
 
 def mixed_lost(original: Tensor, pruned: Tensor, statistics: InputStatistics, mix: float) -> Lost:
-    """As `relative_error`, against what a method with this `mix` aims at.
+    """The two terms of `relative_error`, against what a method with this `mix` aims at.
 
-    That is ||W (X^ + mix (X - X^)) - W' X^||^2 of ||W X^||^2, X being the dense model's inputs and
+    They are ||W (X^ + mix (X - X^)) - W' X^||^2 of ||W X^||^2, X being the dense model's inputs and
     X^ the real ones; `statistics` must hold drift and shift where mix is not 0.
     """
     difference = pruned - original

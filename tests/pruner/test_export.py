@@ -13,6 +13,7 @@ from halfweave.pruner.pack_quantized import pack
 from halfweave.runtime.model import load_model
 from safetensors.torch import load_file
 from support.command import Command, assert_error
+from support.pruning import set_weight
 from support.tiny import (
     FAMILIES,
     Tiny,
@@ -20,7 +21,6 @@ from support.tiny import (
     edit_json,
     pack_directory,
     save_tiny,
-    set_weight,
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -117,17 +117,19 @@ def test_floats_have_no_codes_to_export(tmp_path: Path) -> None:
 
 
 def test_floats_are_those_of_the_files_where_the_config_does_not_tell(tmp_path: Path) -> None:
-    model = packed(tmp_path, "int8")
-    edit_json(model / "config.json", lambda config: config.pop("dtype"))
-    set_weight(model, "model.norm.weight", lambda w: w.copy_(w + 1e-5))
+    dense = save_tiny(tmp_path / "tiny", WHOLE)
+    edit_json(dense / "config.json", lambda config: config.pop("dtype"))
+    model = pack_directory(dense, tmp_path / "packed", "int8")
     stored = load_file(model / "model.safetensors")["model.norm.weight"]
-    assert export(model, tmp_path / "out").dtype == str(stored.dtype).rpartition(".")[2]
+    assert stored.dtype == torch.float32
+    assert export(model, tmp_path / "out").dtype == "float32"
     assert torch.equal(load_file(tmp_path / "out/model.safetensors")["model.norm.weight"], stored)
 
 
 def test_numbers_that_a_dtype_cannot_hold_are_no_infinities(tmp_path: Path) -> None:
-    model = packed(tmp_path, "sparse24")
-    set_weight(model, "model.norm.weight", lambda w: w.fill_(1e5))
+    dense = save_tiny(tmp_path / "tiny", WHOLE)
+    set_weight(dense, "model.norm.weight", lambda w: w.fill_(1e5))
+    model = pack_directory(dense, tmp_path / "packed", "sparse24")
     with pytest.raises(UsageError, match=r"model.norm.weight .* float16 cannot hold"):
         export(model, tmp_path / "out", dtype="float16")
     assert not (tmp_path / "out").exists()

@@ -10,12 +10,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from halfweave.errors import RefusedError, UnsupportedModel
+from halfweave.errors import CheckpointError, RefusedError, UnsupportedModel
+from halfweave.pruner.gguf_file import GgufFile
+from halfweave.pruner.gguf_gaps import rope_of
 from halfweave.pruner.importers import import_gguf, plan_import
 from halfweave.runtime.families import decoder_spec
 from halfweave.runtime.tokenizer import Tokenizer
 from safetensors.torch import load_file
-from support.gguf import HEAD_DIM, HEADS, HIDDEN, gguf, tiny_llama, write_gguf
+from support.command import Command
+from support.gguf import (
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    gguf,
+    tiny_gpt2,
+    tiny_llama,
+    write_gguf,
+    write_gpt2,
+)
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -94,6 +106,32 @@ def test_positions_stretched_in_other_ways_are_refused_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("kind", "factor", "older", "found"),
+    [
+        (None, 4.0, None, 4.0),  # linear is what llama.cpp takes it for
+        ("linear", None, 4.0, 4.0),
+        ("none", 4.0, None, None),
+        ("linear", 0.0, None, None),
+        ("linear", 1.0, None, None),
+    ],
+)
+def test_factors_are_read_as_llama_cpp_does(
+    kind: str | None, factor: float | None, older: float | None, found: float | None, tmp_path: Path
+) -> None:
+    def more(writer: Any) -> None:
+        if kind is not None:
+            writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
+        if factor is not None:
+            writer.add_rope_scaling_factor(factor)
+        if older is not None:
+            writer.add_float32("llama.rope.scale_linear", older)
+
+    source = GgufFile.open(write_gguf(tmp_path / "source.gguf", more=more))
+    rope = rope_of(source)
+    assert rope == (None if found is None else {"rope_type": "linear", "factor": found})
+
+
 def test_rows_of_queries_and_keys_are_in_order_where_heads_are_told_once(tmp_path: Path) -> None:
     out = imported(tmp_path, kv_heads=HEADS, tells_kv_heads=False)
     stored = load_file(out / "model.safetensors")
@@ -129,6 +167,38 @@ def test_llama_3s_tokenizer_begins_texts_and_takes_whole_words(
     assert config_of(out, "tokenizer.json")["model"]["ignore_merges"] is True
     ids = Tokenizer.open(out).encode("he")
     assert (ids[0] == 1) == begins
+
+
+def test_a_model_without_rotary_positions_is_imported(tmp_path: Path) -> None:
+    """GPT-2's config has no such field."""
+    source = write_gpt2(tmp_path / "source.gguf")
+    import_gguf(source, tmp_path / "out", dtype="float32")
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    for name, (_, weight) in tiny_gpt2().items():
+        assert torch.equal(stored[f"transformer.{name}"], weight), name
+
+
+def test_what_is_printed_of_a_file_is_short(halfweave: Command, tmp_path: Path) -> None:
+    source = write_gguf(tmp_path / "source.gguf")
+    told = halfweave("import", source, tmp_path / "out", "--json").document["result"]["source"]
+    assert set(told) == {
+        "path",
+        "sha256",
+        "architecture",
+        "license",
+        "pre_tokenizer",
+        "tensor_types",
+        "parameters",
+    }
+
+
+def test_metadata_that_is_no_text_is_damage(tmp_path: Path) -> None:
+    source = write_gguf(tmp_path / "source.gguf")
+    data = source.read_bytes()
+    assert data.count(b"apache-2.0") == 1
+    source.write_bytes(data.replace(b"apache-2.0", b"apache-2.\xff"))
+    with pytest.raises(CheckpointError, match="damaged"):
+        GgufFile.open(source)
 
 
 def test_a_text_split_in_an_unknown_way_is_refused(tmp_path: Path) -> None:

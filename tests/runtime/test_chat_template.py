@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import resource
-import signal
 import threading
 import weakref
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 from halfweave.errors import NoProcessError, RequestError
+from halfweave.runtime import child
 from halfweave.runtime.template import TemplateRenderer
 from halfweave.runtime.tokenizer import Tokenizer
 from support.tiny import EOS, save_tokenizer
@@ -37,23 +37,20 @@ def with_template(tiny_model: Path, tmp_path: Path) -> Callable[[str | None], To
 
 
 def test_an_interrupt_leaves_no_answer_for_the_next_question(
-    with_template: Callable[[str | None], Tokenizer],
+    with_template: Callable[[str | None], Tokenizer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = with_template("{{ messages[0].content }}")
+    assert tokenizer.decode(tokenizer.apply_chat_template(HELLO)) == "Hello"
+    real = child._write
 
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
+    def interrupted(*arguments: Any) -> None:
+        real(*arguments)
+        raise KeyboardInterrupt  # Ctrl-C, while the answer is on its way
 
-    before = signal.signal(signal.SIGUSR1, interrupt)
-    # The process that renders is starting, which takes longer.
-    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGUSR1))
-    timer.start()
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            tokenizer.apply_chat_template(HELLO)
-    finally:
-        timer.join()
-        signal.signal(signal.SIGUSR1, before)
+    monkeypatch.setattr(child, "_write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tokenizer.apply_chat_template(HELLO)
+    monkeypatch.undo()
     ids = tokenizer.apply_chat_template([{"role": "user", "content": "Bye"}])
     assert tokenizer.decode(ids) == "Bye"
 

@@ -154,7 +154,7 @@ def test_streamed_calls_are_put_together_by_the_client(live: Live) -> None:
 def test_a_call_that_a_stop_string_cuts_is_not_to_be_carried_out(live: Live, stream: bool) -> None:
     only = {"type": "object", "properties": {"city": {"enum": ["Paris"]}}, "required": ["city"]}
     tool = {"type": "function", "function": {"name": "get_weather", "parameters": only}}
-    asked = {"tools": [tool], "tool_choice": "required", "max_tokens": 400, "stream": stream}
+    asked = {**RANDOM, "tools": [tool], "tool_choice": "required", "stream": stream}
     for stop, reason in ((["aris"], "stop"), ([], "tool_calls")):
         answer = live.chat(**asked, stop=stop)
         found = answer.events[-2] if stream else answer.json

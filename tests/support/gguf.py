@@ -13,6 +13,7 @@ gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
 pytest.importorskip("accelerate", reason="transformers reads GGUF only with accelerate")
 
 BLOCKS, HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM = 2, 64, 96, 4, 2, 16
+GPT2_POSITIONS, GPT2_FFN = 1024, 4 * HIDDEN  # the reader of GPT-2 knows no others
 CHAT_TEMPLATE = "{% for m in messages %}<s>{{ m['content'] }}{% endfor %}"
 
 
@@ -59,6 +60,19 @@ def tiny_llama(kv_heads: int = KV_HEADS) -> dict[str, tuple[str, torch.Tensor, i
     return tensors
 
 
+def _add_tokenizer(writer: Any, pre: str) -> None:
+    tokens = vocabulary()
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types([gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * 258)
+    writer.add_token_merges(["Ġ Ġ", "h e"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_chat_template(CHAT_TEMPLATE)
+
+
 def write_gguf(
     path: Path,
     quantization: str = "Q4_1",
@@ -85,16 +99,7 @@ def write_gguf(
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(10000.0)
     writer.add_rope_dimension_count(HEAD_DIM)
-    tokens = vocabulary()
-    writer.add_vocab_size(len(tokens))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list(tokens)
-    writer.add_token_types([gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * 258)
-    writer.add_token_merges(["Ġ Ġ", "h e"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_chat_template(CHAT_TEMPLATE)
+    _add_tokenizer(writer, pre)
     if more is not None:
         more(writer)
     for name, weight, heads in tiny_llama(kv_heads).values():
@@ -102,6 +107,55 @@ def write_gguf(
         kind = gguf.GGMLQuantizationType[quantization if stored.ndim == 2 else "F32"]
         data = gguf.quants.quantize(stored.numpy(), kind)
         writer.add_tensor(f"{name}.weight", data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def tiny_gpt2() -> dict[str, tuple[str, torch.Tensor]]:
+    """Hugging Face name -> (GGUF name, tensor as Hugging Face has it)."""
+    generator = torch.Generator().manual_seed(0)
+
+    def rand(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    tensors = {
+        "wte.weight": ("token_embd.weight", rand(len(vocabulary()), HIDDEN)),
+        "wpe.weight": ("position_embd.weight", rand(GPT2_POSITIONS, HIDDEN)),
+        "ln_f.weight": ("output_norm.weight", rand(HIDDEN)),
+        "ln_f.bias": ("output_norm.bias", rand(HIDDEN)),
+    }
+    linears = {
+        "attn.c_attn": ("attn_qkv", 3 * HIDDEN, HIDDEN),
+        "attn.c_proj": ("attn_output", HIDDEN, HIDDEN),
+        "mlp.c_fc": ("ffn_up", GPT2_FFN, HIDDEN),
+        "mlp.c_proj": ("ffn_down", HIDDEN, GPT2_FFN),
+    }
+    for i in range(BLOCKS):
+        for name, (short, rows, columns) in linears.items():
+            tensors[f"h.{i}.{name}.weight"] = (f"blk.{i}.{short}.weight", rand(columns, rows))
+            tensors[f"h.{i}.{name}.bias"] = (f"blk.{i}.{short}.bias", rand(rows))
+        for name, short in (("ln_1", "attn_norm"), ("ln_2", "ffn_norm")):
+            for part in ("weight", "bias"):
+                tensors[f"h.{i}.{name}.{part}"] = (f"blk.{i}.{short}.{part}", rand(HIDDEN))
+    return tensors
+
+
+def write_gpt2(path: Path) -> Path:
+    """A whole tiny GPT-2, whose linears a GGUF file has the other way round."""
+    writer = gguf.GGUFWriter(path, "gpt2")
+    writer.add_block_count(BLOCKS)
+    writer.add_context_length(GPT2_POSITIONS)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_feed_forward_length(GPT2_FFN)
+    writer.add_head_count(HEADS)
+    writer.add_layer_norm_eps(1e-5)
+    _add_tokenizer(writer, "gpt-2")
+    for name, (short, weight) in tiny_gpt2().items():
+        turned = weight.ndim == 2 and ".c_" in name
+        writer.add_tensor(short, (weight.T if turned else weight).contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
