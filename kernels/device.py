@@ -13,6 +13,8 @@ import torch
 from ..errors import UsageError
 from .cgroup import ROOT, groups, read
 
+_NUMBERS = (("family", "cpu family"), ("model", "model"))
+
 
 def parse_device(name: str) -> torch.device:
     """The device of a name such as cpu, cuda or cuda:1.
@@ -74,12 +76,13 @@ def _group_limits(root: Path) -> Iterator[tuple[int, Path, bool]]:
 
 
 @cache
-def cpu_model() -> str:
-    """What the processor calls itself."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+def cpu_model(root: Path = ROOT) -> str:
+    """What the processor calls itself; virtual ones share a name, so its numbers as well."""
+    facts: dict[str, str] = {}
+    for line in read(root / "proc/cpuinfo").splitlines():
+        name, _, value = line.partition(":")
+        facts.setdefault(name.strip(), value.strip())
+    if "model name" not in facts:
+        return platform.processor() or platform.machine()
+    numbers = [f"{word} {facts[name]}" for word, name in _NUMBERS if name in facts]
+    return f"{facts['model name']} ({', '.join(numbers)})" if numbers else facts["model name"]

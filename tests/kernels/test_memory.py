@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from halfweave.kernels.device import available_memory_bytes, whole_memory_bytes
+from halfweave.kernels.device import available_memory_bytes, cpu_model, whole_memory_bytes
 
 GIB = 2**30
 COMPUTER = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -59,6 +59,19 @@ def test_the_least_of_what_limits_counts(
 def test_a_system_that_says_nothing_is_not_guessed(tmp_path: Path) -> None:
     assert available_memory_bytes(root=tmp_path) is None
     assert whole_memory_bytes(tmp_path) == COMPUTER
+
+
+def test_a_processor_is_told_by_its_numbers_too(tmp_path: Path) -> None:
+    assert cpu_model(tmp_path)
+    (tmp_path / "proc").mkdir()
+    one = "processor : 0\ncpu family : 25\nmodel : 17\nmodel name : AMD EPYC\n"
+    (tmp_path / "proc/cpuinfo").write_text(f"{one}\n{one.replace('17', '1')}")
+    cpu_model.cache_clear()
+    assert cpu_model(tmp_path) == "AMD EPYC (family 25, model 17)"
+    (tmp_path / "proc/cpuinfo").write_text("model name : A board\n")
+    cpu_model.cache_clear()
+    assert cpu_model(tmp_path) == "A board"
+    cpu_model.cache_clear()
 
 
 def test_this_machine_has_some() -> None:
