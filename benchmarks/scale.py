@@ -27,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from halfweave.pruner.pipeline import plan_prune
+from halfweave.pruner.recipe import Recipe
 from halfweave.runtime.hardware import this_machine, versions
 from safetensors.torch import save_file
 from scale_page import write_page
@@ -292,18 +294,18 @@ def plan_bloom(options: argparse.Namespace, bloom: Bloom) -> dict[str, Any]:
     """What the plan says of the whole model on this machine."""
     source = options.work / "bloom-176b-headers"
     write_headers(source, bloom)
-    asked = ["--method", options.method, "--calib-windows", "128", "--calib-length", "2048"]
-    plan = halfweave("prune", str(source), str(options.work / "none"), *asked, "--dry-run")["plan"]
+    # The command's dry run would ask for a tokenizer, too.
+    plan = plan_prune(source, Recipe(method=options.method, calib_windows=128, calib_length=2048))
     shutil.rmtree(source)
     return {
         "blocks": bloom.blocks,
         "method": options.method,
-        "calibration_tokens": plan["calibration_tokens"],
-        "planned_rss_gib": round(plan["peak_memory_bytes"] / _GIB, 1),
-        "planned_hours": round(plan["seconds"] / 3600, 1),
-        "scratch_gib": round(plan["scratch_bytes"] / _GIB, 1),
-        "input_gib": round(plan["input_bytes"] / _GIB, 1),
-        "output_gib": round(plan["output_bytes"] / _GIB, 1),
+        "calibration_tokens": plan.calibration_tokens,
+        "planned_rss_gib": round(plan.peak_memory_bytes / _GIB, 1),
+        "planned_hours": round(plan.seconds / 3600, 1),
+        "scratch_gib": round(plan.scratch_bytes / _GIB, 1),
+        "input_gib": round(plan.input_bytes / _GIB, 1),
+        "output_gib": round(plan.output_bytes / _GIB, 1),
     }
 
 

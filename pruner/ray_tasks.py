@@ -78,10 +78,10 @@ def on_ray(address: str) -> Iterator[OnRay]:
                 f"no machine of Ray has the {threads} CPUs that a task computes with",
                 f"OMP_NUM_THREADS=1 halfweave prune ... --ray {address}",
             )
-        remote = ray.remote(_run).options(num_cpus=threads, max_retries=_RETRIES)
-        tasks = OnRay(workers, threads, remote)
+        run, how = ray.remote(_run), {"num_cpus": threads, "max_retries": _RETRIES}
+        tasks = OnRay(workers, threads, run.options(**how))
         asked = [
-            remote.options(**_only_on(node)).remote(threads, _versions)
+            run.options(**how, **_only_on(node)).remote(threads, _versions)
             for node, room in rooms.items()
             if room
         ]

@@ -58,9 +58,10 @@ def test_a_client_that_leaves_while_it_is_admitted_is_not_answered(
     long_model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with live_server(long_model) as live:
-        real, left = live.engine.submit_all, threading.Event()
+        real, asked_for, left = live.engine.submit_all, threading.Event(), threading.Event()
 
         def late(*arguments: Any) -> None:
+            asked_for.set()
             assert left.wait(30)
             real(*arguments)
 
@@ -68,7 +69,7 @@ def test_a_client_that_leaves_while_it_is_admitted_is_not_answered(
         turns = [{"role": "user", "content": "Hello"}]
         asked = {"model": live.model, "messages": turns, "max_tokens": 8000, "ignore_eos": True}
         gone = live.begin("POST", "/v1/chat/completions", json.dumps(asked).encode(), JSON)
-        wait_until(lambda: live.activity.in_flight == 1)
+        assert asked_for.wait(30)
         gone.close()
         wait_until(lambda: live.activity.in_flight == 0)
         left.set()
