@@ -35,7 +35,7 @@ def disk_full_as_error(path: Path) -> Iterator[None]:
             raise
         raise CapacityError(
             f"the disk is full: {path} could not be written",
-            "free some space and run the same command with --resume",
+            "free some space and run the same command again, with --resume where it knows that",
         ) from error
 
 

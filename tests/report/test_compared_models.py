@@ -10,6 +10,7 @@ import pytest
 from halfweave.report.documents import document_path
 from halfweave.report.gather import gather
 from halfweave.report.quality_charts import pareto_chart
+from support.command import Command
 from support.measured import save_measured
 from support.tiny import edit_json
 
@@ -61,6 +62,19 @@ def test_models_of_one_name_and_size_are_all_shown(pruned: Path, tmp_path: Path)
     labels, caption = names(pruned, *others)
     assert labels == [f"{labels[0][:-4]} (1)", f"{labels[0][:-4]} (2)"]  # the third is the first
     assert caption.count("are from another run") == 2
+
+
+def test_a_parent_that_was_evaluated_itself_is_shown_once(
+    halfweave: Command, tiny_model: Path, pruned: Path, tmp_path: Path
+) -> None:
+    dense, text = Path(shutil.copytree(tiny_model, tmp_path / "parent")), tmp_path / "text.txt"
+    text.write_text("Two foxes keep every fourth weight. " * 80)
+    flags = ("--text", text, "--window", 64, "--max-windows", 2)
+    assert halfweave("eval", pruned, "--against", dense, *flags).code == 0
+    assert halfweave("eval", dense, *flags).code == 0
+    labels, _ = names(pruned, dense)
+    assert len(labels) == 2
+    assert labels.count("dense") == 1
 
 
 def test_perplexities_of_another_number_of_windows_are_not_compared(
